@@ -1,0 +1,1 @@
+"""Gradients of convolutional networks as standard ONNX graphs."""

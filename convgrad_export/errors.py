@@ -1,0 +1,63 @@
+"""Every error this package raises on purpose.
+
+One base class, one subclass per cause. Each subclass is also the builtin a caller of torch or onnxruntime would
+catch, so `except ValueError` keeps working around a call that used to go to `torch.nn.grad`.
+"""
+
+from __future__ import annotations
+
+
+class ConvGradError(Exception):
+    """Base class: catch this to catch everything the package raises on purpose."""
+
+
+class GeometryError(ConvGradError, ValueError):
+    """Shapes, stride, padding, dilation, groups or output_padding that no convolution has."""
+
+
+class ArgumentTypeError(ConvGradError, TypeError):
+    """An argument of the wrong Python type (a float for `groups`, say)."""
+
+
+class DTypeError(ConvGradError, TypeError):
+    """A tensor dtype that convolution gradients are not defined or not supported for, or a mix of dtypes."""
+
+
+class DeviceError(ConvGradError, ValueError):
+    """Tensors on different devices, or on a device that the session cannot read."""
+
+
+class UnsupportedLoweringError(ConvGradError, ValueError):
+    """A lowering was asked for by name and does not apply to this geometry, dtype or target."""
+
+
+class UnsupportedOperatorError(ConvGradError, NotImplementedError):
+    """A user's model needs operators that have no translation."""
+
+
+class ConstantGradientError(ConvGradError, RuntimeError):
+    """A gradient was baked into the exported graph as a constant (pytorch#89675)."""
+
+
+class VerificationError(ConvGradError, RuntimeError):
+    """An exported model ran, and disagrees with PyTorch by more than the error bound."""
+
+
+class ModelFileError(ConvGradError, ValueError):
+    """A file that is missing, truncated, foreign, or unsafe to load."""
+
+
+class OutputExistsError(ConvGradError, FileExistsError):
+    """The output path exists already and overwriting was not asked for."""
+
+
+class OutputPathError(ConvGradError, OSError):
+    """The output path cannot be written."""
+
+
+class ProviderError(ConvGradError, RuntimeError):
+    """An execution provider was asked for that this onnxruntime cannot give."""
+
+
+class MissingDependencyError(ConvGradError, ImportError):
+    """An optional package is needed for what was asked; the message names the extra that installs it."""
