@@ -39,6 +39,14 @@ class ConstantGradientError(ConvGradError, RuntimeError):
     """A gradient was baked into the exported graph as a constant (pytorch#89675)."""
 
 
+class CaptureError(ConvGradError, RuntimeError):
+    """A user's module cannot be traced to a graph."""
+
+
+class DynamicShapeError(ConvGradError, ValueError):
+    """A dimension that was declared dynamic is fixed by the model, or two sizes of one name differ."""
+
+
 class VerificationError(ConvGradError, RuntimeError):
     """An exported model ran, and disagrees with PyTorch by more than the error bound."""
 

@@ -1,0 +1,1 @@
+"""Where gradients meet PyTorch: FX, torch.compile, torch.onnx and TorchScript."""

@@ -1,0 +1,171 @@
+"""A call's arguments as named tensors, and which of their dimensions are dynamic."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from convgrad_export.errors import ArgumentTypeError
+from convgrad_export.integrations.program import GraphInput
+
+DynamicShapes = Mapping[str, Any] | Sequence[Any] | None
+
+
+class CallArguments:
+    """`module(*args, **kwargs)`, with each tensor known by a name and replaceable.
+
+    A tensor passed for the forward parameter `x` is called "x"; tensors nested in a list, tuple or dict passed for `x`
+    are "x_0", "x_1" or "x_<key>". Values that are no tensors stay as they are.
+    """
+
+    def __init__(self, module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
+        if isinstance(args, torch.Tensor):
+            args = (args,)
+        self._module = module
+        self._args = tuple(args)
+        self._kwargs = dict(kwargs or {})
+        self._arguments = _bind(module, self._args, self._kwargs)
+        self._names: dict[str, tuple[str, ...]] = {}
+        self.examples: dict[str, torch.Tensor] = {}
+        for argument, value in self._arguments.items():
+            names = []
+            for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+                if isinstance(leaf, torch.Tensor):
+                    name = "_".join([argument, *(_key_text(key) for key in path)])
+                    self.examples[name] = leaf
+                    names.append(name)
+            self._names[argument] = tuple(names)
+        # What a caller sees may have to differ from the argument's name where a parameter has that name already.
+        self._renamed: dict[str, str] = {}
+
+    def inputs(self, others: Sequence[GraphInput], dynamic_shapes: DynamicShapes) -> tuple[GraphInput, ...]:
+        """The tensors as graph inputs. `others` hold names that are taken ("weight" of a bare Linear)."""
+        dims = self._dynamic(dynamic_shapes)
+        taken = {name for other in others for name in (other.name, *other.aliases)}
+        specs = []
+        for name, tensor in self.examples.items():
+            free = f"{name}_input" if name in taken else name
+            self._renamed[name] = free
+            specs.append(GraphInput(free, "user", tensor, dynamic=dims[name]))
+        return tuple(specs)
+
+    def call(self, module: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Any:
+        """Call the module with the named tensors in place of the examples."""
+
+        def replaced(argument: str, value: Any) -> Any:
+            names = iter(self._names[argument])
+            leaves, spec = pytree.tree_flatten(value)
+            leaves = [values[self._public(next(names))] if isinstance(x, torch.Tensor) else x for x in leaves]
+            return pytree.tree_unflatten(leaves, spec)
+
+        bound = [replaced(argument, value) for argument, value in self._arguments.items()]
+        positional = len(self._args)
+        keywords = list(self._arguments)[positional:]
+        return module(*bound[:positional], **dict(zip(keywords, bound[positional:], strict=True)))
+
+    def _public(self, name: str) -> str:
+        return self._renamed.get(name, name)
+
+    def _dynamic(self, dynamic_shapes: DynamicShapes) -> dict[str, dict[int, str]]:
+        if dynamic_shapes is None:
+            return {name: {} for name in self.examples}
+        if isinstance(dynamic_shapes, Mapping):
+            by_argument = dict(dynamic_shapes)
+            if unknown := [name for name in by_argument if name not in self._arguments and name not in self.examples]:
+                raise ArgumentTypeError(
+                    f"dynamic_shapes names {', '.join(map(repr, unknown))}; arguments: {', '.join(self._arguments)}"
+                )
+        else:
+            if len(dynamic_shapes) != len(self._arguments):
+                raise ArgumentTypeError(
+                    f"dynamic_shapes has {len(dynamic_shapes)} entries for {len(self._arguments)} arguments"
+                )
+            by_argument = dict(zip(self._arguments, dynamic_shapes, strict=True))
+        result: dict[str, dict[int, str]] = {}
+        for argument, value in self._arguments.items():
+            names = self._names[argument]
+            if isinstance(value, torch.Tensor):
+                specs: list[Any] = [by_argument.get(argument)]
+            else:
+                specs = [by_argument.get(name) for name in names]
+                nested = by_argument.get(argument)
+                if nested is not None:
+                    entries = nested.values() if isinstance(nested, Mapping) else nested
+                    specs = list(entries)
+                    if len(specs) != len(names):
+                        raise ArgumentTypeError(
+                            f"dynamic_shapes[{argument!r}] has {len(specs)} entries for {len(names)} tensors"
+                        )
+            for name, spec in zip(names, specs, strict=True):
+                result[name] = _dimension_names(name, self.examples[name], spec)
+        return result
+
+
+def named_tensors(
+    tensors: Mapping[str, torch.Tensor], dynamic_shapes: DynamicShapes, others: Sequence[GraphInput]
+) -> tuple[GraphInput, ...]:
+    """Plain named tensors as graph inputs, with dynamic_shapes by name or in order."""
+    taken = {name for other in others for name in (other.name, *other.aliases)}
+    if dynamic_shapes is None:
+        by_name: dict[str, Any] = {}
+    elif isinstance(dynamic_shapes, Mapping):
+        by_name = dict(dynamic_shapes)
+    else:
+        by_name = dict(zip(tensors, dynamic_shapes, strict=True))
+    return tuple(
+        GraphInput(
+            f"{name}_input" if name in taken else name,
+            "user",
+            tensor,
+            dynamic=_dimension_names(name, tensor, by_name.get(name)),
+        )
+        for name, tensor in tensors.items()
+    )
+
+
+def _bind(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Argument names in call order: positional ones first, then keywords, varargs numbered."""
+    try:
+        signature = inspect.signature(module.forward)
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentTypeError(f"{type(module).__name__}.forward does not take these arguments: {error}") from error
+    except ValueError:
+        return {**{f"input_{i}": a for i, a in enumerate(args)}, **kwargs}
+    names: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{i}" for i in range(len(args) - len(names))]
+        elif parameter.kind is not inspect.Parameter.KEYWORD_ONLY and len(names) < len(args):
+            names.append(parameter.name)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _key_text(key: Any) -> str:
+    if isinstance(key, pytree.SequenceKey):
+        return str(key.idx)
+    return str(getattr(key, "key", getattr(key, "name", key)))
+
+
+def _dimension_names(name: str, tensor: torch.Tensor, spec: Any) -> dict[int, str]:
+    """One tensor's entry of dynamic_shapes as {dimension: symbolic name}."""
+    if spec is None:
+        return {}
+    entries = spec.items() if isinstance(spec, Mapping) else enumerate(spec)
+    result = {}
+    for axis, dim in entries:
+        if not isinstance(axis, int) or not -tensor.ndim <= axis < tensor.ndim:
+            raise ArgumentTypeError(f"dynamic_shapes of {name!r} names dimension {axis!r} of a {tensor.ndim}-D tensor")
+        if dim is None or isinstance(dim, int) or "STATIC" in str(dim):
+            continue
+        positive = axis % tensor.ndim
+        label = dim if isinstance(dim, str) else getattr(dim, "__name__", None)
+        if not isinstance(label, str):
+            # Dim.DYNAMIC and Dim.AUTO have no name of their own
+            label = f"{name}_dim_{positive}"
+        result[positive] = label
+    return result

@@ -1,0 +1,315 @@
+"""From a module and example arguments to one functional ATen graph, gradients included.
+
+The result is a `CapturedProgram`: an FX graph of functional ATen operators whose placeholders are the parameters,
+buffers and inputs *by name*, and whose outputs say what they are.
+
+Two functions make one:
+
+    capture(module, args, kwargs, *, dynamic_shapes=None, ...)
+        The forward pass as it stands. The forward may call torch.autograd.grad, torch.func.grad/vjp/jacrev or
+        torch.nn.grad; tracing happens below autograd, so those gradients become ordinary nodes.
+
+    capture_gradients(module, args, kwargs, *, wrt="parameters", value=None, value_args=(), ...)
+        Forward, a scalar of the output, and its gradients, in one graph. `value(output, *value_args)` is the loss;
+        each of `value_args` becomes a further input (labels). Outputs: "value", then the gradients
+        ("conv1.weight.grad", "x.grad"), then the updated buffers under their own names.
+
+How the tracing is done, and which parts of PyTorch it relies on, is in `tracing.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch.utils import _pytree as pytree
+
+from convgrad_export.errors import ArgumentTypeError, ConstantGradientError
+from convgrad_export.integrations.arguments import CallArguments, DynamicShapes, named_tensors
+from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
+from convgrad_export.integrations.tracing import Decompositions, swapped_tensors, trace_function
+
+
+def capture(
+    module: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: DynamicShapes = None,
+    output_names: Sequence[str] | None = None,
+    decompositions: Decompositions | None = None,
+) -> CapturedProgram:
+    """Capture `module(*args, **kwargs)` with every gradient that its forward computes.
+
+    Args:
+        module: Called as it is: its training mode decides what BatchNorm and dropout do.
+        args: Example arguments. Tensors (nested in lists, tuples and dicts too) become inputs named after the forward
+            parameter; other values are taken as constants.
+        kwargs: Example keyword arguments, likewise.
+        dynamic_shapes: torch.export's form: per argument a dict from dimension to a name or `torch.export.Dim`, or a
+            sequence with one entry per dimension. Dimensions with one name are one symbol.
+        output_names: Names of the flattened outputs; by default "output", or "output_0", ... or a dict's keys.
+        decompositions: ATen overload to Python function, applied in the second pass.
+
+    Raises:
+        CaptureError: The forward cannot be traced; the message holds the line of user code.
+        ConstantGradientError: An output does not depend on any input or parameter, or the forward reads tensor values
+            into Python (`.item()`, `.numpy()`), which would bake them in.
+        DynamicShapeError: A dimension declared dynamic is fixed by the forward.
+    """
+    arguments = CallArguments(module, args, kwargs)
+    state = state_inputs(module)
+    spec_holder: list[Any] = []
+
+    def traced(values: Mapping[str, torch.Tensor]) -> list[TracedOutput]:
+        buffers = {s.name: values[s.name].clone() for s in state if s.kind == "buffer"}
+        tensors = {**{s.name: values[s.name] for s in state if s.kind == "parameter"}, **buffers}
+        with swapped_tensors(module, state, tensors):
+            result = arguments.call(module, values)
+        flat, spec = pytree.tree_flatten(result)
+        spec_holder[:] = [spec]
+        names = list(output_names) if output_names is not None else _output_names(result, flat)
+        tensors_out = [t for t in flat if isinstance(t, torch.Tensor)]
+        names = [n for n, t in zip(names, flat, strict=True) if isinstance(t, torch.Tensor)]
+        outputs = [TracedOutput(GraphOutput(n, "output"), t) for n, t in zip(names, tensors_out, strict=True)]
+        return outputs + _buffer_outputs(state, tensors, set(names))
+
+    inputs = (*state, *arguments.inputs(state, dynamic_shapes))
+    program = trace_function(traced, inputs, decompositions=decompositions)
+    program.output_spec = spec_holder[0]
+    return program
+
+
+def capture_gradients(
+    module: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    wrt: str | Sequence[str] = "parameters",
+    value: Callable[..., torch.Tensor] | None = None,
+    value_args: Sequence[torch.Tensor] = (),
+    value_arg_names: Sequence[str] | None = None,
+    frozen: Sequence[str] = (),
+    return_outputs: bool = False,
+    dynamic_shapes: DynamicShapes = None,
+    value_dynamic_shapes: DynamicShapes = None,
+    unused: Literal["error", "omit", "zeros"] = "omit",
+    decompositions: Decompositions | None = None,
+) -> CapturedProgram:
+    """Capture forward, `value(output, *value_args)` and its gradients as one graph.
+
+    Args:
+        module: As for `capture`.
+        args: As for `capture`.
+        kwargs: As for `capture`.
+        wrt: "parameters", "inputs", or names: of parameters, of inputs, or of submodules, whose output activation is
+            then meant ("layer4"); an activation is also returned, under the submodule's name.
+        value: Maps the forward's output and `value_args` to a scalar; the sum of a single tensor by default.
+        value_args: Example tensors, each a further input of the graph (labels, targets).
+        value_arg_names: Their names; the value function's own parameter names by default.
+        frozen: Parameter names left out of `wrt="parameters"`.
+        return_outputs: Also return the forward's outputs ("output", ...), before the gradients.
+        dynamic_shapes: As for `capture`.
+        value_dynamic_shapes: The same for `value_args`.
+        unused: What to do about a name that the value does not depend on: refuse, leave its gradient out (it is listed
+            in `CapturedProgram.unused`), or return zeros.
+        decompositions: As for `capture`.
+
+    Returns:
+        Outputs in this order: "value"; the forward's outputs if asked for; activations named in `wrt`; one
+        "<name>.grad" per differentiated tensor; every buffer that the forward updates, under its own name.
+
+    Raises:
+        ArgumentTypeError: `wrt` names nothing that the module has, or `value` does not return a scalar.
+        ConstantGradientError: With unused="error", a gradient that is zero whatever the input.
+        CaptureError, DynamicShapeError: As for `capture`.
+    """
+    arguments = CallArguments(module, args, kwargs)
+    state = state_inputs(module)
+    user = arguments.inputs(state, dynamic_shapes)
+    labels = _value_inputs(value, value_args, value_arg_names, value_dynamic_shapes, (*state, *user))
+    targets = _differentiated(module, wrt, state, user, frozen)
+    spec_holder: list[Any] = []
+    unused_names: list[str] = []
+
+    def traced(values: Mapping[str, torch.Tensor]) -> list[TracedOutput]:
+        leaves = {
+            name: values[name].detach().requires_grad_() for name, kind in targets.items() if kind != "activation"
+        }
+        tensors = {s.name: leaves.get(s.name, values[s.name]) for s in state if s.kind == "parameter"}
+        tensors.update({s.name: values[s.name].clone() for s in state if s.kind == "buffer"})
+        activations = [name for name, kind in targets.items() if kind == "activation"]
+        with swapped_tensors(module, state, tensors), _recorded(module, activations) as recorded:
+            result = arguments.call(module, {**values, **leaves})
+        flat, spec = pytree.tree_flatten(result)
+        spec_holder[:] = [spec]
+        scalar = _scalar(value, result, [values[s.name] for s in labels])
+        wanted = [recorded[name] if kind == "activation" else leaves[name] for name, kind in targets.items()]
+        grads = torch.autograd.grad(scalar, wanted, allow_unused=True) if wanted else ()
+        outputs = [TracedOutput(GraphOutput("value", "value"), scalar)]
+        if return_outputs:
+            names = _output_names(result, flat)
+            outputs += [TracedOutput(GraphOutput(n, "output"), t) for n, t in zip(names, flat, strict=True)]
+        outputs += [TracedOutput(GraphOutput(name, "output", name), recorded[name]) for name in activations]
+        for name, tensor, grad in zip(targets, wanted, grads, strict=True):
+            if grad is None:
+                unused_names.append(name)
+                if unused == "omit":
+                    continue
+                grad = torch.zeros_like(tensor)
+            outputs.append(TracedOutput(GraphOutput(f"{name}.grad", "gradient", name), grad))
+        taken = {o.spec.name for o in outputs}
+        return outputs + _buffer_outputs(state, tensors, taken)
+
+    program = trace_function(traced, (*state, *user, *labels), decompositions=decompositions)
+    program.output_spec = spec_holder[0]
+    program.unused = tuple(unused_names)
+    if unused == "error" and unused_names:
+        raise ConstantGradientError(
+            f"the value does not depend on {', '.join(unused_names)}: the gradient would be a constant zero. "
+            "Leave the name out of wrt, or pass unused='zeros' if that is meant."
+        )
+    return program
+
+
+def state_inputs(module: torch.nn.Module) -> tuple[GraphInput, ...]:
+    """Every parameter and buffer once, under its first name; further names of a tied tensor are its aliases."""
+    kinds: dict[str, Literal["parameter", "buffer"]] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[int, list[str]] = {}
+    named: list[tuple[str, Literal["parameter", "buffer"], torch.Tensor]] = [
+        *((n, "parameter", p) for n, p in module.named_parameters(remove_duplicate=False)),
+        *((n, "buffer", b) for n, b in module.named_buffers(remove_duplicate=False)),
+    ]
+    for name, kind, tensor in named:
+        if id(tensor) in aliases:
+            aliases[id(tensor)].append(name)
+            continue
+        aliases[id(tensor)] = []
+        kinds[name], tensors[name] = kind, tensor
+    return tuple(GraphInput(n, kinds[n], t, tuple(aliases[id(t)])) for n, t in tensors.items())
+
+
+def _output_names(result: Any, flat: Sequence[Any]) -> list[str]:
+    if isinstance(result, Mapping) and len(result) == len(flat):
+        return [str(key) for key in result]
+    return ["output"] if len(flat) == 1 else [f"output_{i}" for i in range(len(flat))]
+
+
+def _buffer_outputs(
+    state: Sequence[GraphInput], tensors: Mapping[str, torch.Tensor], taken: set[str]
+) -> list[TracedOutput]:
+    """All buffers after the call. `trace_function` drops those that turn out to be unchanged."""
+    outputs = []
+    for spec in state:
+        if spec.kind == "buffer":
+            # A model's own output may carry a buffer's name already; the update then needs another one.
+            name = spec.name if spec.name not in taken else f"{spec.name}.updated"
+            outputs.append(TracedOutput(GraphOutput(name, "buffer", spec.name), tensors[spec.name]))
+    return outputs
+
+
+def _value_inputs(
+    value: Callable[..., torch.Tensor] | None,
+    examples: Sequence[torch.Tensor],
+    names: Sequence[str] | None,
+    dynamic_shapes: DynamicShapes,
+    others: Sequence[GraphInput],
+) -> tuple[GraphInput, ...]:
+    if names is None:
+        names = []
+        if value is not None and examples:
+            with contextlib.suppress(TypeError, ValueError):
+                names = list(inspect.signature(value).parameters)[1:]
+        names = [*names[: len(examples)], *(f"value_arg_{i}" for i in range(len(names), len(examples)))]
+    if len(names) != len(examples):
+        raise ArgumentTypeError(f"value_arg_names has {len(names)} names for {len(examples)} value_args")
+    return named_tensors(dict(zip(names, examples, strict=True)), dynamic_shapes, others)
+
+
+def _differentiated(
+    module: torch.nn.Module,
+    wrt: str | Sequence[str],
+    state: Sequence[GraphInput],
+    user: Sequence[GraphInput],
+    frozen: Sequence[str],
+) -> dict[str, Literal["parameter", "user", "activation"]]:
+    """Each name to differentiate with respect to, and what it is."""
+    parameters = {alias: s.name for s in state if s.kind == "parameter" for alias in (s.name, *s.aliases)}
+    inputs = [s.name for s in user if s.value.is_floating_point()]
+    if unknown := [name for name in frozen if name not in parameters]:
+        raise ArgumentTypeError(f"frozen names no parameter of {type(module).__name__}: {', '.join(unknown)}")
+    left_out = {parameters[name] for name in frozen}
+    if isinstance(wrt, str) and wrt == "parameters":
+        trainable = [s.name for s in state if s.kind == "parameter" and s.value.is_floating_point()]
+        return {name: "parameter" for name in trainable if name not in left_out}
+    if isinstance(wrt, str) and wrt == "inputs":
+        if not inputs:
+            raise ArgumentTypeError("wrt='inputs', but no argument is a floating-point tensor")
+        return dict.fromkeys(inputs, "user")
+    result: dict[str, Literal["parameter", "user", "activation"]] = {}
+    modules = dict(module.named_modules())
+    for name in [wrt] if isinstance(wrt, str) else wrt:
+        if name in inputs:
+            result[name] = "user"
+        elif name in parameters:
+            result[parameters[name]] = "parameter"
+        elif name in modules and name:
+            result[name] = "activation"
+        else:
+            close = ", ".join([*inputs, *list(modules)[1:9]])
+            raise ArgumentTypeError(
+                f"wrt names {name!r}, which is no floating-point input, parameter or submodule of "
+                f"{type(module).__name__}; inputs and first submodules: {close}"
+            )
+    return result
+
+
+@contextlib.contextmanager
+def _recorded(module: torch.nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Keep the output of each named submodule; the rest of the forward goes on with a copy.
+
+    The copy matters: a later in-place operation (ReLU(inplace=True)) would otherwise change the recorded tensor, and
+    the gradient would be that of the changed one.
+    """
+    recorded: dict[str, torch.Tensor] = {}
+    handles = []
+
+    def record(name: str) -> Callable[..., torch.Tensor]:
+        def hook(_module: torch.nn.Module, _args: Any, output: Any) -> torch.Tensor:
+            if not isinstance(output, torch.Tensor):
+                raise ArgumentTypeError(f"wrt names {name!r}, whose output is a {type(output).__name__}, not a tensor")
+            if name in recorded:
+                raise ArgumentTypeError(f"wrt names {name!r}, which the forward calls more than once")
+            # A frozen trunk has no graph up to here; the activation is then a leaf of its own.
+            recorded[name] = output if output.requires_grad else output.detach().requires_grad_()
+            return recorded[name].clone()
+
+        return hook
+
+    try:
+        for name in names:
+            handles.append(module.get_submodule(name).register_forward_hook(record(name)))
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing := [name for name in names if name not in recorded]:
+        raise ArgumentTypeError(f"wrt names {', '.join(missing)}, which the forward never calls")
+
+
+def _scalar(value: Callable[..., torch.Tensor] | None, result: Any, labels: Sequence[torch.Tensor]) -> torch.Tensor:
+    if value is None:
+        if not isinstance(result, torch.Tensor):
+            raise ArgumentTypeError(
+                f"the forward returns a {type(result).__name__}: pass value=..., a function of it that returns a scalar"
+            )
+        return result.sum()
+    scalar = value(result, *labels)
+    if not isinstance(scalar, torch.Tensor) or scalar.numel() != 1:
+        got = f"shape {tuple(scalar.shape)}" if isinstance(scalar, torch.Tensor) else type(scalar).__name__
+        raise ArgumentTypeError(f"value must return a tensor with one element, got {got}")
+    return scalar.reshape(())

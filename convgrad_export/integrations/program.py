@@ -1,0 +1,87 @@
+"""The captured form of a model: a functional ATen graph whose inputs and outputs are known by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+InputKind = Literal["parameter", "buffer", "user", "constant"]
+OutputKind = Literal["output", "value", "gradient", "buffer"]
+DynamicShapes = Mapping[str, Any] | Sequence[Any] | None
+Decompositions = Mapping[Any, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One placeholder of the captured graph.
+
+    Attributes:
+        name: Fully qualified name of a parameter or buffer ("layer1.0.conv1.weight"), or an input's argument name.
+        kind: "parameter", "buffer", "user" (an argument), or "constant" (a tensor the forward closed over).
+        value: The tensor itself; for a user input, the example.
+        aliases: Further names of the same tensor (tied weights).
+        dynamic: Dimension index to symbolic name, for user inputs.
+    """
+
+    name: str
+    kind: InputKind
+    value: torch.Tensor
+    aliases: tuple[str, ...] = ()
+    dynamic: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GraphOutput:
+    """One output of the captured graph; `target` names what a gradient or updated buffer belongs to."""
+
+    name: str
+    kind: OutputKind
+    target: str | None = None
+
+
+@dataclass
+class CapturedProgram:
+    """A functional ATen graph with named inputs and outputs, in placeholder and output order.
+
+    Attributes:
+        graph_module: Every node's `meta["val"]` is a fake tensor; `meta["nn_module_path"]` the calling module's name.
+        inputs: One per placeholder, in order.
+        outputs: One per element of the output node's tuple, in order.
+        symbol_names: Symbol text in `meta["val"]` shapes ("s77") to the dimension name that was asked for ("batch").
+        output_spec: How to rebuild the structure the forward returned from the "output" entries; None for gradients.
+        unused: Names in `wrt` that the value does not depend on, and that therefore have no gradient output.
+        shape_env: The constraints gathered on the dynamic dimensions.
+    """
+
+    graph_module: torch.fx.GraphModule
+    inputs: tuple[GraphInput, ...]
+    outputs: tuple[GraphOutput, ...]
+    symbol_names: Mapping[str, str]
+    output_spec: Any
+    unused: tuple[str, ...]
+    shape_env: ShapeEnv
+
+    def run(self, *user_inputs: torch.Tensor, **replaced: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run the graph eagerly; parameters, buffers and constants keep their values unless given by name."""
+        remaining = iter(user_inputs)
+        values = [
+            replaced[spec.name] if spec.name in replaced else next(remaining) if spec.kind == "user" else spec.value
+            for spec in self.inputs
+        ]
+        with torch.no_grad():
+            results = self.graph_module(*values)
+        return {spec.name: result for spec, result in zip(self.outputs, results, strict=True)}
+
+
+@dataclass(frozen=True)
+class TracedOutput:
+    """What a traced Python function hands back for one output."""
+
+    spec: GraphOutput
+    tensor: torch.Tensor

@@ -1,0 +1,358 @@
+"""Tracing a Python function to functional ATen: the one module that touches unstable parts of PyTorch.
+
+Two passes over fake tensors; no data is read and no arithmetic done.
+
+1. The function runs with autograd on, below which `make_fx` records what reaches ATen: forward operators, and the
+   backward operators that autograd.grad or torch.func call. In-place operators are still in place here.
+2. The recorded graph is replayed through functionalization and a decomposition table. `add_` becomes `add`,
+   BatchNorm's training mode returns its running statistics, and the result has no aliasing left.
+
+One pass would need functionalization to work under the user's own torch.func transforms; two do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx.experimental._config
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils import stateless
+
+from convgrad_export.errors import CaptureError, ConstantGradientError, ConvGradError, DynamicShapeError
+from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
+
+Decompositions = Mapping[Any, Callable[..., Any]]
+TracedFunction = Callable[[Mapping[str, torch.Tensor]], Sequence[TracedOutput]]
+
+_MODULE_PATH = "nn_module_path"
+_COPYING = {torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+_OWN_DIRECTORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_TORCH_DIRECTORY = os.path.dirname(os.path.abspath(torch.__file__))
+# What PyTorch says when Python reads a traced tensor's values.
+_READS_VALUES = ("Cannot access data pointer", "numpy() is not supported", "tolist() is not supported", "_local_scalar")
+
+
+def trace_function(
+    function: TracedFunction, inputs: Sequence[GraphInput], *, decompositions: Decompositions | None = None
+) -> CapturedProgram:
+    """Trace `function`, which maps named tensors to outputs, into a `CapturedProgram`.
+
+    Args:
+        function: Called once, with fake tensors under the names of `inputs`.
+        inputs: In the order the placeholders will have. Constants that the function closes over are appended.
+        decompositions: Applied in the second pass.
+
+    Raises:
+        CaptureError, ConstantGradientError, DynamicShapeError: See `capture.capture`.
+    """
+    shape_env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
+    # Sizes 0 and 1 of a dynamic dimension must not become special cases: an exported model also runs at batch 1.
+    config: Any = torch.fx.experimental._config  # a config module: its `patch` is added at run time
+    with config.patch(backed_size_oblivious=True):
+        fakes, symbol_names = _fake_inputs(inputs, mode, shape_env)
+        specs: list[GraphOutput] = []
+
+        def flat(values: list[torch.Tensor]) -> list[torch.Tensor]:
+            named = {spec.name: value for spec, value in zip(inputs, values, strict=True)}
+            outputs = list(function(named))
+            specs[:] = [output.spec for output in outputs]
+            return [output.tensor for output in outputs]
+
+        recorded = _record(flat, fakes, mode)
+        recorded.graph.eliminate_dead_code()
+        constants = _lift_constants(recorded)
+        _refuse_constant_outputs(recorded, specs, inputs)
+        constant_fakes = [mode.from_tensor(c.value, static_shapes=True) for c in constants]
+        functional = _functionalize(recorded, [*fakes, *constant_fakes], mode, decompositions)
+    _check_dynamic(inputs, fakes, shape_env)
+    return _program(functional, [*inputs, *constants], specs, symbol_names, shape_env)
+
+
+@contextlib.contextmanager
+def swapped_tensors(
+    module: torch.nn.Module, state: Sequence[GraphInput], tensors: dict[str, torch.Tensor]
+) -> Iterator[None]:
+    """Put `tensors` (by first name) in place of the module's own, tied names included.
+
+    Buffers that the forward assigns anew (`self.count = self.count + 1`) are found in `tensors` afterwards.
+    """
+    spread = {name: tensors[s.name] for s in state if s.name in tensors for name in (s.name, *s.aliases)}
+    before = dict(spread)
+    with stateless._reparametrize_module(module, spread):
+        yield
+    for spec in state:
+        if spec.name not in tensors:
+            continue
+        # An alias may have been assigned where the first name was not.
+        changed = [spread[n] for n in (spec.name, *spec.aliases) if spread[n] is not before[n]]
+        if changed:
+            tensors[spec.name] = changed[-1]
+
+
+def _fake_inputs(
+    inputs: Sequence[GraphInput], mode: FakeTensorMode, shape_env: ShapeEnv
+) -> tuple[list[torch.Tensor], dict[str, str]]:
+    fakes: list[torch.Tensor] = []
+    first_of: dict[str, Any] = {}  # SymInt
+    symbol_names: dict[str, str] = {}
+    for spec in inputs:
+        if not spec.dynamic:
+            fakes.append(mode.from_tensor(spec.value, static_shapes=True))
+            continue
+        sizes = [DimDynamic.DYNAMIC if a in spec.dynamic else DimDynamic.STATIC for a in range(spec.value.ndim)]
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+        fake = mode.from_tensor(_with_general_sizes(spec), symbolic_context=context)
+        for axis, label in spec.dynamic.items():
+            size: Any = fake.shape[axis]
+            if label in first_of:
+                if spec.value.shape[axis] != first_of[label].node.hint and spec.value.shape[axis] > 1:
+                    raise DynamicShapeError(
+                        f"dimension {label!r} is {spec.value.shape[axis]} in {spec.name!r} and "
+                        f"{first_of[label].node.hint} in another input: one name is one size"
+                    )
+                torch._check(size == first_of[label])
+            else:
+                first_of[label] = size
+                symbol_names[str(size.node.expr)] = label
+        fakes.append(fake)
+    return fakes, symbol_names
+
+
+def _with_general_sizes(spec: GraphInput) -> torch.Tensor:
+    """The example, or zeros with 2 for a dynamic size of 0 or 1: fake tensors read no data, only sizes."""
+    shape = [max(size, 2) if axis in spec.dynamic else size for axis, size in enumerate(spec.value.shape)]
+    if shape == list(spec.value.shape):
+        return spec.value
+    general = torch.zeros(shape, dtype=spec.value.dtype, device=spec.value.device)
+    return general.requires_grad_(spec.value.requires_grad)
+
+
+def _record(
+    flat: Callable[[list[torch.Tensor]], list[torch.Tensor]], fakes: list[torch.Tensor], mode: FakeTensorMode
+) -> torch.fx.GraphModule:
+    """First pass: what the function calls, with the calling module and the user's line on every node."""
+    try:
+        with (
+            mode,
+            enable_python_dispatcher(),
+            torch.enable_grad(),
+            sdpa_kernel(SDPBackend.MATH),  # the fused CPU kernel has no ONNX form, forward or backward
+            fx_traceback.preserve_node_meta(),
+            _module_paths(),
+        ):
+            return make_fx(flat, record_stack_traces=True)(fakes)
+    except ConvGradError:
+        raise
+    except Exception as error:
+        where = _user_frame(error)
+        if _reads_values(error):
+            raise ConstantGradientError(
+                f"{where}: the forward reads tensor values into Python ({_first_line(error)}). Whatever is computed "
+                "from them would be a constant in the exported graph (pytorch#89675). Keep the computation in tensors."
+            ) from error
+        raise CaptureError(f"{where}: the forward cannot be traced: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _module_paths() -> Iterator[None]:
+    """While active, every recorded node carries the names of the modules that are being called."""
+    names: dict[int, str] = {}
+    calls: list[str] = []
+
+    def publish() -> None:
+        meta = fx_traceback.current_meta
+        meta["nn_module_stack"] = {str(i): (path, torch.nn.Module) for i, path in enumerate(calls)}
+
+    def enter(module: torch.nn.Module, _args: Any) -> None:
+        if not calls:
+            names.update({id(m): name for name, m in module.named_modules()})
+        calls.append(names.get(id(module), type(module).__name__))
+        publish()
+
+    def leave(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
+        calls.pop()
+        publish()
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _lift_constants(recorded: torch.fx.GraphModule) -> list[GraphInput]:
+    """Turn tensors that the function closed over from attributes of the graph into placeholders at its end."""
+    placeholders = [node for node in recorded.graph.nodes if node.op == "placeholder"]
+    lifted: dict[str, tuple[GraphInput, torch.fx.Node]] = {}
+    for node in [node for node in recorded.graph.nodes if node.op == "get_attr"]:
+        tensor = getattr(recorded, node.target)
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if node.target not in lifted:
+            name = f"constant_{len(lifted)}"
+            with recorded.graph.inserting_after(placeholders[-1] if placeholders else None):
+                placeholder = recorded.graph.placeholder(name)
+            placeholders.append(placeholder)
+            placeholder.meta["lifted_from"] = node.meta.get("stack_trace") or node.stack_trace
+            lifted[node.target] = (GraphInput(name, "constant", tensor.detach()), placeholder)
+        node.replace_all_uses_with(lifted[node.target][1])
+        recorded.graph.erase_node(node)
+    recorded.recompile()
+    return [spec for spec, _ in lifted.values()]
+
+
+def _refuse_constant_outputs(
+    recorded: torch.fx.GraphModule, specs: Sequence[GraphOutput], inputs: Sequence[GraphInput]
+) -> None:
+    """Refuse outputs that nothing the caller can change has any influence on (pytorch#89675)."""
+    placeholders = [node for node in recorded.graph.nodes if node.op == "placeholder"]
+    living = {node for node, spec in zip(placeholders, inputs, strict=False) if spec.kind != "constant"}
+    for node in recorded.graph.nodes:
+        if node.op == "call_function" and (_is_random(node.target) or any(a in living for a in node.all_input_nodes)):
+            living.add(node)
+    (output,) = [node for node in recorded.graph.nodes if node.op == "output"]
+    for spec, node in zip(specs, output.args[0], strict=True):
+        if spec.kind == "buffer" or not isinstance(node, torch.fx.Node) or node in living:
+            continue
+        where = _node_place(node) or _node_place(next(iter(node.all_input_nodes), node)) or "in the forward"
+        raise ConstantGradientError(
+            f"output {spec.name!r} depends on no input and no parameter: it would be baked into the exported graph as "
+            f"a constant (pytorch#89675). It was computed {where}, from tensors that are neither arguments nor "
+            "registered parameters or buffers. Compute it inside the forward, from the forward's arguments."
+        )
+
+
+def _is_random(target: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+
+def _functionalize(
+    recorded: torch.fx.GraphModule,
+    fakes: list[torch.Tensor],
+    mode: FakeTensorMode,
+    decompositions: Decompositions | None,
+) -> torch.fx.GraphModule:
+    """Second pass: no in-place operators, and decompositions applied."""
+
+    def replay(*values: torch.Tensor) -> Any:
+        # The interpreter hands each node's module path and source line on to the nodes made from it.
+        return torch.fx.Interpreter(recorded).run(*values)
+
+    try:
+        with mode, enable_python_dispatcher(), torch.no_grad(), fx_traceback.preserve_node_meta():
+            functional = make_fx(
+                torch.func.functionalize(replay, remove="mutations"), decomposition_table=dict(decompositions or {})
+            )(*fakes)
+    except Exception as error:
+        raise CaptureError(f"{_user_frame(error)}: the captured graph cannot be made functional: {error}") from error
+    functional.graph.eliminate_dead_code()
+    return functional
+
+
+def _check_dynamic(inputs: Sequence[GraphInput], fakes: Sequence[torch.Tensor], shape_env: ShapeEnv) -> None:
+    for spec, fake in zip(inputs, fakes, strict=True):
+        for axis, label in spec.dynamic.items():
+            size = fake.shape[axis]
+            expression = size.node.expr if isinstance(size, torch.SymInt) else size
+            if not getattr(expression, "free_symbols", None):
+                guards = [str(guard.sloc) for guard in shape_env.guards if "Eq" in str(guard.expr)]
+                raise DynamicShapeError(
+                    f"dimension {axis} of {spec.name!r} was declared dynamic ({label!r}), but the forward only works "
+                    f"for size {expression}. Declare it static, or remove the place that fixes it. "
+                    f"{guards[-1] if guards else ''}".rstrip()
+                )
+
+
+def _program(
+    functional: torch.fx.GraphModule,
+    inputs: Sequence[GraphInput],
+    specs: Sequence[GraphOutput],
+    symbol_names: Mapping[str, str],
+    shape_env: ShapeEnv,
+) -> CapturedProgram:
+    """Drop outputs for buffers that nothing updated, tidy names, attach module paths."""
+    graph = functional.graph
+    (output,) = [node for node in graph.nodes if node.op == "output"]
+    kept_nodes, kept_specs = [], []
+    for spec, node in zip(specs, output.args[0], strict=True):
+        if spec.kind == "buffer" and _source(node).op == "placeholder":
+            continue
+        kept_nodes.append(node)
+        kept_specs.append(spec)
+    output.args = (tuple(kept_nodes),)
+    for node in list(graph.nodes):
+        if node.target in _COPYING:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, source in zip(placeholders, inputs, strict=True):
+        node.meta["input_name"] = source.name
+    for node in graph.nodes:
+        node.meta[_MODULE_PATH] = _module_path(node, inputs)
+    functional.recompile()
+    return CapturedProgram(functional, tuple(inputs), tuple(kept_specs), dict(symbol_names), None, (), shape_env)
+
+
+def _source(node: torch.fx.Node) -> torch.fx.Node:
+    while node.target in _COPYING:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _module_path(node: torch.fx.Node, inputs: Sequence[GraphInput]) -> str:
+    """The calling module. A backward node has none of its own: it gets that of the parameter or value it reads."""
+    stack = node.meta.get("nn_module_stack") or {}
+    own = list(stack.values())[-1][0] if stack else ""
+    if own or node.op != "call_function":
+        return str(own)
+    for argument in node.all_input_nodes:
+        name = str(argument.meta.get("input_name", ""))
+        if any(spec.name == name and spec.kind == "parameter" for spec in inputs):
+            return name.rpartition(".")[0]
+    return next((p for a in reversed(node.all_input_nodes) if (p := a.meta.get(_MODULE_PATH, ""))), "")
+
+
+def _node_place(node: torch.fx.Node) -> str:
+    trace = node.stack_trace or node.meta.get("lifted_from") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    return f"at {lines[-1]}" if lines else ""
+
+
+def _user_frame(error: BaseException) -> str:
+    """The innermost line of code that is neither PyTorch's nor this package's."""
+    frames = list(itertools.chain.from_iterable(traceback.extract_tb(e.__traceback__) for e in (error,)))
+    for frame in reversed(frames):
+        path = os.path.abspath(frame.filename)
+        if not path.startswith((_OWN_DIRECTORY, _TORCH_DIRECTORY, "<")) and os.path.exists(path):
+            return f"{frame.filename}:{frame.lineno}, in {frame.name} ({frame.line})"
+    return "in the forward"
+
+
+def _reads_values(error: BaseException) -> bool:
+    text = f"{type(error).__name__}: {error}"
+    return type(error).__name__ == "DataDependentOutputException" or any(sign in text for sign in _READS_VALUES)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def is_fake(tensor: Any) -> bool:
+    """Whether a node's `meta["val"]` is a fake tensor (and not a size, or a list of tensors)."""
+    return isinstance(tensor, FakeTensor)

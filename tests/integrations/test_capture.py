@@ -1,0 +1,284 @@
+"""Captured graphs compute what eager PyTorch computes, by name, at sizes they were not captured at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from convgrad_export.errors import ArgumentTypeError, CaptureError, ConstantGradientError, DynamicShapeError
+from convgrad_export.integrations.capture import capture, capture_gradients
+from convgrad_export.integrations.program import CapturedProgram
+
+from .gradient_modules import FORMS, AutogradGrad, FuncVjp, image
+
+
+def assert_same(program: CapturedProgram, inputs: Sequence[torch.Tensor], expected: object) -> None:
+    actual = program.run(*inputs)
+    flat = pytree.tree_leaves(expected)
+    names = [spec.name for spec in program.outputs if spec.kind == "output"]
+    assert len(names) == len(flat)
+    for name, value in zip(names, flat, strict=True):
+        # The same kernels in the same order: what may differ is the summation order inside one kernel.
+        torch.testing.assert_close(actual[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("form", "args"), FORMS, ids=lambda value: getattr(value, "__name__", ""))
+def test_every_form_is_captured_without_baked_in_values(form: type[nn.Module], args: tuple[torch.Tensor, ...]) -> None:
+    torch.manual_seed(0)
+    module = form().double()
+    args = tuple(a.double() for a in args)
+    program = capture(module, args)
+    fresh = tuple(torch.randn_like(a) for a in args)
+    assert_same(program, fresh, module(*fresh))
+    assert [s.name for s in program.inputs if s.kind == "parameter"] == [n for n, _ in module.named_parameters()]
+    assert all(s.kind != "constant" for s in program.inputs)
+
+
+@pytest.mark.parametrize("sizes", [(1, 9, 8), (5, 12, 17)], ids=str)
+def test_dynamic_batch_and_image_size(sizes: tuple[int, int, int]) -> None:
+    module = AutogradGrad().double()
+    program = capture(module, (image().double(),), dynamic_shapes={"x": {0: "batch", 2: "height", 3: "width"}})
+    n, h, w = sizes
+    fresh = torch.randn(n, 3, h, w, dtype=torch.float64)
+    assert_same(program, (fresh,), module(fresh))
+    assert set(program.symbol_names.values()) == {"batch", "height", "width"}
+
+
+def test_one_name_is_one_size_over_two_inputs() -> None:
+    module = FuncVjp().double()
+    args = (image().double(), image(2, 2, 3, 2).double())
+    program = capture(module, args, dynamic_shapes=({0: "batch"}, {0: "batch"}))
+    assert list(program.symbol_names.values()) == ["batch"]
+    fresh = (torch.randn(4, 3, 9, 8, dtype=torch.float64), torch.randn(4, 2, 3, 2, dtype=torch.float64))
+    assert_same(program, fresh, module(*fresh))
+    with pytest.raises(DynamicShapeError, match="one name is one size"):
+        capture(module, (args[0], args[1][:1].repeat(3, 1, 1, 1)), dynamic_shapes=({0: "batch"}, {0: "batch"}))
+
+
+def test_a_dimension_that_the_forward_fixes_is_refused() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.reshape(2, 3, 72) * 2
+
+    with pytest.raises(DynamicShapeError, match="declared dynamic"):
+        capture(Fixed(), (image(),), dynamic_shapes={"x": {0: "batch"}})
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu_(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def test_loss_gradients_and_updated_buffers_by_name() -> None:
+    torch.manual_seed(1)
+    module = Classifier().double()
+    labels = torch.tensor([1, 4])
+    program = capture_gradients(
+        module,
+        (image().double(),),
+        value=lambda output, labels: nn.functional.cross_entropy(output, labels),
+        value_args=(labels,),
+        dynamic_shapes={"x": {0: "batch"}},
+        value_dynamic_shapes={"labels": {0: "batch"}},
+    )
+    assert [s.name for s in program.inputs if s.kind == "user"] == ["x", "labels"]
+    x, labels = torch.randn(3, 3, 9, 8, dtype=torch.float64), torch.tensor([0, 2, 2])
+    actual = program.run(x, labels)
+    loss = nn.functional.cross_entropy(module(x), labels)
+    loss.backward()
+    torch.testing.assert_close(actual["value"], loss.detach())
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(actual[f"{name}.grad"], parameter.grad)
+    buffers = dict(module.named_buffers())
+    updated = [s for s in program.outputs if s.kind == "buffer"]
+    assert {s.target for s in updated} == set(buffers)
+    for spec in updated:
+        torch.testing.assert_close(actual[spec.name], buffers[spec.name])
+
+
+def test_capture_leaves_the_module_as_it_was() -> None:
+    module = Classifier()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    identities = {name: id(p) for name, p in module.named_parameters()}
+    capture_gradients(module, (image(),))
+    assert {name: id(p) for name, p in module.named_parameters()} == identities
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_evaluation_mode_updates_no_buffer() -> None:
+    program = capture_gradients(Classifier().eval(), (image(),))
+    assert [s for s in program.outputs if s.kind == "buffer"] == []
+
+
+def test_tied_weights_are_one_input_with_one_gradient() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode = nn.Linear(4, 4, bias=False)
+            self.decode = nn.Linear(4, 4, bias=False)
+            self.decode.weight = self.encode.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.decode(torch.tanh(self.encode(x)))
+
+    module = Tied().double()
+    program = capture_gradients(module, (torch.ones(2, 4).double(),))
+    (weight,) = [s for s in program.inputs if s.kind == "parameter"]
+    assert (weight.name, weight.aliases) == ("encode.weight", ("decode.weight",))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    module(x).sum().backward()
+    torch.testing.assert_close(program.run(x)["encode.weight.grad"], module.encode.weight.grad)
+
+
+def test_gradient_of_an_activation_before_an_in_place_relu() -> None:
+    module = Classifier().double().eval()
+    program = capture_gradients(module, (image().double(),), wrt=["norm", "x"], value=lambda out: out[:, 1].sum())
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+    activation = module.norm(module.conv(x))
+    score = module.head(torch.relu(activation).mean((2, 3)))[:, 1].sum()
+    expected = torch.autograd.grad(score, [activation, x])
+    actual = program.run(x.detach())
+    torch.testing.assert_close(actual["norm"], activation.detach())
+    torch.testing.assert_close(actual["norm.grad"], expected[0])
+    torch.testing.assert_close(actual["x.grad"], expected[1])
+
+
+def test_dropout_keeps_one_mask_for_forward_and_backward() -> None:
+    module = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Dropout(0.5))
+    program = capture_gradients(module, (torch.ones(1, 64),), wrt=["input"], return_outputs=True)
+    (mask_sources,) = [
+        [
+            n
+            for n in program.graph_module.graph.nodes
+            if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
+        ]
+    ]
+    assert len(mask_sources) == 1
+    first, second = program.run(torch.ones(1, 64)), program.run(torch.ones(1, 64))
+    assert not torch.equal(first["output"], second["output"])
+    kept = first["output"] != 0
+    expected = (kept.float() * 2) @ module[0].weight.detach()
+    torch.testing.assert_close(first["input.grad"], expected)
+
+
+def test_a_closed_over_parameter_becomes_a_named_constant() -> None:
+    scale = nn.Parameter(torch.tensor([2.0, 3.0, 4.0]))
+
+    class Closed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.func.grad(lambda v: (v.pow(2) * scale[:, None, None]).sum())(x)
+
+    program = capture(Closed(), (image(),))
+    (constant,) = [s for s in program.inputs if s.kind == "constant"]
+    assert torch.equal(constant.value, scale.detach())
+    fresh = torch.randn(2, 3, 9, 8)
+    torch.testing.assert_close(program.run(fresh)["output"], Closed()(fresh).detach())
+
+
+class CachedGradient(nn.Module):
+    """pytorch#89675 in its usual shape: the gradient is computed once, outside, and kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        x = torch.ones(1, 3, 4, 4, requires_grad=True)
+        (self.cached,) = torch.autograd.grad(x.pow(3).sum(), x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.cached * 2.0
+
+
+def test_a_constant_gradient_is_refused_with_its_place() -> None:
+    with pytest.raises(ConstantGradientError, match=r"output.*89675.*test_capture\.py"):
+        capture(CachedGradient(), (image(),))
+
+
+class ReadsValues(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(x.pow(2).sum(), x)
+        doubled = gradient.numpy() * 2
+        return torch.from_numpy(doubled) + x
+
+
+def test_reading_a_gradients_values_is_refused_with_its_place() -> None:
+    place = r"test_capture\.py:\d+, in forward \(doubled = gradient.numpy\(\) \* 2\)"
+    with pytest.raises(ConstantGradientError, match=place):
+        capture(ReadsValues(), (image().requires_grad_(),))
+
+
+def test_item_stays_a_value_of_the_graph() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * x.max().item()
+
+    fresh = torch.randn(2, 3, 9, 8)
+    torch.testing.assert_close(capture(Scaled(), (image(),)).run(fresh)["output"], fresh * fresh.max())
+
+
+def test_an_error_of_the_forward_names_its_line() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ torch.ones(5, 5)
+
+    with pytest.raises(CaptureError, match=r"test_capture\.py:\d+, in forward"):
+        capture(Broken(), (image(),))
+
+
+def test_unused_parameters_are_listed_or_refused() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used = nn.Linear(4, 4)
+            self.spare = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    program = capture_gradients(Half(), (torch.ones(1, 4),))
+    assert program.unused == ("spare.weight", "spare.bias")
+    with pytest.raises(ConstantGradientError, match=r"spare\.weight, spare\.bias"):
+        capture_gradients(Half(), (torch.ones(1, 4),), unused="error")
+    zeros = capture_gradients(Half(), (torch.ones(1, 4),), unused="zeros").run(torch.ones(1, 4))
+    assert torch.equal(zeros["spare.weight.grad"], torch.zeros(4, 4))
+
+
+def test_unknown_names_are_refused_before_tracing() -> None:
+    with pytest.raises(ArgumentTypeError, match="no floating-point input, parameter or submodule"):
+        capture_gradients(Classifier(), (image(),), wrt=["layer4"])
+    with pytest.raises(ArgumentTypeError, match="dynamic_shapes names 'y'"):
+        capture(Classifier(), (image(),), dynamic_shapes={"y": {0: "batch"}})
+
+
+def test_an_input_that_shares_a_parameters_name_is_renamed() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight * self.weight
+
+    program = capture_gradients(Scale(), (torch.ones(3),), wrt=["weight_input", "weight"])
+    assert [s.name for s in program.inputs] == ["weight", "weight_input"]
+    actual = program.run(torch.tensor([1.0, 2.0, 3.0]))
+    assert actual["weight.grad"].tolist() == [1.0, 2.0, 3.0]
+    assert actual["weight_input.grad"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_every_node_knows_its_module() -> None:
+    program = capture_gradients(Classifier(), (image(),))
+    by_target = {str(n.target): n.meta["nn_module_path"] for n in program.graph_module.graph.nodes}
+    assert by_target["aten.convolution.default"] == "conv"
+    assert by_target["aten.convolution_backward.default"] == "conv"
+    assert by_target["aten.native_batch_norm_backward.default"] == "norm"
