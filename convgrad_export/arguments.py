@@ -1,0 +1,119 @@
+"""Turning a caller's arguments into canonical integers, or into one clear error.
+
+Booleans are refused where an integer is meant, and floats everywhere: `groups=2.0` is a mistake, not a request.
+A tracer's symbolic integer (torch.SymInt, sympy-backed) passes through untouched, so no guard is added to a trace.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import ArgumentTypeError, GeometryError
+
+
+def is_symbolic(value: Any) -> bool:
+    """True for a tracer's symbolic integer or a dimension name, False for a plain integer."""
+    return isinstance(value, str) or (not isinstance(value, numbers.Integral) and hasattr(value, "node"))
+
+
+def as_int(value: Any, name: str, minimum: int | None = None) -> Any:
+    """`value` as an int (symbolic integers unchanged), at least `minimum`.
+
+    Raises:
+        ArgumentTypeError: not an integer. GeometryError: below `minimum`.
+    """
+    if not isinstance(value, str) and is_symbolic(value):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ArgumentTypeError(f"{name} is {value!r} ({type(value).__name__}), expected an integer")
+    result = int(value)
+    if minimum is not None and result < minimum:
+        raise GeometryError(f"{name} is {result}, expected at least {minimum}")
+    return result
+
+
+def as_bool(value: Any, name: str) -> bool:
+    if isinstance(value, bool) or (isinstance(value, numbers.Integral) and int(value) in (0, 1)):
+        return bool(value)
+    raise ArgumentTypeError(f"{name} is {value!r} ({type(value).__name__}), expected True or False")
+
+
+def as_groups(value: Any) -> int:
+    groups: int = as_int(value, "groups", minimum=1)
+    return groups
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def as_shape(value: Any, name: str, *, allow_name: bool = False) -> tuple[Any, ...]:
+    """A tensor shape: non-negative sizes; with `allow_name` the batch (dimension 0) may be a string."""
+    if not _is_sequence(value):
+        try:
+            value = tuple(value)  # numpy arrays, protobuf repeated fields
+        except TypeError:
+            raise ArgumentTypeError(
+                f"shape of {name} is {value!r} ({type(value).__name__}), expected a sequence of integers"
+            ) from None
+    if isinstance(value, str):
+        raise ArgumentTypeError(f"shape of {name} is {value!r}, expected a sequence of integers")
+    sizes = []
+    for axis, size in enumerate(value):
+        if axis == 0 and allow_name and isinstance(size, str):
+            sizes.append(size)
+        else:
+            sizes.append(as_int(size, f"{name} dimension {axis}", minimum=0))
+    return tuple(sizes)
+
+
+def as_sizes(value: Any, rank: int, name: str, *, minimum: int) -> tuple[int, ...]:
+    """One integer per spatial axis; a single integer or a sequence of length one stands for all axes."""
+    if not _is_sequence(value):
+        return (as_int(value, name, minimum),) * rank
+    if len(value) not in (1, rank):
+        raise GeometryError(f"{name} is {tuple(value)}, expected one integer or {rank} (one per spatial axis)")
+    sizes = tuple(as_int(item, f"{name}[{axis}]", minimum) for axis, item in enumerate(value))
+    return sizes * rank if len(sizes) == 1 else sizes
+
+
+def as_padding(
+    value: Any, kernel: Sequence[Any], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[Any, Any], ...]:
+    """(begin, end) per spatial axis from any of the forms of `padding`.
+
+    ``"same"`` follows torch: total ``d(K-1)``, the smaller half first, stride 1 only.
+    """
+    rank = len(kernel)
+    if isinstance(value, str):
+        return _named_padding(value, kernel, stride, dilation)
+    if not _is_sequence(value):
+        amount = as_int(value, "padding", 0)
+        return ((amount, amount),) * rank
+    if any(_is_sequence(item) for item in value):
+        return _pair_padding(value, rank)
+    return tuple((amount, amount) for amount in as_sizes(value, rank, "padding", minimum=0))
+
+
+def _named_padding(
+    value: str, kernel: Sequence[Any], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[Any, Any], ...]:
+    if value == "valid":
+        return ((0, 0),) * len(kernel)
+    if value != "same":
+        raise GeometryError(f"padding is {value!r}, expected 'same', 'valid', integers or (begin, end) pairs")
+    if any(s != 1 for s in stride):
+        raise GeometryError(f"padding is 'same' with stride {tuple(stride)}, expected stride 1: give integers instead")
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    return tuple((total // 2, total - total // 2) for total in totals)
+
+
+def _pair_padding(value: Sequence[Any], rank: int) -> tuple[tuple[Any, Any], ...]:
+    if len(value) != rank or not all(_is_sequence(item) and len(item) == 2 for item in value):
+        raise GeometryError(f"padding is {value!r}, expected {rank} pairs (begin, end), one per spatial axis")
+    return tuple(
+        (as_int(lo, f"padding[{axis}][0]", 0), as_int(hi, f"padding[{axis}][1]", 0))
+        for axis, (lo, hi) in enumerate(value)
+    )

@@ -1,0 +1,1 @@
+"""Emitters: one description of a gradient, one module for each target."""

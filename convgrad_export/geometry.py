@@ -1,0 +1,445 @@
+"""The integers of a convolution gradient: validated once, derived once, used by every formula.
+
+Neither torch nor onnx is imported here. A size may be a Python int, a symbolic integer of a tracer (any object with
+integer arithmetic), or, for the batch alone, a name such as ``"batch"`` that becomes a symbolic dimension in ONNX.
+
+Letters, the same everywhere in the package: ``N`` batch, ``C`` input channels, ``M`` output channels, ``G`` groups,
+``I`` input size, ``O`` output size, ``K`` kernel size, ``s`` stride, ``d`` dilation, ``lo``/``hi`` zero padding before
+and after. A forward convolution reads ``X (N, C, I)`` and ``W (M, C/G, K)`` and writes ``Y (N, M, O)``; a transposed one
+has ``W (C, M/G, K)``. Derived: the kernel's extent ``E = d(K-1)+1`` and the span ``F = (O-1)s+E`` of the padded input
+that the forward pass reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+from .arguments import as_bool, as_groups, as_padding, as_shape, as_sizes, is_symbolic
+from .errors import GeometryError
+
+Size: TypeAlias = Any  # int, or a tracer's symbolic integer
+Sizes: TypeAlias = tuple[Size, ...]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A range of an axis that is extended by zeros on both sides: crop first, then pad. All in elements, all >= 0."""
+
+    crop_begin: Size
+    crop_end: Size
+    pad_begin: Size
+    pad_end: Size
+
+    @property
+    def crops(self) -> bool:
+        return bool(self.crop_begin != 0 or self.crop_end != 0)
+
+    @property
+    def pads(self) -> bool:
+        return bool(self.pad_begin != 0 or self.pad_end != 0)
+
+
+def window(size: Size, start: Size, length: Size) -> Window:
+    """Elements ``start .. start+length`` of an axis of `size` elements with zeros on both sides of it.
+
+    A range that misses the axis altogether crops everything away, so the window is ``length`` zeros.
+    """
+    stop = start + length
+    if stop <= 0 or start >= size:
+        return Window(0, size, 0, length)
+    return Window(max(start, 0), max(size - stop, 0), max(-start, 0), max(stop - size, 0))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Input positions ``first, first+s, first+2s, ...`` of one axis and the kernel taps that reach them.
+
+    ``input[first + s*j] = sum over t of weight[tap_first + t*tap_step] * grad_output[base + j - t*dilation]``
+    """
+
+    first: int
+    tap_first: int
+    tap_step: int
+    taps: int
+    base: int
+    dilation: int
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """One convolution, checked: make it with `from_forward` or `from_backward`.
+
+    Attributes:
+        batch: N; an int, a symbolic integer, or a name.
+        in_channels: C. out_channels: M. groups: G.
+        input_size: I per spatial axis. kernel_size: K. output_size: O.
+        stride, dilation: per spatial axis, in elements.
+        pads: (lo, hi) per spatial axis, in elements of the forward input (of the output when `transposed`).
+        transposed: a forward conv_transpose.
+        output_padding: per spatial axis, used by transposed convolutions only.
+    """
+
+    batch: Size
+    in_channels: int
+    out_channels: int
+    groups: int
+    input_size: Sizes
+    kernel_size: Sizes
+    output_size: Sizes
+    stride: tuple[int, ...]
+    pads: tuple[tuple[Size, Size], ...]
+    dilation: tuple[int, ...]
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    @classmethod
+    def from_forward(
+        cls,
+        input_shape: Sequence[Size],
+        weight_shape: Sequence[Size],
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] | Sequence[tuple[int, int]] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        *,
+        transposed: bool = False,
+        output_padding: int | Sequence[int] = 0,
+        rank: int | None = None,
+        names: tuple[str, str] = ("input", "weight"),
+    ) -> ConvGeometry:
+        """Geometry of the forward call; the output size follows from it.
+
+        Args:
+            input_shape: (N, C, *I); N may be a name.
+            weight_shape: (M, C/G, *K), or (C, M/G, *K) when `transposed`.
+            stride, dilation, output_padding: one int, or one per spatial axis.
+            padding: an int, one per axis, a (begin, end) pair per axis, ``"same"`` or ``"valid"``.
+            groups: G.
+            transposed: the forward operator is conv_transpose.
+            rank: number of spatial axes demanded by the caller (2 for ``conv2d_*``); None accepts 1 to 3.
+            names: what the caller calls the two shapes, for error messages.
+
+        Raises:
+            GeometryError: no convolution has these sizes. ArgumentTypeError: an argument is not an integer.
+        """
+        input_shape = as_shape(input_shape, names[0], allow_name=True)
+        weight_shape = as_shape(weight_shape, names[1])
+        spatial = _check_ranks(input_shape, weight_shape, rank, names)
+        transposed = as_bool(transposed, "transposed")
+        strides = as_sizes(stride, spatial, "stride", minimum=1)
+        dilations = as_sizes(dilation, spatial, "dilation", minimum=1)
+        extra = as_sizes(output_padding, spatial, "output_padding", minimum=0)
+        groups = as_groups(groups)
+        _check_channels(input_shape, weight_shape, groups, transposed, names)
+        kernel = tuple(weight_shape[2:])
+        pads = as_padding(padding, kernel, strides, dilations)
+        _check_output_padding(extra, strides, dilations, transposed)
+        sizes = tuple(input_shape[2:])
+        output = tuple(
+            _output_size(axis, *values, transposed)
+            for axis, values in enumerate(zip(sizes, kernel, strides, pads, dilations, extra, strict=True))
+        )
+        return cls(
+            batch=input_shape[0],
+            in_channels=input_shape[1],
+            out_channels=weight_shape[1] * groups if transposed else weight_shape[0],
+            groups=groups,
+            input_size=sizes,
+            kernel_size=kernel,
+            output_size=output,
+            stride=strides,
+            pads=pads,
+            dilation=dilations,
+            transposed=transposed,
+            output_padding=extra,
+        )
+
+    @classmethod
+    def from_backward(
+        cls,
+        grad_output_shape: Sequence[Size],
+        input_shape: Sequence[Size],
+        weight_shape: Sequence[Size],
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] | Sequence[tuple[int, int]] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        *,
+        transposed: bool = False,
+        output_padding: int | Sequence[int] = 0,
+        rank: int | None = None,
+        names: tuple[str, str, str] = ("grad_output", "input", "weight"),
+    ) -> ConvGeometry:
+        """`from_forward`, and the check that `grad_output_shape` is the shape of that forward call's output.
+
+        PyTorch accepts several inconsistent calls in silence, or fails inside oneDNN; here each is a GeometryError
+        that gives the expected and the actual size.
+        """
+        geometry = cls.from_forward(
+            input_shape,
+            weight_shape,
+            stride,
+            padding,
+            dilation,
+            groups,
+            transposed=transposed,
+            output_padding=output_padding,
+            rank=rank,
+            names=names[1:],
+        )
+        given = as_shape(grad_output_shape, names[0], allow_name=True)
+        expected = geometry.output_shape
+        if len(given) != len(expected):
+            raise GeometryError(
+                f"{names[0]} has {len(given)} dimensions {_text(given)}, expected {len(expected)}: {_text(expected)}"
+            )
+        labels = ("batch", "channels", *(f"spatial axis {axis}" for axis in range(geometry.rank)))
+        for label, got, want in zip(labels, given, expected, strict=True):
+            if isinstance(got, str) or isinstance(want, str):
+                continue
+            if got != want:
+                raise GeometryError(
+                    f"{names[0]} {label} is {got}, expected {want}: a forward call with {geometry.describe()} "
+                    f"gives an output of shape {_text(expected)}, {names[0]} has shape {_text(given)}"
+                )
+        return geometry
+
+    # --- sizes -------------------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """Number of spatial axes."""
+        return len(self.kernel_size)
+
+    @property
+    def input_shape(self) -> Sizes:
+        return (self.batch, self.in_channels, *self.input_size)
+
+    @property
+    def output_shape(self) -> Sizes:
+        return (self.batch, self.out_channels, *self.output_size)
+
+    @property
+    def weight_shape(self) -> Sizes:
+        if self.transposed:
+            return (self.in_channels, self.out_channels // self.groups, *self.kernel_size)
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
+    def in_channels_per_group(self) -> int:
+        return self.in_channels // self.groups
+
+    @property
+    def out_channels_per_group(self) -> int:
+        return self.out_channels // self.groups
+
+    @property
+    def taps(self) -> int:
+        """Number of kernel elements of one filter and channel."""
+        return math.prod(self.kernel_size)
+
+    @property
+    def is_pointwise(self) -> bool:
+        return all(k == 1 for k in self.kernel_size)
+
+    @property
+    def is_depthwise(self) -> bool:
+        """One input channel a group, more than one group (any channel multiplier)."""
+        return self.groups > 1 and self.in_channels_per_group == 1
+
+    # --- derived integers, per spatial axis ----------------------------------------------------------------------
+
+    @cached_property
+    def extent(self) -> Sizes:
+        """E: elements of the input that one output element's kernel spans."""
+        return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+
+    @cached_property
+    def span(self) -> Sizes:
+        """F: elements of the padded input between the first and the last that the forward pass reads.
+
+        For a transposed convolution the roles are exchanged: the span covers the padded output.
+        """
+        counts = self.input_size if self.transposed else self.output_size
+        return tuple((n - 1) * s + e for n, s, e in zip(counts, self.stride, self.extent, strict=True))
+
+    @cached_property
+    def begin(self) -> Sizes:
+        """lo: zeros before each axis."""
+        return tuple(lo for lo, _ in self.pads)
+
+    @cached_property
+    def end(self) -> Sizes:
+        """Zeros after each axis that the forward pass really reads: ``F - lo - size``; negative where it stops short."""
+        sizes = self.output_size if self.transposed else self.input_size
+        return tuple(f - lo - n for f, lo, n in zip(self.span, self.begin, sizes, strict=True))
+
+    @cached_property
+    def remainder(self) -> Sizes:
+        """r: rows of the padded input after the span, ``0 <= r < s``: ONNX ConvTranspose's output_padding."""
+        return tuple(hi - end for (_, hi), end in zip(self.pads, self.end, strict=True))
+
+    def read_windows(self) -> tuple[Window, ...]:
+        """What the forward pass reads of each axis of its input (of its output, when transposed)."""
+        sizes = self.output_size if self.transposed else self.input_size
+        return tuple(window(n, -lo, f) for n, lo, f in zip(sizes, self.begin, self.span, strict=True))
+
+    def write_windows(self) -> tuple[Window, ...]:
+        """Where the input lies inside the span: what to crop from and append to a full transposed convolution."""
+        return tuple(window(f, lo, n) for f, lo, n in zip(self.span, self.begin, self.input_size, strict=True))
+
+    def phases(self, axis: int) -> tuple[Phase | None, ...]:
+        """Grad-input along `axis` split by position modulo the stride; None for a phase that no tap reaches.
+
+        With ``g = gcd(s, d)``, the positions ``i`` with ``(i + lo) mod s = p`` are reached by the taps ``k`` with
+        ``d*k = p (mod s)``, which exist when g divides p and are ``s/g`` apart.
+        """
+        s, d, k, lo = self.stride[axis], self.dilation[axis], self.kernel_size[axis], self.begin[axis]
+        step = s // math.gcd(s, d)
+        result: list[Phase | None] = []
+        for first in range(s):
+            residue = (first + lo) % s
+            tap_first = next((t for t in range(min(step, k)) if (d * t - residue) % s == 0), None)
+            if tap_first is None:
+                result.append(None)
+                continue
+            taps = len(range(tap_first, k, step))
+            base = (first + lo - d * tap_first) // s
+            result.append(Phase(first, tap_first, step, taps, base, d // math.gcd(s, d)))
+        return tuple(result)
+
+    # --- related geometries --------------------------------------------------------------------------------------
+
+    def adjoint(self) -> ConvGeometry:
+        """The plain convolution whose input gradient is this transposed convolution's forward pass.
+
+        Its input is this operator's output and the reverse, with one weight tensor. Rows of the output that come from
+        output_padding are never read, so the adjoint's remainder may reach the stride.
+        """
+        if not self.transposed:
+            raise GeometryError("adjoint: expected a transposed convolution, got a plain one")
+        return replace(
+            self,
+            in_channels=self.out_channels,
+            out_channels=self.in_channels,
+            input_size=self.output_size,
+            output_size=self.input_size,
+            transposed=False,
+            output_padding=(0,) * self.rank,
+        )
+
+    def with_batch(self, batch: Size) -> ConvGeometry:
+        return replace(self, batch=batch)
+
+    @property
+    def is_static(self) -> bool:
+        """Every size except the batch is a plain int."""
+        values = (*self.input_size, *self.kernel_size, *self.output_size, self.in_channels, self.out_channels)
+        return not any(is_symbolic(value) for value in values)
+
+    def sum_length(self, gradient: str) -> Size:
+        """Largest number of products added up in one element of the ``"input"``, ``"weight"`` or ``"bias"`` gradient."""
+        if gradient == "input":
+            return self.out_channels_per_group * self.taps
+        counts = self.input_size if self.transposed and gradient == "weight" else self.output_size
+        return self.batch * math.prod(counts)
+
+    def describe(self) -> str:
+        """One line for error messages and tables: shapes and every attribute that is not at its default."""
+        parts = [f"input {_text(self.input_shape)}", f"weight {_text(self.weight_shape)}"]
+        symmetric = all(lo == hi for lo, hi in self.pads)
+        attributes: list[tuple[str, Any, bool]] = [
+            ("stride", self.stride, any(s != 1 for s in self.stride)),
+            ("padding", self.begin if symmetric else self.pads, any(lo or hi for lo, hi in self.pads)),
+            ("dilation", self.dilation, any(d != 1 for d in self.dilation)),
+            ("groups", self.groups, self.groups != 1),
+            ("output_padding", self.output_padding, any(self.output_padding)),
+        ]
+        parts += [f"{name} {value}" for name, value, shown in attributes if shown]
+        return ("transposed, " if self.transposed else "") + ", ".join(parts)
+
+
+def _text(shape: Sequence[Size]) -> str:
+    return "(" + ", ".join(str(size) for size in shape) + ")"
+
+
+def _check_ranks(input_shape: Sizes, weight_shape: Sizes, rank: int | None, names: tuple[str, str]) -> int:
+    for shape, name in ((input_shape, names[0]), (weight_shape, names[1])):
+        spatial = len(shape) - 2
+        if rank is not None and spatial != rank:
+            raise GeometryError(
+                f"{name} has {len(shape)} dimensions {_text(shape)}, expected {rank + 2}: (batch or output channels, "
+                f"channels, {rank} spatial). Add the batch dimension to an unbatched tensor."
+            )
+        if not 1 <= spatial <= 3:
+            raise GeometryError(
+                f"{name} has {len(shape)} dimensions {_text(shape)}, expected 3, 4 or 5 "
+                f"(a convolution over 1, 2 or 3 spatial axes)"
+            )
+    if len(input_shape) != len(weight_shape):
+        raise GeometryError(
+            f"{names[0]} {_text(input_shape)} and {names[1]} {_text(weight_shape)} have different numbers of dimensions"
+        )
+    return len(input_shape) - 2
+
+
+def _check_channels(
+    input_shape: Sizes, weight_shape: Sizes, groups: int, transposed: bool, names: tuple[str, str]
+) -> None:
+    for axis, size in enumerate(weight_shape):
+        if size < 1:
+            raise GeometryError(f"{names[1]} dimension {axis} is {size}, expected at least 1; shape {_text(weight_shape)}")
+    for axis, size in enumerate(input_shape[1:], start=1):
+        if size < 1:
+            raise GeometryError(f"{names[0]} dimension {axis} is {size}, expected at least 1; shape {_text(input_shape)}")
+    channels, first, second = input_shape[1], weight_shape[0], weight_shape[1]
+    if first % groups != 0:
+        raise GeometryError(f"groups is {groups}, expected a divisor of {names[1]} dimension 0, which is {first}")
+    if transposed and channels != first:
+        raise GeometryError(
+            f"{names[0]} has {channels} channels, expected {first}, dimension 0 of the transposed {names[1]} "
+            f"{_text(weight_shape)}"
+        )
+    if not transposed and channels != second * groups:
+        raise GeometryError(
+            f"{names[0]} has {channels} channels, expected {second * groups}: groups {groups} times {second}, "
+            f"dimension 1 of {names[1]} {_text(weight_shape)}"
+        )
+
+
+def _check_output_padding(
+    output_padding: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], transposed: bool
+) -> None:
+    for axis, (extra, s, d) in enumerate(zip(output_padding, stride, dilation, strict=True)):
+        if extra and not transposed:
+            raise GeometryError(f"output_padding is {output_padding}, expected 0: only a transposed convolution has it")
+        if extra >= max(s, d) and transposed:
+            raise GeometryError(
+                f"output_padding on spatial axis {axis} is {extra}, expected less than the larger of stride {s} and "
+                f"dilation {d}"
+            )
+
+
+def _output_size(
+    axis: int, size: Size, k: Size, s: int, pads: tuple[Size, Size], d: int, extra: int, transposed: bool
+) -> Size:
+    lo, hi = pads
+    extent = d * (k - 1) + 1
+    if transposed:
+        output = (size - 1) * s - lo - hi + extent + extra
+        if output < 1:
+            raise GeometryError(
+                f"spatial axis {axis}: the output would have {output} elements, expected at least 1; input {size}, "
+                f"kernel {k}, stride {s}, padding {pads}, dilation {d}, output_padding {extra}"
+            )
+        return output
+    if size + lo + hi < extent:
+        raise GeometryError(
+            f"spatial axis {axis}: the kernel spans {extent} elements (size {k}, dilation {d}), more than the padded "
+            f"input's {size + lo + hi} (size {size}, padding {pads}); pad more or take a smaller kernel"
+        )
+    return (size + lo + hi - extent) // s + 1

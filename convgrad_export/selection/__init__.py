@@ -1,0 +1,1 @@
+"""Which lowering for which geometry."""
