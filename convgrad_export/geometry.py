@@ -5,8 +5,8 @@ integer arithmetic), or, for the batch alone, a name such as ``"batch"`` that be
 
 Letters, the same everywhere in the package: ``N`` batch, ``C`` input channels, ``M`` output channels, ``G`` groups,
 ``I`` input size, ``O`` output size, ``K`` kernel size, ``s`` stride, ``d`` dilation, ``lo``/``hi`` zero padding before
-and after. A forward convolution reads ``X (N, C, I)`` and ``W (M, C/G, K)`` and writes ``Y (N, M, O)``; a transposed one
-has ``W (C, M/G, K)``. Derived: the kernel's extent ``E = d(K-1)+1`` and the span ``F = (O-1)s+E`` of the padded input
+and after. A forward convolution reads ``X (N, C, I)`` and ``W (M, C/G, K)`` and writes ``Y (N, M, O)``; a transposed
+one has ``W (C, M/G, K)``. Derived: the kernel's extent ``E = d(K-1)+1`` and the span ``F = (O-1)s+E`` of the padded input
 that the forward pass reads.
 """
 
@@ -140,8 +140,10 @@ class ConvGeometry:
         _check_output_padding(extra, strides, dilations, transposed)
         sizes = tuple(input_shape[2:])
         output = tuple(
-            _output_size(axis, *values, transposed)
-            for axis, values in enumerate(zip(sizes, kernel, strides, pads, dilations, extra, strict=True))
+            _output_size(axis, size, k, s, pair, d, more, transposed)
+            for axis, (size, k, s, pair, d, more) in enumerate(
+                zip(sizes, kernel, strides, pads, dilations, extra, strict=True)
+            )
         )
         return cls(
             batch=input_shape[0],
@@ -274,7 +276,7 @@ class ConvGeometry:
 
     @cached_property
     def end(self) -> Sizes:
-        """Zeros after each axis that the forward pass really reads: ``F - lo - size``; negative where it stops short."""
+        """Zeros the forward pass really reads after each axis, ``F - lo - size``; negative where it stops short."""
         sizes = self.output_size if self.transposed else self.input_size
         return tuple(f - lo - n for f, lo, n in zip(self.span, self.begin, sizes, strict=True))
 
@@ -342,7 +344,7 @@ class ConvGeometry:
         return not any(is_symbolic(value) for value in values)
 
     def sum_length(self, gradient: str) -> Size:
-        """Largest number of products added up in one element of the ``"input"``, ``"weight"`` or ``"bias"`` gradient."""
+        """Most products added up in one element of the ``"input"``, ``"weight"`` or ``"bias"`` gradient."""
         if gradient == "input":
             return self.out_channels_per_group * self.taps
         counts = self.input_size if self.transposed and gradient == "weight" else self.output_size
@@ -392,10 +394,14 @@ def _check_channels(
 ) -> None:
     for axis, size in enumerate(weight_shape):
         if size < 1:
-            raise GeometryError(f"{names[1]} dimension {axis} is {size}, expected at least 1; shape {_text(weight_shape)}")
+            raise GeometryError(
+                f"{names[1]} dimension {axis} is {size}, expected at least 1; shape {_text(weight_shape)}"
+            )
     for axis, size in enumerate(input_shape[1:], start=1):
         if size < 1:
-            raise GeometryError(f"{names[0]} dimension {axis} is {size}, expected at least 1; shape {_text(input_shape)}")
+            raise GeometryError(
+                f"{names[0]} dimension {axis} is {size}, expected at least 1; shape {_text(input_shape)}"
+            )
     channels, first, second = input_shape[1], weight_shape[0], weight_shape[1]
     if first % groups != 0:
         raise GeometryError(f"groups is {groups}, expected a divisor of {names[1]} dimension 0, which is {first}")

@@ -53,7 +53,7 @@ class GraphOps:
         if name not in self.initializers:
             tensor = ir.tensor(np.array(values, dtype=np.int64), name=name)
             self.initializers[name] = ir.Value(
-                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(values)]), const_value=tensor
             )
         return self.initializers[name]
 

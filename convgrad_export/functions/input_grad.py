@@ -1,6 +1,6 @@
 """Gradients with respect to the convolution's input, dynamic in every dimension."""
 
-# The bodies are compiled by onnxscript from source text: annotations must stay real objects, so no postponed evaluation.
+# onnxscript compiles the bodies from their source: annotations must be real objects, so evaluation is not postponed.
 from collections.abc import Sequence
 
 from onnxscript import INT64, script

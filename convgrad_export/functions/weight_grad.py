@@ -1,6 +1,6 @@
 """Gradients with respect to the convolution's weight, dynamic in every dimension."""
 
-# The bodies are compiled by onnxscript from source text: annotations must stay real objects, so no postponed evaluation.
+# onnxscript compiles the bodies from their source: annotations must be real objects, so evaluation is not postponed.
 from collections.abc import Sequence
 
 from onnxscript import INT64, script
@@ -19,7 +19,7 @@ def conv1d_weight(
     dilation: Sequence[int] = (1,),
     groups: int = 1,
 ) -> TFloat:
-    """Gradient of a 1-D convolution with respect to its weight: one Conv over operands with batch and channels exchanged.
+    """Gradient of a 1-D convolution with respect to its weight: one Conv, with batch and channels exchanged.
 
     The forward's dilation is the stride of that Conv, and the forward's stride its dilation. Each group's channels
     are laid out beside the batch, so that the same Conv serves any number of groups.
@@ -66,7 +66,7 @@ def conv2d_weight(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> TFloat:
-    """Gradient of a 2-D convolution with respect to its weight: one Conv over operands with batch and channels exchanged.
+    """Gradient of a 2-D convolution with respect to its weight: one Conv, with batch and channels exchanged.
 
     The forward's dilation is the stride of that Conv, and the forward's stride its dilation. Each group's channels
     are laid out beside the batch, so that the same Conv serves any number of groups.
@@ -113,7 +113,7 @@ def conv3d_weight(
     dilation: Sequence[int] = (1, 1, 1),
     groups: int = 1,
 ) -> TFloat:
-    """Gradient of a 3-D convolution with respect to its weight: one Conv over operands with batch and channels exchanged.
+    """Gradient of a 3-D convolution with respect to its weight: one Conv, with batch and channels exchanged.
 
     The forward's dilation is the stride of that Conv, and the forward's stride its dilation. Each group's channels
     are laid out beside the batch, so that the same Conv serves any number of groups.

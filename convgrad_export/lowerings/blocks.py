@@ -36,7 +36,12 @@ def transpose(op: Ops, value: Value, perm: Sequence[int]) -> Value:
 
 
 def slices(
-    op: Ops, value: Value, starts: Sequence[int], stops: Sequence[int], first_axis: int, steps: Sequence[int] | None = None
+    op: Ops,
+    value: Value,
+    starts: Sequence[int],
+    stops: Sequence[int],
+    first_axis: int,
+    steps: Sequence[int] | None = None,
 ) -> Value:
     """`value[..., start:stop:step, ...]` on consecutive axes from `first_axis`."""
     axes = range(first_axis, first_axis + len(starts))
@@ -53,7 +58,9 @@ def reverse(op: Ops, value: Value, first_axis: int, sizes: Sequence[int]) -> Val
         return value
     # The end of a reversed Slice lies one before the first element; INT64_MIN + 1 is clamped to it everywhere.
     count = len(axes)
-    return op.Slice(value, ints(op, [-1] * count), ints(op, [-(2**63) + 1] * count), ints(op, axes), ints(op, [-1] * count))
+    return op.Slice(
+        value, ints(op, [-1] * count), ints(op, [-(2**63) + 1] * count), ints(op, axes), ints(op, [-1] * count)
+    )
 
 
 def crop(op: Ops, value: Value, windows: Sequence[Window], sizes: Sequence[int], first_axis: int = 2) -> Value:
@@ -63,7 +70,9 @@ def crop(op: Ops, value: Value, windows: Sequence[Window], sizes: Sequence[int],
     return slices(op, value, [window.crop_begin for window in windows], stops, first_axis)
 
 
-def pad(op: Ops, value: Value, begin: Sequence[int], end: Sequence[int], first_axis: int = 2, trailing: int = 0) -> Value:
+def pad(
+    op: Ops, value: Value, begin: Sequence[int], end: Sequence[int], first_axis: int = 2, trailing: int = 0
+) -> Value:
     """Zeros before and after consecutive axes from `first_axis`; `trailing` axes behind them stay as they are."""
     if not any(begin) and not any(end):
         return value
@@ -77,9 +86,7 @@ def extend(op: Ops, value: Value, windows: Sequence[Window], sizes: Sequence[int
     return pad(op, cropped, [w.pad_begin for w in windows], [w.pad_end for w in windows], first_axis)
 
 
-def conv_operand(
-    op: Ops, value: Value, windows: Sequence[Window], sizes: Sequence[int]
-) -> tuple[Value, list[int]]:
+def conv_operand(op: Ops, value: Value, windows: Sequence[Window], sizes: Sequence[int]) -> tuple[Value, list[int]]:
     """`extend` split between explicit crops and the `pads` attribute of a Conv that follows.
 
     A window without any element of the axis is padded explicitly: a Conv over an empty axis is left to no runtime.

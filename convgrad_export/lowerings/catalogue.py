@@ -91,11 +91,9 @@ LOWERINGS: dict[str, Lowering] = _by_name(
     [
         Lowering("input.conv_transpose", "input", input_conv.conv_transpose, _always, _CONV_TRANSPOSE, False),
         Lowering("input.conv_transpose_crop", "input", input_conv.conv_transpose_crop, _always, _CONV_TRANSPOSE, False),
-        Lowering(
-            "input.flipped_conv", "input", input_conv.flipped_conv, input_conv.flipped_conv_why_not, _CONV, False
-        ),
+        Lowering("input.flipped_conv", "input", input_conv.flipped_conv, input_conv.flipped_conv_why_not, _CONV, False),
         Lowering("input.phase_conv", "input", input_conv.phase_conv, input_conv.phase_conv_why_not, _CONV, False),
-        Lowering("input.col2im", "input", input_conv.col2im, _always, _COL2IM, False, min_opset=18),
+        Lowering("input.col2im", "input", input_conv.col2im, input_conv.col2im_why_not, _COL2IM, False, min_opset=18),
         Lowering("input.matmul_taps", "input", input_matmul.matmul_taps, _always, frozenset(), False),
         Lowering(
             "input.pixel_shuffle",
@@ -108,9 +106,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
         Lowering("input.conv", "input", transposed_input.conv, _always, _CONV, True),
         Lowering("input.im2col", "input", transposed_input.im2col, _always, frozenset(), True),
         Lowering("weight.swapped_conv", "weight", weight_grad.swapped_conv, _always, _CONV),
-        Lowering(
-            "weight.flipped_conv", "weight", weight_grad.flipped_conv, weight_grad.flipped_conv_why_not, _CONV
-        ),
+        Lowering("weight.flipped_conv", "weight", weight_grad.flipped_conv, weight_grad.flipped_conv_why_not, _CONV),
         Lowering("weight.im2col", "weight", weight_grad.im2col),
         Lowering("weight.matmul_taps", "weight", weight_grad.matmul_taps),
         Lowering("weight.depthwise_taps", "weight", weight_grad.depthwise_taps, weight_grad.depthwise_why_not),

@@ -9,7 +9,20 @@ import itertools
 import math
 
 from ..geometry import ConvGeometry, Phase, window
-from .blocks import Ops, Value, conv_operand, crop, extend, ints, reshape, reverse, slices, stack, transpose, zeros_like_batch
+from .blocks import (
+    Ops,
+    Value,
+    conv_operand,
+    crop,
+    extend,
+    ints,
+    reshape,
+    reverse,
+    slices,
+    stack,
+    transpose,
+    zeros_like_batch,
+)
 
 _MAX_PHASES = 64
 
@@ -30,9 +43,7 @@ def conv_transpose(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) 
 
 def conv_transpose_crop(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
     """ConvTranspose without pads, then an explicit crop and extension: for providers that refuse uneven pads."""
-    full = op.ConvTranspose(
-        grad_output, weight, strides=list(g.stride), dilations=list(g.dilation), group=g.groups
-    )
+    full = op.ConvTranspose(grad_output, weight, strides=list(g.stride), dilations=list(g.dilation), group=g.groups)
     return extend(op, full, g.write_windows(), g.span)
 
 
@@ -48,7 +59,7 @@ def channel_first_weight(op: Ops, g: ConvGeometry, weight: Value) -> Value:
 
 
 def flipped_conv(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
-    """Stride 1: a Conv of grad_output with the reversed kernel, padded by ``E-1-lo`` (cropped where that is negative)."""
+    """Stride 1: a Conv of grad_output with the reversed kernel, padded by ``E-1-lo`` (cropped if negative)."""
     windows = [
         window(o, lo - (e - 1), i + e - 1)
         for o, lo, e, i in zip(g.output_size, g.begin, g.extent, g.input_size, strict=True)
@@ -123,11 +134,18 @@ def col2im(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value
     positions = math.prod(g.output_size)
     data = reshape(op, grad_output, [-1, g.groups, g.out_channels_per_group, positions])
     columns = reshape(op, op.MatMul(rows, data), [-1, g.in_channels * g.taps, positions])
-    return op.Col2Im(
+    unit, zero = [1] * (2 - g.rank), [0] * (2 - g.rank)  # one spatial axis is lifted to two, see col2im_why_not
+    image = op.Col2Im(
         columns,
-        ints(op, g.input_size),
-        ints(op, kernel),
-        strides=list(g.stride),
-        dilations=list(g.dilation),
-        pads=[*(lo for lo, _ in g.pads), *(hi for _, hi in g.pads)],
+        ints(op, [*unit, *g.input_size]),
+        ints(op, [*unit, *kernel]),
+        strides=[*unit, *g.stride],
+        dilations=[*unit, *g.dilation],
+        pads=[*zero, *(lo for lo, _ in g.pads), *zero, *(hi for _, hi in g.pads)],
     )
+    return image if g.rank == 2 else reshape(op, image, [-1, g.in_channels, *g.input_size])
+
+
+def col2im_why_not(g: ConvGeometry) -> str | None:
+    """onnxruntime 1.32 has one Col2Im for two spatial axes and another, wrong for most geometries, otherwise."""
+    return "onnxruntime's Col2Im adds up wrongly over three spatial axes" if g.rank == 3 else None

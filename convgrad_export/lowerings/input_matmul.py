@@ -26,9 +26,7 @@ def matmul_taps(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> 
     for index, tap in enumerate(itertools.product(*(range(k) for k in g.kernel_size))):
         windows = [
             window(o * s, lo - d * k, i)
-            for o, s, lo, d, k, i in zip(
-                g.output_size, g.stride, g.begin, g.dilation, tap, g.input_size, strict=True
-            )
+            for o, s, lo, d, k, i in zip(g.output_size, g.stride, g.begin, g.dilation, tap, g.input_size, strict=True)
         ]
         # The window ends behind the last real element or misses the axis: the tap reads padding only.
         if any(w.crop_begin > (o - 1) * s for w, o, s in zip(windows, g.output_size, g.stride, strict=True)) or any(

@@ -15,9 +15,7 @@ from .blocks import Ops, Value, conv_operand, extend, reshape, slices, stack, tr
 def conv(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
     """One Conv with the operator's own weight; rows that output_padding added are not read."""
     data, pads = conv_operand(op, grad_output, g.read_windows(), g.output_size)
-    return op.Conv(
-        data, weight, strides=list(g.stride), dilations=list(g.dilation), pads=pads, group=g.groups
-    )
+    return op.Conv(data, weight, strides=list(g.stride), dilations=list(g.dilation), pads=pads, group=g.groups)
 
 
 def im2col(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:

@@ -70,6 +70,6 @@ def choose(
             return LOWERINGS[name]
         reasons.append(f"{name}: {reason}")
     raise UnsupportedLoweringError(
-        f"no lowering gives the {gradient} gradient of {geometry.describe()} in {dtype} on {provider} at opset {opset}: "
-        + "; ".join(reasons)
+        f"no lowering gives the {gradient} gradient of {geometry.describe()} in {dtype} on {provider} at opset "
+        f"{opset}: {'; '.join(reasons)}"
     )
