@@ -6,8 +6,8 @@ integer arithmetic), or, for the batch alone, a name such as ``"batch"`` that be
 Letters, the same everywhere in the package: ``N`` batch, ``C`` input channels, ``M`` output channels, ``G`` groups,
 ``I`` input size, ``O`` output size, ``K`` kernel size, ``s`` stride, ``d`` dilation, ``lo``/``hi`` zero padding before
 and after. A forward convolution reads ``X (N, C, I)`` and ``W (M, C/G, K)`` and writes ``Y (N, M, O)``; a transposed
-one has ``W (C, M/G, K)``. Derived: the kernel's extent ``E = d(K-1)+1`` and the span ``F = (O-1)s+E`` of the padded input
-that the forward pass reads.
+one has ``W (C, M/G, K)``. Derived: the kernel's extent ``E = d(K-1)+1`` and the span ``F = (O-1)s+E`` of the padded
+input that the forward pass reads.
 """
 
 from __future__ import annotations
