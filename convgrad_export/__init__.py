@@ -1,1 +1,79 @@
-"""Gradients of convolutional networks as standard ONNX graphs."""
+"""Gradients of convolutional networks as standard ONNX graphs.
+
+Names are loaded when first used, so that importing the package needs neither torch nor onnxruntime: a saved model runs
+in a process that has onnxruntime and numpy alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .errors import (
+    ArgumentTypeError,
+    ConstantGradientError,
+    ConvGradError,
+    DeviceError,
+    DTypeError,
+    GeometryError,
+    MissingDependencyError,
+    ModelFileError,
+    OutputExistsError,
+    OutputPathError,
+    ProviderError,
+    UnsupportedLoweringError,
+    UnsupportedOperatorError,
+    VerificationError,
+)
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it; None for a module that is itself the public name
+_LAZY: dict[str, str | None] = {
+    "conv1d_input": "runtime.eager",
+    "conv2d_input": "runtime.eager",
+    "conv3d_input": "runtime.eager",
+    "conv1d_weight": "runtime.eager",
+    "conv2d_weight": "runtime.eager",
+    "conv3d_weight": "runtime.eager",
+    "convolution_backward": "runtime.eager",
+    "GradientSession": "runtime.session",
+    "ConvGeometry": "geometry",
+    "build_model": "build",
+    "lowerings": "build",
+    "functions": None,
+}
+
+__all__ = [
+    "ArgumentTypeError",
+    "ConstantGradientError",
+    "ConvGradError",
+    "DTypeError",
+    "DeviceError",
+    "GeometryError",
+    "MissingDependencyError",
+    "ModelFileError",
+    "OutputExistsError",
+    "OutputPathError",
+    "ProviderError",
+    "UnsupportedLoweringError",
+    "UnsupportedOperatorError",
+    "VerificationError",
+    "__version__",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _LAZY[name]
+    if module is None:
+        return importlib.import_module(f".{name}", __name__)
+    value = getattr(importlib.import_module(f".{module}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

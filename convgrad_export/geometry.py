@@ -350,6 +350,19 @@ class ConvGeometry:
         counts = self.input_size if self.transposed and gradient == "weight" else self.output_size
         return self.batch * math.prod(counts)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments of `from_forward` that give this geometry, as JSON types."""
+        return {
+            "input_shape": list(self.input_shape),
+            "weight_shape": list(self.weight_shape),
+            "stride": list(self.stride),
+            "padding": [list(pair) for pair in self.pads],
+            "dilation": list(self.dilation),
+            "groups": self.groups,
+            "transposed": self.transposed,
+            "output_padding": list(self.output_padding),
+        }
+
     def describe(self) -> str:
         """One line for error messages and tables: shapes and every attribute that is not at its default."""
         parts = [f"input {_text(self.input_shape)}", f"weight {_text(self.weight_shape)}"]

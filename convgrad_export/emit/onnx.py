@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from .. import dtypes
 from ..geometry import ConvGeometry
-from ..lowerings import CPU, Lowering, compute_dtype
+from ..lowering import CPU, Lowering, compute_dtype
 
 # The IR version an opset came with; newer would shut out older runtimes for nothing.
 _IR_VERSION = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 11, 25: 12}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, Union
 
 from onnxscript import BFLOAT16, DOUBLE, FLOAT, FLOAT16, values
 
@@ -11,4 +11,5 @@ OPSET_VERSION = 18  # of the standard operators in the bodies
 
 convgrad_opset = values.Opset(DOMAIN, 1)
 
-TFloat = TypeVar("TFloat", FLOAT, DOUBLE, FLOAT16, BFLOAT16)
+# onnxscript reads the bound of a type variable and knows typing.Union, not the | operator.
+TFloat = TypeVar("TFloat", bound=Union[FLOAT, DOUBLE, FLOAT16, BFLOAT16])  # noqa: UP007

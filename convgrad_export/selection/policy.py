@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..errors import UnsupportedLoweringError
 from ..geometry import ConvGeometry
-from ..lowerings import CPU, CUDA, LOWERINGS, Lowering, by_name
+from ..lowering import CPU, CUDA, LOWERINGS, Lowering, by_name
 
 AUTO = "auto"
 

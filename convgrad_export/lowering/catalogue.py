@@ -34,6 +34,7 @@ class Lowering:
             transposed convolution.
         operators: the operators in it that some provider lacks for some dtype.
         transposed: for input lowerings, the kind of convolution it is for; None serves both.
+        when: in words, the convolutions it is for.
         min_opset: first standard opset that has all its operators.
     """
 
@@ -43,6 +44,7 @@ class Lowering:
     condition: Callable[[ConvGeometry], str | None] = _always
     operators: frozenset[str] = frozenset()
     transposed: bool | None = None
+    when: str = "any convolution"
     min_opset: int = 13
 
     @property
@@ -85,32 +87,104 @@ def _by_name(entries: Iterable[Lowering]) -> dict[str, Lowering]:
     return catalogue
 
 
+_ALSO_FLOAT64 = "any convolution, also in float64"
 _CONV, _CONV_TRANSPOSE, _COL2IM = frozenset({"Conv"}), frozenset({"ConvTranspose"}), frozenset({"Col2Im"})
 
 LOWERINGS: dict[str, Lowering] = _by_name(
     [
-        Lowering("input.conv_transpose", "input", input_conv.conv_transpose, _always, _CONV_TRANSPOSE, False),
-        Lowering("input.conv_transpose_crop", "input", input_conv.conv_transpose_crop, _always, _CONV_TRANSPOSE, False),
-        Lowering("input.flipped_conv", "input", input_conv.flipped_conv, input_conv.flipped_conv_why_not, _CONV, False),
-        Lowering("input.phase_conv", "input", input_conv.phase_conv, input_conv.phase_conv_why_not, _CONV, False),
-        Lowering("input.col2im", "input", input_conv.col2im, input_conv.col2im_why_not, _COL2IM, False, min_opset=18),
-        Lowering("input.matmul_taps", "input", input_matmul.matmul_taps, _always, frozenset(), False),
         Lowering(
-            "input.pixel_shuffle",
-            "input",
-            input_matmul.pixel_shuffle,
-            input_matmul.pixel_shuffle_why_not,
-            frozenset(),
-            False,
+            name="input.conv_transpose",
+            gradient="input",
+            body=input_conv.conv_transpose,
+            operators=_CONV_TRANSPOSE,
+            transposed=False,
+            when="any plain convolution",
         ),
-        Lowering("input.conv", "input", transposed_input.conv, _always, _CONV, True),
-        Lowering("input.im2col", "input", transposed_input.im2col, _always, frozenset(), True),
-        Lowering("weight.swapped_conv", "weight", weight_grad.swapped_conv, _always, _CONV),
-        Lowering("weight.flipped_conv", "weight", weight_grad.flipped_conv, weight_grad.flipped_conv_why_not, _CONV),
-        Lowering("weight.im2col", "weight", weight_grad.im2col),
-        Lowering("weight.matmul_taps", "weight", weight_grad.matmul_taps),
-        Lowering("weight.depthwise_taps", "weight", weight_grad.depthwise_taps, weight_grad.depthwise_why_not),
-        Lowering("bias.reduce_sum", "bias", weight_grad.reduce_sum),
+        Lowering(
+            name="input.conv_transpose_crop",
+            gradient="input",
+            body=input_conv.conv_transpose_crop,
+            operators=_CONV_TRANSPOSE,
+            transposed=False,
+            when="any plain convolution",
+        ),
+        Lowering(
+            name="input.flipped_conv",
+            gradient="input",
+            body=input_conv.flipped_conv,
+            condition=input_conv.flipped_conv_why_not,
+            operators=_CONV,
+            transposed=False,
+            when="stride 1",
+        ),
+        Lowering(
+            name="input.phase_conv",
+            gradient="input",
+            body=input_conv.phase_conv,
+            condition=input_conv.phase_conv_why_not,
+            operators=_CONV,
+            transposed=False,
+            when="stride above 1, at most 64 phases",
+        ),
+        Lowering(
+            name="input.col2im",
+            gradient="input",
+            body=input_conv.col2im,
+            condition=input_conv.col2im_why_not,
+            operators=_COL2IM,
+            transposed=False,
+            when="one or two spatial axes, opset 18 or newer",
+            min_opset=18,
+        ),
+        Lowering(
+            name="input.matmul_taps",
+            gradient="input",
+            body=input_matmul.matmul_taps,
+            transposed=False,
+            when="any plain convolution, also in float64",
+        ),
+        Lowering(
+            name="input.pixel_shuffle",
+            gradient="input",
+            body=input_matmul.pixel_shuffle,
+            condition=input_matmul.pixel_shuffle_why_not,
+            transposed=False,
+            when="kernel no larger than the stride, also in float64",
+        ),
+        Lowering(
+            name="input.conv",
+            gradient="input",
+            body=transposed_input.conv,
+            operators=_CONV,
+            transposed=True,
+            when="any transposed convolution",
+        ),
+        Lowering(
+            name="input.im2col",
+            gradient="input",
+            body=transposed_input.im2col,
+            transposed=True,
+            when="any transposed convolution, also in float64",
+        ),
+        Lowering(name="weight.swapped_conv", gradient="weight", body=weight_grad.swapped_conv, operators=_CONV),
+        Lowering(
+            name="weight.flipped_conv",
+            gradient="weight",
+            body=weight_grad.flipped_conv,
+            condition=weight_grad.flipped_conv_why_not,
+            operators=_CONV,
+            when="stride 1",
+        ),
+        Lowering(name="weight.im2col", gradient="weight", body=weight_grad.im2col, when=_ALSO_FLOAT64),
+        Lowering(name="weight.matmul_taps", gradient="weight", body=weight_grad.matmul_taps, when=_ALSO_FLOAT64),
+        Lowering(
+            name="weight.depthwise_taps",
+            gradient="weight",
+            body=weight_grad.depthwise_taps,
+            condition=weight_grad.depthwise_why_not,
+            when="one input channel a group, also in float64",
+        ),
+        Lowering(name="bias.reduce_sum", gradient="bias", body=weight_grad.reduce_sum, when=_ALSO_FLOAT64),
     ]
 )
 

@@ -1,0 +1,228 @@
+"""`build_model` and `lowerings`: one gradient operator as a standard ONNX model, and the catalogue behind it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import dtypes
+from .arguments import as_bool, as_int
+from .emit.dynamic import emit_dynamic_model
+from .emit.onnx import MAX_OPSET, MIN_OPSET, GradientRequest, emit_model
+from .errors import ArgumentTypeError, GeometryError, UnsupportedLoweringError
+from .geometry import ConvGeometry
+from .lowering import CPU, candidates
+from .operators import CONVOLUTION_BACKWARD, Operator, operator
+from .selection.policy import AUTO, choose
+
+if TYPE_CHECKING:
+    import onnx
+
+DYNAMIC = ("batch", "channels", "space", "kernel")
+BATCH_NAME = "batch"
+
+
+def build_model(
+    operator_name: str,
+    *,
+    input_shape: Sequence[int] | None = None,
+    weight_shape: Sequence[int] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] | Sequence[tuple[int, int]] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    transposed: bool = False,
+    output_padding: int | Sequence[int] = 0,
+    output_mask: Sequence[bool] = (True, True, True),
+    dtype: Any = "float32",
+    dynamic: Sequence[str] = (BATCH_NAME,),
+    opset_version: int = 18,
+    lowering: str = AUTO,
+    provider: str = CPU,
+    inline: bool = True,
+) -> onnx.ModelProto:
+    """One gradient operator as an ONNX model of standard operators.
+
+    With ``dynamic=()`` or ``("batch",)`` the model is specialised to the geometry and holds the chosen lowering. Its
+    inputs are the operands alone, ``weight, grad_output`` or ``input, grad_output``, and its outputs ``grad_input``,
+    ``grad_weight``, ``grad_bias``. With any other dimension dynamic it is the canonical function of
+    `convgrad_export.functions`, with torch.nn.grad's own inputs, ``input_size`` or ``weight_size`` among them.
+
+    Args:
+        operator_name: ``"conv1d_input"`` to ``"conv3d_weight"``, or ``"convolution_backward"`` for several gradients.
+        input_shape: (N, C, *I) of the forward call. weight_shape: (M, C/G, *K), or (C, M/G, *K) when `transposed`.
+            Either may be None when every dimension is dynamic.
+        stride, padding, dilation, groups, transposed, output_padding: as in the forward call; padding also as
+            (begin, end) pairs, ``"same"`` or ``"valid"``.
+        output_mask: which of (input, weight, bias) convolution_backward gives.
+        dtype: float32, float64, float16 or bfloat16, by name or as a numpy or torch dtype.
+        dynamic: any of ``"batch"``, ``"channels"``, ``"space"``, ``"kernel"``.
+        opset_version: of the standard operators, 13 to 23; 15 or newer for a canonical function.
+        lowering: ``"auto"`` or a name from `lowerings`.
+        provider: the onnxruntime execution provider the model is meant for.
+        inline: False keeps the canonical function as a ``convgrad`` function node.
+
+    Raises:
+        GeometryError: shapes or attributes that no convolution has. DTypeError: another dtype.
+        UnsupportedLoweringError: the lowering does not apply, or the provider has no kernel for the dtype.
+        ArgumentTypeError: an argument of the wrong type.
+    """
+    op = operator(operator_name)
+    name = dtypes.name_of(dtype)
+    opset = _opset(opset_version)
+    dims = _dynamic(dynamic)
+    attributes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    if not set(dims) <= {BATCH_NAME}:
+        if op.name == CONVOLUTION_BACKWARD or transposed:
+            raise UnsupportedLoweringError(
+                f"dynamic is {tuple(dims)} for {'a transposed ' if transposed else ''}{op.name}: only the batch can be "
+                f"dynamic there; the six conv*d_input and conv*d_weight functions take every dimension"
+            )
+        if lowering != AUTO:
+            raise UnsupportedLoweringError(
+                f"lowering is {lowering!r} with dynamic {tuple(dims)}: a lowering is built for fixed sizes, expected "
+                f"'auto' for the canonical function"
+            )
+        return emit_dynamic_model(
+            op, name, opset, dims, input_shape, weight_shape, inline=as_bool(inline, "inline"), **attributes
+        )
+    if input_shape is None or weight_shape is None:
+        missing = "input_shape" if input_shape is None else "weight_shape"
+        raise GeometryError(f"{missing} is missing: only a model with dynamic={DYNAMIC} needs no shapes")
+    geometry = ConvGeometry.from_forward(
+        input_shape,
+        weight_shape,
+        stride,
+        padding,
+        dilation,
+        groups,
+        transposed=transposed,
+        output_padding=output_padding,
+        rank=op.rank,
+        names=("input_shape", "weight_shape"),
+    )
+    gradients = _masked(op, output_mask)
+    chosen = {
+        gradient: choose(gradient, geometry, name, lowering=lowering, provider=provider, opset=opset)
+        for gradient in gradients
+    }
+    if lowering != AUTO and all(entry.name != lowering for entry in chosen.values()):
+        raise UnsupportedLoweringError(
+            f"lowering is {lowering!r}, which gives none of {op.name}'s gradients ({', '.join(gradients)}). "
+            f"Lowerings that do: {', '.join(x.name for g in gradients for x in candidates(g))}"
+        )
+    emitted = geometry.with_batch(BATCH_NAME) if BATCH_NAME in dims else geometry
+    model = emit_model(GradientRequest(emitted, chosen, name, opset, provider), op.name)
+    model.metadata_props.update(
+        {
+            "convgrad.op": op.name,
+            "convgrad.geometry": json.dumps(geometry.to_dict()),
+            "convgrad.lowering": ",".join(entry.name for entry in chosen.values()),
+            "convgrad.dtype": name,
+        }
+    )
+    import onnx_ir
+
+    return onnx_ir.to_proto(model)
+
+
+@dataclass(frozen=True)
+class LoweringInfo:
+    """One entry of the catalogue, as asked for a geometry.
+
+    Attributes:
+        name: pass it as ``lowering=``.
+        gradient: ``"input"``, ``"weight"`` or ``"bias"``.
+        summary: what the formula does. when: which convolutions it is for.
+        why_not: why it does not apply to the geometry asked about; None when it does, or when none was given.
+        chosen: it is what ``"auto"`` takes for that geometry.
+    """
+
+    name: str
+    gradient: str
+    summary: str
+    when: str
+    why_not: str | None = None
+    chosen: bool = False
+
+
+def lowerings(
+    operator_name: str,
+    *,
+    input_shape: Sequence[int] | None = None,
+    weight_shape: Sequence[int] | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] | Sequence[tuple[int, int]] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    transposed: bool = False,
+    output_padding: int | Sequence[int] = 0,
+    dtype: Any = "float32",
+    opset_version: int = 18,
+    provider: str = CPU,
+) -> list[LoweringInfo]:
+    """The catalogue for one operator; with shapes, also which entries apply, why not, and which one is chosen.
+
+    Args and errors: as in `build_model`. Give both shapes or neither.
+    """
+    op = operator(operator_name)
+    entries = [entry for gradient in op.gradients for entry in candidates(gradient)]
+    if input_shape is None and weight_shape is None:
+        return [LoweringInfo(entry.name, entry.gradient, entry.summary, entry.when) for entry in entries]
+    if input_shape is None or weight_shape is None:
+        raise GeometryError("give input_shape and weight_shape both, or neither")
+    name, opset = dtypes.name_of(dtype), _opset(opset_version)
+    geometry = ConvGeometry.from_forward(
+        input_shape,
+        weight_shape,
+        stride,
+        padding,
+        dilation,
+        groups,
+        transposed=transposed,
+        output_padding=output_padding,
+        rank=op.rank,
+        names=("input_shape", "weight_shape"),
+    )
+    chosen = {choose(g, geometry, name, provider=provider, opset=opset).name for g in op.gradients}
+    return [
+        LoweringInfo(
+            entry.name,
+            entry.gradient,
+            entry.summary,
+            entry.when,
+            entry.why_not(geometry, name, provider, opset),
+            entry.name in chosen,
+        )
+        for entry in entries
+    ]
+
+
+def _opset(version: Any) -> int:
+    opset: int = as_int(version, "opset_version")
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise UnsupportedLoweringError(f"opset_version is {opset}, expected {MIN_OPSET} to {MAX_OPSET}")
+    return opset
+
+
+def _dynamic(dynamic: Any) -> tuple[str, ...]:
+    if isinstance(dynamic, str) or not isinstance(dynamic, Sequence | set | frozenset):
+        raise ArgumentTypeError(f"dynamic is {dynamic!r}, expected a sequence of names from {DYNAMIC}")
+    unknown = [name for name in dynamic if name not in DYNAMIC]
+    if unknown:
+        raise GeometryError(f"dynamic holds {unknown}, expected names from {DYNAMIC}")
+    return tuple(name for name in DYNAMIC if name in dynamic)
+
+
+def _masked(op: Operator, output_mask: Sequence[bool]) -> tuple[str, ...]:
+    if op.name != CONVOLUTION_BACKWARD:
+        return op.gradients
+    if len(output_mask) != 3:
+        raise GeometryError(f"output_mask is {tuple(output_mask)}, expected three booleans: input, weight, bias")
+    wanted = [as_bool(value, f"output_mask[{index}]") for index, value in enumerate(output_mask)]
+    gradients = tuple(name for name, want in zip(op.gradients, wanted, strict=True) if want)
+    if not gradients:
+        raise GeometryError("output_mask leaves out all three gradients, expected at least one True")
+    return gradients

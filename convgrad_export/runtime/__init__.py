@@ -1,0 +1,1 @@
+"""Running gradient models on stock onnxruntime, with numpy arrays or torch tensors."""

@@ -1,0 +1,287 @@
+"""Drop-in replacements for torch.nn.grad and `aten::convolution_backward`, run by onnxruntime.
+
+Each call looks up a session for its geometry in a bounded cache; the batch is dynamic in it, so a new batch size costs
+nothing. torch tensors or numpy arrays go in, the same kind comes out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from .. import dtypes
+from ..arguments import as_bool, as_shape
+from ..errors import ArgumentTypeError, DeviceError, DTypeError, GeometryError
+from ..geometry import ConvGeometry
+from ..selection.policy import AUTO, choose
+from . import tensors
+from .providers import CPU, CUDA, Providers, resolve
+from .session_cache import cached_session
+
+Ints: TypeAlias = "int | Sequence[int]"
+Padding: TypeAlias = "int | str | Sequence[int] | Sequence[tuple[int, int]]"
+
+_INPUT_DOC = """torch.nn.grad.conv{rank}d_input on onnxruntime: the gradient with respect to the convolution's input.
+
+    Args:
+        input_size: shape of the forward input, (N, C, {spatial}).
+        weight: shape (M, C/groups, {kernel}).
+        grad_output: gradient of the loss with respect to the forward output, shape (N, M, {output}).
+        stride, dilation: one integer, or one per spatial axis.
+        padding: zeros on each side, an integer or one per axis; also (begin, end) pairs, "same" or "valid".
+        groups: number of groups.
+        lowering: "auto", or a name from `convgrad_export.lowerings("conv{rank}d_input")`.
+        providers: onnxruntime execution providers; None follows the tensors' device.
+
+    Returns:
+        Shape `input_size`, dtype and device of `grad_output`; a torch tensor or a numpy array, as the arguments.
+        Differentiable like torch.nn.grad's, where an argument requires a gradient.
+
+    Raises:
+        GeometryError, ArgumentTypeError, DTypeError, DeviceError, UnsupportedLoweringError, ProviderError.
+    """
+
+_WEIGHT_DOC = """torch.nn.grad.conv{rank}d_weight on onnxruntime: the gradient with respect to the convolution's weight.
+
+    Args:
+        input: the forward input, shape (N, C, {spatial}).
+        weight_size: shape of the weight, (M, C/groups, {kernel}).
+        grad_output: gradient of the loss with respect to the forward output, shape (N, M, {output}).
+        stride, padding, dilation, groups, lowering, providers: as in `conv{rank}d_input`.
+
+    Returns:
+        Shape `weight_size`, dtype and device of `grad_output`; a torch tensor or a numpy array, as the arguments.
+        Differentiable like torch.nn.grad's, where an argument requires a gradient.
+
+    Raises:
+        GeometryError, ArgumentTypeError, DTypeError, DeviceError, UnsupportedLoweringError, ProviderError.
+    """
+
+
+class InputGradient(Protocol):
+    """Signature of `conv1d_input`, `conv2d_input` and `conv3d_input`."""
+
+    def __call__(
+        self,
+        input_size: Sequence[int],
+        weight: Any,
+        grad_output: Any,
+        stride: Ints = 1,
+        padding: Padding = 0,
+        dilation: Ints = 1,
+        groups: int = 1,
+        *,
+        lowering: str = AUTO,
+        providers: Providers = None,
+    ) -> Any: ...
+
+
+class WeightGradient(Protocol):
+    """Signature of `conv1d_weight`, `conv2d_weight` and `conv3d_weight`."""
+
+    def __call__(
+        self,
+        input: Any,
+        weight_size: Sequence[int],
+        grad_output: Any,
+        stride: Ints = 1,
+        padding: Padding = 0,
+        dilation: Ints = 1,
+        groups: int = 1,
+        *,
+        lowering: str = AUTO,
+        providers: Providers = None,
+    ) -> Any: ...
+
+
+def _input_gradient(rank: int) -> InputGradient:
+    def gradient(
+        input_size: Sequence[int],
+        weight: Any,
+        grad_output: Any,
+        stride: Ints = 1,
+        padding: Padding = 0,
+        dilation: Ints = 1,
+        groups: int = 1,
+        *,
+        lowering: str = AUTO,
+        providers: Providers = None,
+    ) -> Any:
+        _check_operands({"weight": weight, "grad_output": grad_output})
+        geometry = ConvGeometry.from_backward(
+            grad_output.shape,
+            as_shape(input_size, "input_size"),
+            weight.shape,
+            stride,
+            padding,
+            dilation,
+            groups,
+            rank=rank,
+            names=("grad_output", "input_size", "weight"),
+        )
+        operands = {"weight": weight, "grad_output": grad_output}
+        return differentiable(geometry, ("input",), operands, lowering, providers)["input"]
+
+    _describe(gradient, f"conv{rank}d_input", _INPUT_DOC, rank)
+    return gradient
+
+
+def _weight_gradient(rank: int) -> WeightGradient:
+    def gradient(
+        input: Any,
+        weight_size: Sequence[int],
+        grad_output: Any,
+        stride: Ints = 1,
+        padding: Padding = 0,
+        dilation: Ints = 1,
+        groups: int = 1,
+        *,
+        lowering: str = AUTO,
+        providers: Providers = None,
+    ) -> Any:
+        _check_operands({"input": input, "grad_output": grad_output})
+        geometry = ConvGeometry.from_backward(
+            grad_output.shape,
+            input.shape,
+            as_shape(weight_size, "weight_size"),
+            stride,
+            padding,
+            dilation,
+            groups,
+            rank=rank,
+            names=("grad_output", "input", "weight_size"),
+        )
+        operands = {"input": input, "grad_output": grad_output}
+        return differentiable(geometry, ("weight",), operands, lowering, providers)["weight"]
+
+    _describe(gradient, f"conv{rank}d_weight", _WEIGHT_DOC, rank)
+    return gradient
+
+
+def _describe(function: Any, name: str, doc: str, rank: int) -> None:
+    letters = {key: ", ".join(f"{letter}{axis}" for axis in range(rank)) for key, letter in _LETTERS.items()}
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = doc.format(rank=rank, **letters)
+
+
+_LETTERS = {"spatial": "I", "kernel": "K", "output": "O"}
+
+conv1d_input, conv2d_input, conv3d_input = (_input_gradient(rank) for rank in (1, 2, 3))
+conv1d_weight, conv2d_weight, conv3d_weight = (_weight_gradient(rank) for rank in (1, 2, 3))
+
+
+def convolution_backward(
+    grad_output: Any,
+    input: Any,
+    weight: Any,
+    bias_sizes: Sequence[int] | None,
+    stride: Ints,
+    padding: Padding,
+    dilation: Ints,
+    transposed: bool,
+    output_padding: Ints,
+    groups: int,
+    output_mask: Sequence[bool],
+    *,
+    lowering: str = AUTO,
+    providers: Providers = None,
+) -> tuple[Any, Any, Any]:
+    """`torch.ops.aten.convolution_backward` on onnxruntime: every gradient of one convolution in one graph.
+
+    Args:
+        grad_output: shape (N, M, *O). input: shape (N, C, *I). weight: shape (M, C/G, *K), (C, M/G, *K) if transposed.
+        bias_sizes: [M], or None.
+        stride, padding, dilation, transposed, output_padding, groups: of the forward call.
+        output_mask: which of (grad_input, grad_weight, grad_bias) to compute.
+        lowering: "auto", or a catalogue name; it applies to its own gradient, the policy chooses the others.
+        providers: onnxruntime execution providers; None follows the tensors' device.
+
+    Returns:
+        (grad_input, grad_weight, grad_bias), None where the mask is False.
+
+    Raises:
+        GeometryError, ArgumentTypeError, DTypeError, DeviceError, UnsupportedLoweringError, ProviderError.
+    """
+    operands = {"input": input, "weight": weight, "grad_output": grad_output}
+    _check_operands(operands)
+    geometry = ConvGeometry.from_backward(
+        grad_output.shape,
+        input.shape,
+        weight.shape,
+        stride,
+        padding,
+        dilation,
+        groups,
+        transposed=transposed,
+        output_padding=output_padding,
+    )
+    if len(output_mask) != 3:
+        raise GeometryError(f"output_mask is {tuple(output_mask)}, expected three booleans: input, weight, bias")
+    mask = [as_bool(value, f"output_mask[{index}]") for index, value in enumerate(output_mask)]
+    if bias_sizes is not None and (mask[2] or tuple(bias_sizes) != (0,)):
+        given = as_shape(bias_sizes, "bias_sizes")
+        if given != (geometry.out_channels,):
+            raise GeometryError(
+                f"bias_sizes is {given}, expected ({geometry.out_channels},): one for each output channel"
+            )
+    gradients = tuple(name for name, wanted in zip(("input", "weight", "bias"), mask, strict=True) if wanted)
+    if not gradients:
+        return (None, None, None)
+    results = differentiable(geometry, gradients, operands, lowering, providers)
+    return (results.get("input"), results.get("weight"), results.get("bias"))
+
+
+def differentiable(
+    geometry: ConvGeometry, gradients: tuple[str, ...], operands: dict[str, Any], lowering: str, providers: Providers
+) -> dict[str, Any]:
+    """`compute`, recorded by autograd where a torch operand requires a gradient."""
+    requires_grad = any(tensors.is_torch(value) and value.requires_grad for value in operands.values())
+    if requires_grad and sys.modules["torch"].is_grad_enabled():
+        from .second_order import compute_recorded
+
+        return compute_recorded(geometry, gradients, operands, lowering, providers)
+    return compute(geometry, gradients, operands, lowering, providers)
+
+
+def compute(
+    geometry: ConvGeometry, gradients: tuple[str, ...], operands: dict[str, Any], lowering: str, providers: Providers
+) -> dict[str, Any]:
+    """The gradients of one checked convolution, by name."""
+    grad_output = operands["grad_output"]
+    default = CUDA if tensors.is_torch(grad_output) and grad_output.device.type == "cuda" else CPU
+    wanted = resolve(providers, default)
+    dtype = dtypes.name_of(tensors.type_name(grad_output))
+    chosen = {
+        gradient: choose(gradient, geometry, dtype, lowering=lowering, provider=wanted[0][0]) for gradient in gradients
+    }
+    session = cached_session(geometry, chosen, dtype, wanted)
+    feeds = {name: _as_array(operands[name]) for name in session.input_names}
+    results = session.run(feeds)
+    return {gradient: results[f"grad_{gradient}"] for gradient in gradients}
+
+
+def _as_array(value: Any) -> Any:
+    return value if tensors.is_torch(value) else np.asarray(value)
+
+
+def _check_operands(operands: dict[str, Any]) -> None:
+    for name, value in operands.items():
+        if not tensors.is_torch(value) and not tensors.is_array(value):
+            raise ArgumentTypeError(f"{name} is a {type(value).__name__}, expected a torch tensor or a numpy array")
+    if len({tensors.is_torch(value) for value in operands.values()}) > 1:
+        kinds = ", ".join(f"{name} is a {type(value).__name__}" for name, value in operands.items())
+        raise ArgumentTypeError(f"{kinds}: expected all torch tensors or all numpy arrays")
+    found = {name: dtypes.name_of(tensors.type_name(value), name) for name, value in operands.items()}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{name} is {dtype}" for name, dtype in found.items())
+        raise DTypeError(f"{listed}: expected one dtype")
+    devices = {name: str(getattr(value, "device", "cpu")) for name, value in operands.items()}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} is on {device}" for name, device in devices.items())
+        raise DeviceError(f"{listed}: expected one device")
+    device = next(iter(devices.values()))
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise DeviceError(f"tensors are on {device}, expected cpu or cuda: onnxruntime cannot read other memory")

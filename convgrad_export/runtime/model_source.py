@@ -1,0 +1,69 @@
+"""Accepting a model: a path, bytes, a ModelProto or an onnx_ir model, checked before onnxruntime sees it.
+
+Model files are untrusted. External data must lie inside the model's own folder; onnx is used for that check when it
+is installed, and onnxruntime applies the same rule when it is not.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from ..errors import ArgumentTypeError, ModelFileError
+
+
+def model_source(model: Any) -> Path | bytes:
+    """What to hand to `onnxruntime.InferenceSession`.
+
+    Raises:
+        ModelFileError: no such file, not a protobuf of an ONNX model, or external data outside the folder.
+        ArgumentTypeError: none of the accepted kinds.
+    """
+    if isinstance(model, str | os.PathLike):
+        path = Path(model)
+        if not path.is_file():
+            raise ModelFileError(f"model {path} {'is not a file' if path.exists() else 'does not exist'}")
+        _check_external_data(path)
+        return path
+    if isinstance(model, bytes | bytearray):
+        return bytes(model)
+    if hasattr(model, "SerializeToString"):
+        return bytes(model.SerializeToString())
+    onnx_ir = sys.modules.get("onnx_ir")
+    if onnx_ir is not None and isinstance(model, onnx_ir.Model):
+        return bytes(onnx_ir.to_proto(model).SerializeToString())
+    raise ArgumentTypeError(
+        f"model is a {type(model).__name__}, expected a path, bytes, an onnx.ModelProto or an onnx_ir.Model"
+    )
+
+
+def _check_external_data(path: Path) -> None:
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError:
+        return
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise ModelFileError(f"{path} is not an ONNX model, or is truncated: {error}") from error
+    if not model.HasField("graph"):
+        raise ModelFileError(f"{path} is not an ONNX model: it holds no graph")
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                check_location(path, tensor.name, entry.value)
+
+
+def check_location(model_path: Path, tensor_name: str, location: str) -> None:
+    """Refuse an external-data location that leaves the model's folder, by its text or through a link."""
+    parts = {*PurePosixPath(location).parts, *PureWindowsPath(location).parts}
+    absolute = PurePosixPath(location).is_absolute() or bool(PureWindowsPath(location).anchor)
+    folder = model_path.resolve().parent
+    resolved = (folder / location).resolve()
+    if absolute or ".." in parts or not resolved.is_relative_to(folder):
+        raise ModelFileError(
+            f"{model_path}: tensor {tensor_name!r} takes its data from {location!r}, outside the model's folder"
+        )

@@ -1,0 +1,76 @@
+"""Execution providers: what a caller may ask for, and making sure that it is what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from ..errors import ArgumentTypeError, MissingDependencyError, ProviderError
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+_SHORT_NAMES = {"cpu": CPU, "cuda": CUDA}
+
+Provider: TypeAlias = "str | tuple[str, Mapping[str, Any]]"
+Providers: TypeAlias = "Provider | Sequence[Provider] | None"
+
+
+def onnxruntime() -> Any:
+    """The onnxruntime module.
+
+    Raises:
+        MissingDependencyError: neither onnxruntime nor onnxruntime-gpu is installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            "onnxruntime is not installed: pip install 'convgrad-export[onnxruntime]' for the CPU, or "
+            "'convgrad-export[onnxruntime-gpu]' for CUDA (one of the two, they overwrite each other)"
+        ) from error
+    return onnxruntime
+
+
+def resolve(providers: Providers, default: str = CPU) -> list[tuple[str, dict[str, Any]]]:
+    """`providers` as (name, options) pairs, the CPU last as the fallback that onnxruntime always has.
+
+    Args:
+        providers: a name, a (name, options) pair, or a sequence of them; ``"cpu"`` and ``"cuda"`` are short for the
+            full names. None stands for `default`.
+
+    Raises:
+        ProviderError: this onnxruntime was built without the provider. ArgumentTypeError: not of the forms above.
+    """
+    if providers is None:
+        providers = [default]
+    elif isinstance(providers, str) or _is_pair(providers):
+        providers = [providers]  # type: ignore[list-item]
+    resolved = []
+    for entry in providers:
+        name, options = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, {})
+        if not isinstance(name, str) or not isinstance(options, Mapping):
+            raise ArgumentTypeError(f"providers holds {entry!r}, expected a name or a (name, options) pair")
+        resolved.append((_SHORT_NAMES.get(name, name), dict(options)))
+    if not resolved:
+        raise ArgumentTypeError("providers is empty, expected at least one execution provider")
+    available = onnxruntime().get_available_providers()
+    for name, _ in resolved:
+        if name not in available:
+            hint = " Install the extra onnxruntime-gpu in place of onnxruntime." if name == CUDA else ""
+            raise ProviderError(f"provider {name} is not in this onnxruntime, which has {', '.join(available)}.{hint}")
+    if all(name != CPU for name, _ in resolved):
+        resolved.append((CPU, {}))
+    return resolved
+
+
+def check_active(requested: str, active: Sequence[str]) -> None:
+    """onnxruntime drops a provider that cannot start (no usable CUDA, say) with one log line; this is an error here."""
+    if requested not in active:
+        raise ProviderError(
+            f"provider {requested} could not start and onnxruntime fell back to {', '.join(active)}: check the driver, "
+            f"CUDA and cuDNN versions that this onnxruntime was built for, or ask for the CPU"
+        )
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], Mapping)

@@ -1,0 +1,168 @@
+"""`GradientSession`: an exported gradient model on onnxruntime."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError
+from . import tensors
+from .model_source import model_source
+from .placement import RECORD_ASSIGNMENT, PlacementReport, read_placement
+from .providers import CPU, Providers, check_active, onnxruntime, resolve
+
+
+class GradientSession:
+    """A model loaded into onnxruntime.
+
+    Takes numpy arrays or torch tensors and gives back the same kind. torch tensors are read in place when contiguous,
+    and results share onnxruntime's memory.
+
+    Args:
+        model: path of an ``.onnx`` file, its bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
+        providers: as in `onnxruntime.InferenceSession`, also ``"cpu"`` and ``"cuda"``; None is the CPU.
+        threads: size of the intra-op thread pool; None leaves the choice to onnxruntime.
+        session_options: an `onnxruntime.SessionOptions` to start from; `threads` still applies.
+
+    Raises:
+        ModelFileError: missing, truncated, not an ONNX model, or with external data outside its folder.
+        ProviderError: the first provider asked for is missing or could not start.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | bytes | Any,
+        providers: Providers = None,
+        *,
+        threads: int | None = None,
+        session_options: Any = None,
+    ) -> None:
+        ort = onnxruntime()
+        source = model_source(model)
+        wanted = resolve(providers)
+        options = session_options if session_options is not None else ort.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        options.add_session_config_entry(*RECORD_ASSIGNMENT)
+        try:
+            self._session = ort.InferenceSession(
+                source if isinstance(source, bytes) else str(source),
+                options,
+                providers=[name for name, _ in wanted],
+                provider_options=[settings for _, settings in wanted],
+            )
+        except Exception as error:  # onnxruntime raises a private class for each status code
+            if not type(error).__module__.startswith("onnxruntime"):
+                raise
+            where = f"{source}" if isinstance(source, Path) else "the model given as bytes"
+            raise ModelFileError(f"onnxruntime cannot load {where}: {error}") from error
+        self._requested = wanted[0][0]
+        check_active(self._requested, self._session.get_providers())
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self._output_names = [value.name for value in self._session.get_outputs()]
+        if self._requested != CPU and (report := self.placement()).left:
+            warnings.warn(f"{report}. See GradientSession.placement().", RuntimeWarning, stacklevel=2)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(self._inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return tuple(self._output_names)
+
+    @property
+    def inference_session(self) -> Any:
+        """The underlying `onnxruntime.InferenceSession`."""
+        return self._session
+
+    def placement(self) -> PlacementReport:
+        """Which provider runs each node; `PlacementReport.left` lists those that left the requested one."""
+        return read_placement(self._session, self._requested)
+
+    @overload
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]: ...
+
+    @overload
+    def run(self, inputs: Sequence[str] | None, input_feed: Mapping[str, Any]) -> list[Any]: ...
+
+    def run(
+        self, inputs: Mapping[str, Any] | Sequence[str] | None, input_feed: Mapping[str, Any] | None = None
+    ) -> dict[str, Any] | list[Any]:
+        """Run the model once.
+
+        Two forms: ``run({"weight": w, "grad_output": g})`` returns a dict of all outputs; onnxruntime's own
+        ``run(output_names, {...})`` returns a list, of all outputs for None.
+
+        Args:
+            inputs: arrays or tensors by input name, all numpy or all torch and then on one device.
+            input_feed: the arrays by name, in the second form.
+
+        Raises:
+            ArgumentTypeError: a missing, unknown or mixed kind of input, or an unknown output name.
+            DTypeError: an input of another element type than the model's. GeometryError: an input of another shape.
+        """
+        if isinstance(inputs, Mapping):
+            if input_feed is not None:
+                raise ArgumentTypeError("run got two mappings, expected the inputs once")
+            values = self._run(self._output_names, inputs)
+            return dict(zip(self._output_names, values, strict=True))
+        if input_feed is None:
+            raise ArgumentTypeError(f"run got {inputs!r}, expected a mapping from input name to array")
+        names = list(inputs) if inputs is not None else self._output_names
+        unknown = [name for name in names if name not in self._output_names]
+        if unknown:
+            raise ArgumentTypeError(f"run: unknown outputs {unknown}, the model has {self._output_names}")
+        return self._run(names, input_feed)
+
+    def _run(self, names: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
+        if set(feeds) != set(self._inputs):
+            missing = sorted(set(self._inputs) - set(feeds)) or "none"
+            unknown = sorted(set(feeds) - set(self._inputs)) or "none"
+            raise ArgumentTypeError(
+                f"the model takes the inputs {list(self._inputs)}; missing: {missing}, unknown: {unknown}"
+            )
+        kinds = {tensors.is_torch(value) for value in feeds.values()}
+        if len(kinds) > 1:
+            raise ArgumentTypeError("inputs mix numpy arrays and torch tensors, expected one kind")
+        as_torch = kinds == {True}
+        views = {name: tensors.view(value, name) for name, value in feeds.items()}
+        sizes: dict[str, tuple[int, str]] = {}
+        codes = {name: self._check(name, value, sizes) for name, value in views.items()}
+        binding = self._session.io_binding()
+        for name, value in views.items():
+            binding.bind_input(name, value.device_type, value.device_index, codes[name], value.shape, value.pointer)
+        device, index = next(((v.device_type, v.device_index) for v in views.values()), ("cpu", 0))
+        for name in names:
+            binding.bind_output(name, device, index)
+        if device == "cuda":
+            tensors.wait_for_torch(index)
+        self._session.run_with_iobinding(binding)
+        if device != "cpu":
+            binding.synchronize_outputs()
+        convert = tensors.to_torch if as_torch else tensors.to_numpy
+        return [convert(value) for value in binding.get_outputs()]
+
+    def _check(self, name: str, value: tensors.TensorView, sizes: dict[str, tuple[int, str]]) -> int:
+        """TensorProto code of an input, once its type and shape are checked; `sizes` collects the symbolic ones."""
+        expected = self._inputs[name]
+        code, dtype = tensors.onnx_type(expected.type)
+        if value.dtype != dtype:
+            raise DTypeError(f"input {name} is {value.dtype}, expected {dtype}")
+        declared = expected.shape
+        wanted = "(" + ", ".join("?" if size is None else str(size) for size in declared) + ")"
+        if len(value.shape) != len(declared):
+            raise GeometryError(f"input {name} has shape {value.shape}, expected {wanted}")
+        for want, got in zip(declared, value.shape, strict=True):
+            if isinstance(want, int) and want != got:
+                raise GeometryError(f"input {name} has shape {value.shape}, expected {wanted}")
+            if isinstance(want, str):
+                size, other = sizes.setdefault(want, (got, name))
+                if size != got:
+                    raise GeometryError(
+                        f"input {name} has shape {value.shape}, expected {wanted} with {want} = {size} as in {other}"
+                    )
+        return code

@@ -1,0 +1,110 @@
+"""Between numpy arrays, torch tensors and onnxruntime: one pointer, one shape, one element type, and no copy.
+
+torch is used only when the caller hands over a torch tensor, so it is never imported here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import ArgumentTypeError, DTypeError
+
+# onnxruntime's names in session metadata, TensorProto code, and numpy's name for the same type.
+_TYPES = {
+    "tensor(float)": (1, "float32"),
+    "tensor(double)": (11, "float64"),
+    "tensor(float16)": (10, "float16"),
+    "tensor(bfloat16)": (16, "bfloat16"),
+    "tensor(int64)": (7, "int64"),
+    "tensor(int32)": (6, "int32"),
+    "tensor(int16)": (5, "int16"),
+    "tensor(int8)": (3, "int8"),
+    "tensor(uint64)": (13, "uint64"),
+    "tensor(uint32)": (12, "uint32"),
+    "tensor(uint16)": (4, "uint16"),
+    "tensor(uint8)": (2, "uint8"),
+    "tensor(bool)": (9, "bool"),
+}
+
+
+@dataclass(frozen=True)
+class TensorView:
+    """A contiguous block of memory that onnxruntime may read; `owner` keeps it alive."""
+
+    owner: Any
+    pointer: int
+    shape: tuple[int, ...]
+    dtype: str
+    device_type: str
+    device_index: int
+
+
+def is_torch(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray | np.generic)
+
+
+def type_name(value: Any) -> str:
+    """numpy's name of the element type of an array or tensor."""
+    return str(value.dtype).removeprefix("torch.") if is_torch(value) else np.dtype(value.dtype).name
+
+
+def view(value: Any, name: str) -> TensorView:
+    """`value` as a TensorView; copied only if it is not contiguous.
+
+    Raises:
+        ArgumentTypeError: neither an array nor a tensor, or a sparse or quantized tensor.
+    """
+    if is_torch(value):
+        if value.layout != sys.modules["torch"].strided or value.is_quantized:
+            raise ArgumentTypeError(f"{name} is a {value.layout} tensor, expected a dense, unquantized one")
+        dense = value.detach().contiguous()
+        device = dense.device
+        return TensorView(dense, dense.data_ptr(), tuple(dense.shape), type_name(dense), device.type, device.index or 0)
+    if not is_array(value):
+        raise ArgumentTypeError(f"{name} is a {type(value).__name__}, expected a numpy array or a torch tensor")
+    array = np.ascontiguousarray(value).reshape(value.shape)
+    return TensorView(array, array.ctypes.data, array.shape, np.dtype(array.dtype).name, "cpu", 0)
+
+
+def onnx_type(ort_type: str) -> tuple[int, str]:
+    """TensorProto code and numpy name for a type string of onnxruntime's session metadata.
+
+    Raises:
+        DTypeError: a sequence, map, string, or another type that is no dense numeric tensor.
+    """
+    if ort_type not in _TYPES:
+        raise DTypeError(f"the model has a {ort_type}, expected one of {', '.join(_TYPES)}")
+    return _TYPES[ort_type]
+
+
+def to_torch(value: Any) -> Any:
+    """A torch tensor over the memory of an OrtValue."""
+    return sys.modules["torch"].from_dlpack(value)
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """A numpy array with a copy of an OrtValue that lies on the CPU."""
+    if value.element_type() != _TYPES["tensor(bfloat16)"][0]:
+        return np.asarray(value.numpy())
+    import ml_dtypes  # numpy has no bfloat16, so onnxruntime hands out none
+
+    shape = tuple(value.shape())
+    array = np.empty(shape, ml_dtypes.bfloat16)
+    ctypes.memmove(array.ctypes.data, value.data_ptr(), 2 * math.prod(shape))
+    return array
+
+
+def wait_for_torch(device_index: int) -> None:
+    """Finish what torch has queued on the current CUDA stream: onnxruntime reads the tensors on a stream of its own."""
+    sys.modules["torch"].cuda.current_stream(device_index).synchronize()
