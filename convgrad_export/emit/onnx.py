@@ -23,12 +23,16 @@ PRODUCER = "convgrad_export"
 class GraphOps:
     """Records operators by name into nodes of an onnx_ir graph: ``ops.Conv(x, w, group=2)``.
 
-    Equal integer constants become one initializer. Names count up, so the same calls give the same bytes.
+    Equal constants become one initializer. Names count up, so the same calls give the same bytes.
     """
 
     def __init__(self) -> None:
         self.nodes: list[ir.Node] = []
-        self.initializers: dict[str, ir.Value] = {}
+        self._constants: dict[tuple[str, bytes], ir.Value] = {}
+
+    @property
+    def initializers(self) -> list[ir.Value]:
+        return list(self._constants.values())
 
     def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
         if not op_type[:1].isupper():
@@ -41,21 +45,25 @@ class GraphOps:
 
     def _record(self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any]) -> ir.Value:
         if op_type == "Constant":
-            return self._integers(attributes["value_ints"])
+            return self._constant(**attributes)
         node = ir.node(op_type, inputs, attributes=dict(attributes))
         node.outputs[0].name = f"{op_type.lower()}_{len(self.nodes)}"
         node.name = f"{op_type}_{len(self.nodes)}"
         self.nodes.append(node)
         return node.outputs[0]
 
-    def _integers(self, values: Sequence[int]) -> ir.Value:
-        name = "ints_" + ("_".join(str(value).replace("-", "m") for value in values) or "empty")
-        if name not in self.initializers:
-            tensor = ir.tensor(np.array(values, dtype=np.int64), name=name)
-            self.initializers[name] = ir.Value(
-                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(values)]), const_value=tensor
+    def _constant(
+        self, *, value_ints: Sequence[int] | None = None, value_floats: Sequence[float] | None = None
+    ) -> ir.Value:
+        array = np.array(value_floats, np.float32) if value_ints is None else np.array(value_ints, np.int64)
+        key = (array.dtype.char, array.tobytes())
+        if key not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            tensor = ir.tensor(array, name=name)
+            self._constants[key] = ir.Value(
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([array.size]), const_value=tensor
             )
-        return self.initializers[name]
+        return self._constants[key]
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ def emit_model(request: GradientRequest, name: str) -> ir.Model:
         list(inputs.values()),
         list(outputs.values()),
         nodes=ops.nodes,
-        initializers=list(ops.initializers.values()),
+        initializers=ops.initializers,
         opset_imports={"": request.opset},
         name=name,
     )

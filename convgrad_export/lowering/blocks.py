@@ -24,6 +24,12 @@ def ints(op: Ops, values: Sequence[int]) -> Value:
     return op.Constant(value_ints=[int(value) for value in values])
 
 
+def floats(op: Ops, array: Any) -> Value:
+    """A float32 constant from a numpy array of any shape."""
+    flat = op.Constant(value_floats=[float(value) for value in array.ravel()])
+    return flat if array.ndim == 1 else op.Reshape(flat, ints(op, array.shape))
+
+
 def reshape(op: Ops, value: Value, shape: Sequence[int]) -> Value:
     """`shape` has no zeros; one entry, the one that holds the batch, is -1."""
     return op.Reshape(value, ints(op, shape))

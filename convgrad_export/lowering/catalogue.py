@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..errors import UnsupportedLoweringError
 from ..geometry import ConvGeometry
-from . import input_conv, input_matmul, transposed_input, weight_grad
+from . import cook_toom, input_conv, input_matmul, transposed_input, weight_grad, weight_shifted, winograd
 from .blocks import Ops, Value
 from .kernels import CPU, CUDA, missing_kernel
 
@@ -36,6 +36,7 @@ class Lowering:
         transposed: for input lowerings, the kind of convolution it is for; None serves both.
         when: in words, the convolutions it is for.
         min_opset: first standard opset that has all its operators.
+        error_factor: its error bound in units of the direct form's; 1 for every direct form.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Lowering:
     transposed: bool | None = None
     when: str = "any convolution"
     min_opset: int = 13
+    error_factor: float = 1.0
 
     @property
     def summary(self) -> str:
@@ -166,6 +168,19 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             transposed=True,
             when="any transposed convolution, also in float64",
         ),
+        *(
+            Lowering(
+                name=f"{gradient}.winograd{tile}",
+                gradient=gradient,
+                body=bodies[tile],
+                condition=winograd.why_not(tile),
+                transposed=False if gradient == "input" else None,
+                when=f"stride 1, dilation 1, one group, kernels of 2 to {tile - 1} taps an axis",
+                error_factor=winograd.ERROR_FACTORS[tile],
+            )
+            for gradient, bodies in (("input", winograd.INPUT_BODIES), ("weight", winograd.WEIGHT_BODIES))
+            for tile in cook_toom.TILES
+        ),
         Lowering(name="weight.swapped_conv", gradient="weight", body=weight_grad.swapped_conv, operators=_CONV),
         Lowering(
             name="weight.flipped_conv",
@@ -176,6 +191,13 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             when="stride 1",
         ),
         Lowering(name="weight.im2col", gradient="weight", body=weight_grad.im2col, when=_ALSO_FLOAT64),
+        Lowering(
+            name="weight.shifted_matmul",
+            gradient="weight",
+            body=weight_shifted.shifted_matmul,
+            condition=weight_shifted.shifted_matmul_why_not,
+            when="two or three spatial axes, stride 1 except on the last, also in float64",
+        ),
         Lowering(name="weight.matmul_taps", gradient="weight", body=weight_grad.matmul_taps, when=_ALSO_FLOAT64),
         Lowering(
             name="weight.depthwise_taps",

@@ -69,9 +69,11 @@ def im2col(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
     """One GEMM: grad_output (M/G, N*O) with the slices of the input that each tap reads, (K*C/G, N*O)."""
     columns = stack(op, list(_tap_slices(op, g, input)), axis=1)
     columns = reshape(op, columns, [g.groups, g.taps * g.in_channels_per_group, -1])
-    product = op.MatMul(_group_rows(op, g, grad_output), op.Transpose(columns, perm=[0, 2, 1]))
-    tap_major = reshape(op, product, [g.out_channels, *g.kernel_size, g.in_channels_per_group])
-    return _taps_last(op, g, tap_major)
+    # The columns go first: GEMM kernels pack the right operand, so the narrower one belongs there.
+    product = op.MatMul(columns, op.Transpose(_group_rows(op, g, grad_output), perm=[0, 2, 1]))
+    split = reshape(op, product, [g.groups, *g.kernel_size, g.in_channels_per_group, g.out_channels_per_group])
+    ordered = op.Transpose(split, perm=[0, g.rank + 2, g.rank + 1, *range(1, g.rank + 1)])
+    return reshape(op, ordered, g.weight_shape)
 
 
 def matmul_taps(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
