@@ -41,6 +41,7 @@ def build_model(
     opset_version: int = 18,
     lowering: str = AUTO,
     provider: str = CPU,
+    max_error_factor: float = 1.0,
     inline: bool = True,
 ) -> onnx.ModelProto:
     """One gradient operator as an ONNX model of standard operators.
@@ -62,6 +63,8 @@ def build_model(
         opset_version: of the standard operators, 13 to 23; 15 or newer for a canonical function.
         lowering: ``"auto"`` or a name from `lowerings`.
         provider: the onnxruntime execution provider the model is meant for.
+        max_error_factor: what ``"auto"`` may take, in units of the direct form's error bound; 1 keeps to direct forms,
+            8 admits every Winograd form.
         inline: False keeps the canonical function as a ``convgrad`` function node.
 
     Raises:
@@ -105,7 +108,15 @@ def build_model(
     )
     gradients = _masked(op, output_mask)
     chosen = {
-        gradient: choose(gradient, geometry, name, lowering=lowering, provider=provider, opset=opset)
+        gradient: choose(
+            gradient,
+            geometry,
+            name,
+            lowering=lowering,
+            provider=provider,
+            opset=opset,
+            max_error_factor=max_error_factor,
+        )
         for gradient in gradients
     }
     if lowering != AUTO and all(entry.name != lowering for entry in chosen.values()):

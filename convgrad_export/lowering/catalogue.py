@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from ..errors import UnsupportedLoweringError
 from ..geometry import ConvGeometry
-from . import cook_toom, input_conv, input_matmul, transposed_input, weight_grad, weight_shifted, winograd
+from . import cook_toom, depthwise, input_conv, input_matmul, transposed_input, weight_grad, weight_shifted, winograd
 from .blocks import Ops, Value
-from .kernels import CPU, CUDA, missing_kernel
+from .kernels import CPU, CUDA, compute_dtype, missing_kernel
 
 GRADIENTS = ("input", "weight", "bias")
 
@@ -37,6 +37,7 @@ class Lowering:
         when: in words, the convolutions it is for.
         min_opset: first standard opset that has all its operators.
         error_factor: its error bound in units of the direct form's; 1 for every direct form.
+        float32_only: it holds float32 constants, so it cannot compute in another type.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Lowering:
     when: str = "any convolution"
     min_opset: int = 13
     error_factor: float = 1.0
+    float32_only: bool = False
 
     @property
     def summary(self) -> str:
@@ -62,6 +64,8 @@ class Lowering:
             return "the convolution is transposed" if geometry.transposed else "the convolution is not transposed"
         if opset < self.min_opset:
             return f"opset {opset} lacks an operator of it, it needs {self.min_opset}"
+        if self.float32_only and (computed := compute_dtype(dtype, provider)) != "float32":
+            return f"its constants are float32, and {dtype} is computed in {computed}"
         if provider == CUDA and "ConvTranspose" in self.operators and self.name == "input.conv_transpose":
             uneven = next(((lo, hi) for lo, hi in geometry.pads if lo != hi), None)
             if uneven:
@@ -177,6 +181,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
                 transposed=False if gradient == "input" else None,
                 when=f"stride 1, dilation 1, one group, kernels of 2 to {tile - 1} taps an axis",
                 error_factor=winograd.ERROR_FACTORS[tile],
+                float32_only=True,
             )
             for gradient, bodies in (("input", winograd.INPUT_BODIES), ("weight", winograd.WEIGHT_BODIES))
             for tile in cook_toom.TILES
@@ -204,6 +209,13 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             gradient="weight",
             body=weight_grad.depthwise_taps,
             condition=weight_grad.depthwise_why_not,
+            when="one input channel a group, also in float64",
+        ),
+        Lowering(
+            name="weight.depthwise_rows",
+            gradient="weight",
+            body=depthwise.weight_rows,
+            condition=depthwise.weight_rows_why_not,
             when="one input channel a group, also in float64",
         ),
         Lowering(name="bias.reduce_sum", gradient="bias", body=weight_grad.reduce_sum, when=_ALSO_FLOAT64),

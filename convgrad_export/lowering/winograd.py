@@ -22,7 +22,7 @@ from .blocks import Ops, Value, crop, floats, ints, pad, reshape
 from .cook_toom import minimal_filtering
 
 # Largest error seen over random data, in units of the direct form's bound, with room: see benchmarks/NOTES.md.
-ERROR_FACTORS = {4: 4.0, 6: 16.0}
+ERROR_FACTORS = {4: 2.0, 6: 8.0}
 
 
 def _tile_steps(g: ConvGeometry, tile: int) -> list[int]:

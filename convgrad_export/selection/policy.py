@@ -6,33 +6,66 @@ benchmarks/NOTES.md. Selection is separate from lowering: nothing here knows how
 
 from __future__ import annotations
 
+import math
+
 from ..errors import UnsupportedLoweringError
 from ..geometry import ConvGeometry
 from ..lowering import CPU, CUDA, LOWERINGS, Lowering, by_name
 
 AUTO = "auto"
+DIRECT = 1.0  # error factor of every form that adds up the products themselves
+
+_FEW_CHANNELS = 16  # a GEMM with a side this short leaves most of its register tile empty
+_SMALL_IMAGE = 256  # output positions; up to here Col2Im's additions cost less than ConvTranspose's
+_WINOGRAD_CHANNELS = {"winograd4": 256, "winograd6": 96}  # below, the tile transforms cost more than they save
+
+# What every plain input gradient and every weight gradient can fall back on, float64 included.
+_ANY_INPUT = ("input.conv_transpose", "input.conv_transpose_crop", "input.pixel_shuffle", "input.matmul_taps")
+_ANY_WEIGHT = ("weight.matmul_taps",)
 
 
-def _input_preferences(g: ConvGeometry, provider: str) -> tuple[str, ...]:
+def _input_preferences(g: ConvGeometry, provider: str, constant_weight: bool) -> tuple[str, ...]:
     if g.transposed:
         return ("input.conv", "input.im2col")
-    if g.is_pointwise and g.groups == 1 and provider != CUDA:
-        return ("input.pixel_shuffle", "input.conv_transpose", "input.matmul_taps")
-    return (
-        "input.conv_transpose",
-        "input.conv_transpose_crop",
-        "input.pixel_shuffle",
-        "input.matmul_taps",
-    )
+    if provider == CUDA:
+        return _ANY_INPUT
+    unit_stride = all(s == 1 for s in g.stride)
+    if unit_stride and g.is_pointwise:
+        return ("input.flipped_conv", *_ANY_INPUT)
+    if unit_stride and constant_weight and (g.groups == 1 or g.is_depthwise):
+        # onnxruntime blocks the channels of a Conv whose weight is constant, and has no such form of ConvTranspose.
+        return ("input.flipped_conv", *_ANY_INPUT)
+    if g.groups == 1 and g.is_static and math.prod(g.output_size) <= _SMALL_IMAGE:
+        return ("input.col2im", *_ANY_INPUT)
+    return _ANY_INPUT
 
 
 def _weight_preferences(g: ConvGeometry, provider: str) -> tuple[str, ...]:
-    plain = g.adjoint() if g.transposed else g
-    if plain.is_depthwise:
-        return ("weight.depthwise_taps",)
-    if plain.is_pointwise or any(d > 1 for d in plain.dilation):
-        return ("weight.matmul_taps",)
-    return ("weight.im2col",)
+    unit_stride = all(s == 1 for s in g.stride)
+    if provider == CUDA:
+        return ("weight.depthwise_taps", *_ANY_WEIGHT) if g.is_depthwise else _ANY_WEIGHT
+    if g.is_depthwise:
+        if max(g.kernel_size) >= 5 or (unit_stride and g.output_size[-1] <= 28):
+            return ("weight.depthwise_rows",)
+        return _ANY_WEIGHT if unit_stride else ("weight.swapped_conv", "weight.depthwise_rows")
+    if g.is_pointwise:
+        return _ANY_WEIGHT
+    if min(g.in_channels_per_group, g.out_channels_per_group) < _FEW_CHANNELS:
+        if g.groups > 1:
+            return ("weight.shifted_matmul", "weight.im2col")
+        return ("weight.im2col",) if unit_stride else ("weight.swapped_conv", "weight.im2col")
+    return _ANY_WEIGHT
+
+
+def _reduced_arithmetic(gradient: str, g: ConvGeometry, max_error_factor: float) -> tuple[str, ...]:
+    """Lowerings with fewer multiplications that the allowed error admits and whose transforms pay."""
+    names = (f"{gradient}.winograd6", f"{gradient}.winograd4")
+    return tuple(
+        name
+        for name in names
+        if LOWERINGS[name].error_factor <= max_error_factor
+        and min(g.in_channels, g.out_channels) >= _WINOGRAD_CHANNELS[name.split(".")[1]]
+    )
 
 
 def choose(
@@ -43,6 +76,8 @@ def choose(
     lowering: str = AUTO,
     provider: str = CPU,
     opset: int = 18,
+    constant_weight: bool = False,
+    max_error_factor: float = DIRECT,
 ) -> Lowering:
     """The lowering for one gradient.
 
@@ -53,6 +88,9 @@ def choose(
             `gradient` leaves the choice to the policy, so that one name can be given for a whole backward call.
         provider: the onnxruntime execution provider that will run the graph.
         opset: version of the standard operators.
+        constant_weight: the weight is an initializer of the model that no input overrides.
+        max_error_factor: largest allowed error bound, in units of the direct form's. The default, 1, takes direct forms
+            only; 2 admits Winograd tiles of 4, and 8 tiles of 6 (`Lowering.error_factor`).
 
     Raises:
         UnsupportedLoweringError: the named lowering is unknown or does not apply, or none applies.
@@ -62,9 +100,14 @@ def choose(
         return by_name(lowering, gradient, geometry, dtype, provider, opset)
     if gradient == "bias":
         return LOWERINGS["bias.reduce_sum"]
-    preferences = _input_preferences if gradient == "input" else _weight_preferences
+    if gradient == "input":
+        preferences = _input_preferences(geometry, provider, constant_weight)
+    else:
+        preferences = _weight_preferences(geometry.adjoint() if geometry.transposed else geometry, provider)
+    if max_error_factor > DIRECT:
+        preferences = (*_reduced_arithmetic(gradient, geometry, max_error_factor), *preferences)
     reasons = []
-    for name in preferences(geometry, provider):
+    for name in preferences:
         reason = LOWERINGS[name].why_not(geometry, dtype, provider, opset)
         if reason is None:
             return LOWERINGS[name]
