@@ -11,10 +11,12 @@ from typing import Any
 
 from .errors import (
     ArgumentTypeError,
+    CaptureError,
     ConstantGradientError,
     ConvGradError,
     DeviceError,
     DTypeError,
+    DynamicShapeError,
     GeometryError,
     MissingDependencyError,
     ModelFileError,
@@ -42,14 +44,20 @@ _LAZY: dict[str, str | None] = {
     "build_model": "build",
     "lowerings": "build",
     "functions": None,
+    "export": "integrations.onnx_export",
+    "export_gradient": "integrations.onnx_export",
+    "translation_table": "integrations.translation",
+    "ExportReport": "integrations.report",
 }
 
 __all__ = [
     "ArgumentTypeError",
+    "CaptureError",
     "ConstantGradientError",
     "ConvGradError",
     "DTypeError",
     "DeviceError",
+    "DynamicShapeError",
     "GeometryError",
     "MissingDependencyError",
     "ModelFileError",

@@ -12,7 +12,7 @@ Two functions make one:
     capture_gradients(module, args, kwargs, *, wrt="parameters", value=None, value_args=(), ...)
         Forward, a scalar of the output, and its gradients, in one graph. `value(output, *value_args)` is the loss;
         each of `value_args` becomes a further input (labels). Outputs: "value", then the gradients
-        ("conv1.weight.grad", "x.grad"), then the updated buffers under their own names.
+        ("conv1.weight.grad", "x.grad"), then the updated buffers ("bn1.running_mean.updated").
 
 How the tracing is done, and which parts of PyTorch it relies on, is in `tracing.py`.
 """
@@ -75,7 +75,7 @@ def capture(
         tensors_out = [t for t in flat if isinstance(t, torch.Tensor)]
         names = [n for n, t in zip(names, flat, strict=True) if isinstance(t, torch.Tensor)]
         outputs = [TracedOutput(GraphOutput(n, "output"), t) for n, t in zip(names, tensors_out, strict=True)]
-        return outputs + _buffer_outputs(state, tensors, set(names))
+        return outputs + _buffer_outputs(state, tensors)
 
     inputs = (*state, *arguments.inputs(state, dynamic_shapes))
     program = trace_function(traced, inputs, decompositions=decompositions)
@@ -94,6 +94,7 @@ def capture_gradients(
     value_arg_names: Sequence[str] | None = None,
     frozen: Sequence[str] = (),
     return_outputs: bool = False,
+    hessian_vector: bool = False,
     dynamic_shapes: DynamicShapes = None,
     value_dynamic_shapes: DynamicShapes = None,
     unused: Literal["error", "omit", "zeros"] = "omit",
@@ -112,6 +113,8 @@ def capture_gradients(
         value_arg_names: Their names; the value function's own parameter names by default.
         frozen: Parameter names left out of `wrt="parameters"`.
         return_outputs: Also return the forward's outputs ("output", ...), before the gradients.
+        hessian_vector: Also take a "<name>.vector" for each differentiated tensor and return "<name>.hvp", the product
+            of the value's Hessian (with respect to all of them together) and the vectors.
         dynamic_shapes: As for `capture`.
         value_dynamic_shapes: The same for `value_args`.
         unused: What to do about a name that the value does not depend on: refuse, leave its gradient out (it is listed
@@ -120,7 +123,7 @@ def capture_gradients(
 
     Returns:
         Outputs in this order: "value"; the forward's outputs if asked for; activations named in `wrt`; one
-        "<name>.grad" per differentiated tensor; every buffer that the forward updates, under its own name.
+        "<name>.grad" per differentiated tensor; "<name>.updated" for every buffer that the forward updates.
 
     Raises:
         ArgumentTypeError: `wrt` names nothing that the module has, or `value` does not return a scalar.
@@ -132,6 +135,7 @@ def capture_gradients(
     user = arguments.inputs(state, dynamic_shapes)
     labels = _value_inputs(value, value_args, value_arg_names, value_dynamic_shapes, (*state, *user))
     targets = _differentiated(module, wrt, state, user, frozen)
+    vectors = _vector_inputs(targets, (*state, *user)) if hessian_vector else ()
     spec_holder: list[Any] = []
     unused_names: list[str] = []
 
@@ -148,8 +152,9 @@ def capture_gradients(
         spec_holder[:] = [spec]
         scalar = _scalar(value, result, [values[s.name] for s in labels])
         wanted = [recorded[name] if kind == "activation" else leaves[name] for name, kind in targets.items()]
-        grads = torch.autograd.grad(scalar, wanted, allow_unused=True) if wanted else ()
-        outputs = [TracedOutput(GraphOutput("value", "value"), scalar)]
+        grads = torch.autograd.grad(scalar, wanted, allow_unused=True, create_graph=hessian_vector) if wanted else ()
+        taken = {s.name for s in (*state, *user, *labels)}
+        outputs = [TracedOutput(GraphOutput("value" if "value" not in taken else "scalar_value", "value"), scalar)]
         if return_outputs:
             names = _output_names(result, flat)
             outputs += [TracedOutput(GraphOutput(n, "output"), t) for n, t in zip(names, flat, strict=True)]
@@ -161,12 +166,15 @@ def capture_gradients(
                     continue
                 grad = torch.zeros_like(tensor)
             outputs.append(TracedOutput(GraphOutput(f"{name}.grad", "gradient", name), grad))
-        taken = {o.spec.name for o in outputs}
-        return outputs + _buffer_outputs(state, tensors, taken)
+        if hessian_vector:
+            products = _hessian_vector_products(wanted, grads, [values[s.name] for s in vectors])
+            specs = [GraphOutput(f"{name}.hvp", "gradient", name) for name in targets]
+            outputs += [TracedOutput(spec, product) for spec, product in zip(specs, products, strict=True)]
+        return outputs + _buffer_outputs(state, tensors)
 
-    program = trace_function(traced, (*state, *user, *labels), decompositions=decompositions)
+    program = trace_function(traced, (*state, *user, *labels, *vectors), decompositions=decompositions)
     program.output_spec = spec_holder[0]
-    program.unused = tuple(unused_names)
+    program.unused = tuple(dict.fromkeys(unused_names))
     if unused == "error" and unused_names:
         raise ConstantGradientError(
             f"the value does not depend on {', '.join(unused_names)}: the gradient would be a constant zero. "
@@ -199,16 +207,13 @@ def _output_names(result: Any, flat: Sequence[Any]) -> list[str]:
     return ["output"] if len(flat) == 1 else [f"output_{i}" for i in range(len(flat))]
 
 
-def _buffer_outputs(
-    state: Sequence[GraphInput], tensors: Mapping[str, torch.Tensor], taken: set[str]
-) -> list[TracedOutput]:
+def _buffer_outputs(state: Sequence[GraphInput], tensors: Mapping[str, torch.Tensor]) -> list[TracedOutput]:
     """All buffers after the call. `trace_function` drops those that turn out to be unchanged."""
     outputs = []
     for spec in state:
         if spec.kind == "buffer":
-            # A model's own output may carry a buffer's name already; the update then needs another one.
-            name = spec.name if spec.name not in taken else f"{spec.name}.updated"
-            outputs.append(TracedOutput(GraphOutput(name, "buffer", spec.name), tensors[spec.name]))
+            # The buffer itself is an input under its own name.
+            outputs.append(TracedOutput(GraphOutput(f"{spec.name}.updated", "buffer", spec.name), tensors[spec.name]))
     return outputs
 
 
@@ -228,6 +233,36 @@ def _value_inputs(
     if len(names) != len(examples):
         raise ArgumentTypeError(f"value_arg_names has {len(names)} names for {len(examples)} value_args")
     return named_tensors(dict(zip(names, examples, strict=True)), dynamic_shapes, others)
+
+
+def _vector_inputs(
+    targets: Mapping[str, Literal["parameter", "user", "activation"]], inputs: Sequence[GraphInput]
+) -> tuple[GraphInput, ...]:
+    by_name = {spec.name: spec for spec in inputs}
+    if activations := [name for name, kind in targets.items() if kind == "activation"]:
+        raise ArgumentTypeError(
+            f"hessian_vector takes inputs and parameters, but wrt names the activation(s) {', '.join(activations)}"
+        )
+    return tuple(
+        GraphInput(
+            f"{name}.vector", "user", torch.ones_like(by_name[name].value.detach()), dynamic=by_name[name].dynamic
+        )
+        for name in targets
+    )
+
+
+def _hessian_vector_products(
+    leaves: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None], vectors: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """d/dx <grad(x), v>, zeros where the gradient does not depend on a leaf."""
+    terms = [(g * v).sum() for g, v in zip(grads, vectors, strict=True) if g is not None and g.requires_grad]
+    if not terms:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    products = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [torch.zeros_like(x) if p is None else p for p, x in zip(products, leaves, strict=True)]
 
 
 def _differentiated(

@@ -45,6 +45,14 @@ class GraphOutput:
     target: str | None = None
 
 
+@dataclass(frozen=True)
+class TracedOutput:
+    """What a traced Python function hands back for one output."""
+
+    spec: GraphOutput
+    tensor: torch.Tensor
+
+
 @dataclass
 class CapturedProgram:
     """A functional ATen graph with named inputs and outputs, in placeholder and output order.
@@ -53,19 +61,27 @@ class CapturedProgram:
         graph_module: Every node's `meta["val"]` is a fake tensor; `meta["nn_module_path"]` the calling module's name.
         inputs: One per placeholder, in order.
         outputs: One per element of the output node's tuple, in order.
-        symbol_names: Symbol text in `meta["val"]` shapes ("s77") to the dimension name that was asked for ("batch").
+        dimensions: Name of each dynamic dimension ("batch") to the sympy expression it has in `meta["val"]` shapes: a
+            symbol, or an expression of other dimensions' symbols where the forward ties it to them.
         output_spec: How to rebuild the structure the forward returned from the "output" entries; None for gradients.
         unused: Names in `wrt` that the value does not depend on, and that therefore have no gradient output.
         shape_env: The constraints gathered on the dynamic dimensions.
+        function: The Python function that was traced: named tensors to outputs. Verification runs it eagerly.
     """
 
     graph_module: torch.fx.GraphModule
     inputs: tuple[GraphInput, ...]
     outputs: tuple[GraphOutput, ...]
-    symbol_names: Mapping[str, str]
+    dimensions: Mapping[str, Any]
     output_spec: Any
     unused: tuple[str, ...]
     shape_env: ShapeEnv
+    function: Callable[[Mapping[str, torch.Tensor]], Sequence[TracedOutput]]
+
+    @property
+    def symbol_names(self) -> dict[str, str]:
+        """The tracer's symbols ("s77") to dimension names."""
+        return {str(expression): name for name, expression in self.dimensions.items() if expression.is_Symbol}
 
     def run(self, *user_inputs: torch.Tensor, **replaced: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the graph eagerly; parameters, buffers and constants keep their values unless given by name."""
@@ -77,11 +93,3 @@ class CapturedProgram:
         with torch.no_grad():
             results = self.graph_module(*values)
         return {spec.name: result for spec, result in zip(self.outputs, results, strict=True)}
-
-
-@dataclass(frozen=True)
-class TracedOutput:
-    """What a traced Python function hands back for one output."""
-
-    spec: GraphOutput
-    tensor: torch.Tensor

@@ -13,7 +13,6 @@ One pass would need functionalization to work under the user's own torch.func tr
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,13 +30,21 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils import stateless
 
 from convgrad_export.errors import CaptureError, ConstantGradientError, ConvGradError, DynamicShapeError
+from convgrad_export.integrations.differentiable import DifferentiableReplacements
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
 
 Decompositions = Mapping[Any, Callable[..., Any]]
 TracedFunction = Callable[[Mapping[str, torch.Tensor]], Sequence[TracedOutput]]
 
 _MODULE_PATH = "nn_module_path"
-_COPYING = {torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+_COPYING = {
+    torch.ops.aten.clone.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.detach_.default,
+    torch.ops.aten.alias.default,
+    torch.ops.aten.lift_fresh_copy.default,
+    torch.ops.aten.lift_fresh.default,
+}
 _OWN_DIRECTORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _TORCH_DIRECTORY = os.path.dirname(os.path.abspath(torch.__file__))
 # What PyTorch says when Python reads a traced tensor's values.
@@ -62,7 +69,7 @@ def trace_function(
     # Sizes 0 and 1 of a dynamic dimension must not become special cases: an exported model also runs at batch 1.
     config: Any = torch.fx.experimental._config  # a config module: its `patch` is added at run time
     with config.patch(backed_size_oblivious=True):
-        fakes, symbol_names = _fake_inputs(inputs, mode, shape_env)
+        fakes = _fake_inputs(inputs, mode)
         specs: list[GraphOutput] = []
 
         def flat(values: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -77,8 +84,10 @@ def trace_function(
         _refuse_constant_outputs(recorded, specs, inputs)
         constant_fakes = [mode.from_tensor(c.value, static_shapes=True) for c in constants]
         functional = _functionalize(recorded, [*fakes, *constant_fakes], mode, decompositions)
-    _check_dynamic(inputs, fakes, shape_env)
-    return _program(functional, [*inputs, *constants], specs, symbol_names, shape_env)
+        # Decompositions bring constants of their own (index tables).
+        constants += _lift_constants(functional, first=len(constants))
+    dimensions = _check_dynamic(inputs, fakes, shape_env)
+    return _program(functional, [*inputs, *constants], specs, dimensions, shape_env, function)
 
 
 @contextlib.contextmanager
@@ -102,12 +111,9 @@ def swapped_tensors(
             tensors[spec.name] = changed[-1]
 
 
-def _fake_inputs(
-    inputs: Sequence[GraphInput], mode: FakeTensorMode, shape_env: ShapeEnv
-) -> tuple[list[torch.Tensor], dict[str, str]]:
+def _fake_inputs(inputs: Sequence[GraphInput], mode: FakeTensorMode) -> list[torch.Tensor]:
     fakes: list[torch.Tensor] = []
     first_of: dict[str, Any] = {}  # SymInt
-    symbol_names: dict[str, str] = {}
     for spec in inputs:
         if not spec.dynamic:
             fakes.append(mode.from_tensor(spec.value, static_shapes=True))
@@ -126,9 +132,8 @@ def _fake_inputs(
                 torch._check(size == first_of[label])
             else:
                 first_of[label] = size
-                symbol_names[str(size.node.expr)] = label
         fakes.append(fake)
-    return fakes, symbol_names
+    return fakes
 
 
 def _with_general_sizes(spec: GraphInput) -> torch.Tensor:
@@ -152,6 +157,7 @@ def _record(
             sdpa_kernel(SDPBackend.MATH),  # the fused CPU kernel has no ONNX form, forward or backward
             fx_traceback.preserve_node_meta(),
             _module_paths(),
+            DifferentiableReplacements(),
         ):
             return make_fx(flat, record_stack_traces=True)(fakes)
     except ConvGradError:
@@ -194,7 +200,7 @@ def _module_paths() -> Iterator[None]:
             handle.remove()
 
 
-def _lift_constants(recorded: torch.fx.GraphModule) -> list[GraphInput]:
+def _lift_constants(recorded: torch.fx.GraphModule, first: int = 0) -> list[GraphInput]:
     """Turn tensors that the function closed over from attributes of the graph into placeholders at its end."""
     placeholders = [node for node in recorded.graph.nodes if node.op == "placeholder"]
     lifted: dict[str, tuple[GraphInput, torch.fx.Node]] = {}
@@ -203,10 +209,11 @@ def _lift_constants(recorded: torch.fx.GraphModule) -> list[GraphInput]:
         if not isinstance(tensor, torch.Tensor):
             continue
         if node.target not in lifted:
-            name = f"constant_{len(lifted)}"
+            name = f"constant_{first + len(lifted)}"
             with recorded.graph.inserting_after(placeholders[-1] if placeholders else None):
                 placeholder = recorded.graph.placeholder(name)
             placeholders.append(placeholder)
+            placeholder.meta["val"] = node.meta.get("val", tensor)
             placeholder.meta["lifted_from"] = node.meta.get("stack_trace") or node.stack_trace
             lifted[node.target] = (GraphInput(name, "constant", tensor.detach()), placeholder)
         node.replace_all_uses_with(lifted[node.target][1])
@@ -249,8 +256,7 @@ def _functionalize(
     """Second pass: no in-place operators, and decompositions applied."""
 
     def replay(*values: torch.Tensor) -> Any:
-        # The interpreter hands each node's module path and source line on to the nodes made from it.
-        return torch.fx.Interpreter(recorded).run(*values)
+        return _Replay(recorded).run(*values)
 
     try:
         with mode, enable_python_dispatcher(), torch.no_grad(), fx_traceback.preserve_node_meta():
@@ -263,7 +269,21 @@ def _functionalize(
     return functional
 
 
-def _check_dynamic(inputs: Sequence[GraphInput], fakes: Sequence[torch.Tensor], shape_env: ShapeEnv) -> None:
+class _Replay(torch.fx.Interpreter):
+    """Runs the recorded graph; each node hands its module path and source line on to the nodes made from it.
+
+    A decomposition may give a tensor other strides than the kernel it stands for, so views become reshapes.
+    """
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            target = torch.ops.aten.reshape.default
+        return super().call_function(target, args, kwargs)
+
+
+def _check_dynamic(inputs: Sequence[GraphInput], fakes: Sequence[torch.Tensor], shape_env: ShapeEnv) -> dict[str, Any]:
+    """Each dynamic dimension's name and what tracing found it to be: a symbol, or an expression of others."""
+    dimensions: dict[str, Any] = {}
     for spec, fake in zip(inputs, fakes, strict=True):
         for axis, label in spec.dynamic.items():
             size = fake.shape[axis]
@@ -275,14 +295,17 @@ def _check_dynamic(inputs: Sequence[GraphInput], fakes: Sequence[torch.Tensor], 
                     f"for size {expression}. Declare it static, or remove the place that fixes it. "
                     f"{guards[-1] if guards else ''}".rstrip()
                 )
+            dimensions.setdefault(label, expression)
+    return dimensions
 
 
 def _program(
     functional: torch.fx.GraphModule,
     inputs: Sequence[GraphInput],
     specs: Sequence[GraphOutput],
-    symbol_names: Mapping[str, str],
+    dimensions: Mapping[str, Any],
     shape_env: ShapeEnv,
+    function: TracedFunction,
 ) -> CapturedProgram:
     """Drop outputs for buffers that nothing updated, tidy names, attach module paths."""
     graph = functional.graph
@@ -295,7 +318,8 @@ def _program(
         kept_specs.append(spec)
     output.args = (tuple(kept_nodes),)
     for node in list(graph.nodes):
-        if node.target in _COPYING:
+        # A clone into another memory format is what a following view relies on.
+        if node.target in _COPYING and node.kwargs.get("memory_format") in (None, torch.preserve_format):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     graph.eliminate_dead_code()
@@ -305,7 +329,9 @@ def _program(
     for node in graph.nodes:
         node.meta[_MODULE_PATH] = _module_path(node, inputs)
     functional.recompile()
-    return CapturedProgram(functional, tuple(inputs), tuple(kept_specs), dict(symbol_names), None, (), shape_env)
+    return CapturedProgram(
+        functional, tuple(inputs), tuple(kept_specs), dict(dimensions), None, (), shape_env, function
+    )
 
 
 def _source(node: torch.fx.Node) -> torch.fx.Node:
@@ -335,11 +361,14 @@ def _node_place(node: torch.fx.Node) -> str:
 
 def _user_frame(error: BaseException) -> str:
     """The innermost line of code that is neither PyTorch's nor this package's."""
-    frames = list(itertools.chain.from_iterable(traceback.extract_tb(e.__traceback__) for e in (error,)))
-    for frame in reversed(frames):
-        path = os.path.abspath(frame.filename)
-        if not path.startswith((_OWN_DIRECTORY, _TORCH_DIRECTORY, "<")) and os.path.exists(path):
-            return f"{frame.filename}:{frame.lineno}, in {frame.name} ({frame.line})"
+    frames = list(reversed(traceback.extract_tb(error.__traceback__)))
+    layers = os.path.join(_TORCH_DIRECTORY, "nn", "modules")
+    for skipped in ((_OWN_DIRECTORY, _TORCH_DIRECTORY), (_OWN_DIRECTORY,)):
+        for frame in frames:
+            path = os.path.abspath(frame.filename)
+            users = not path.startswith(skipped) and (len(skipped) == 2 or path.startswith(layers))
+            if users and os.path.exists(path) and not path.endswith("module.py"):
+                return f"{frame.filename}:{frame.lineno}, in {frame.name} ({frame.line})"
     return "in the forward"
 
 

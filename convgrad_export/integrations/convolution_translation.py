@@ -1,0 +1,173 @@
+"""`aten.convolution_backward` for torch.onnx: read the call's integers, choose a lowering, record it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onnxscript import opset18 as op
+
+from convgrad_export import dtypes
+from convgrad_export.emit.onnx import GradientRequest, record_gradients
+from convgrad_export.errors import DTypeError, UnsupportedLoweringError
+from convgrad_export.geometry import ConvGeometry
+from convgrad_export.integrations import dynamic_convolution as dynamic
+from convgrad_export.lowering import CPU, CUDA, LOWERINGS
+from convgrad_export.selection.policy import AUTO, choose
+
+GRADIENTS = ("input", "weight", "bias")
+
+
+@dataclass(frozen=True)
+class LoweringChoice:
+    """What one gradient of one convolution in the model became."""
+
+    gradient: str
+    geometry: str
+    lowering: str
+
+
+class ConvolutionBackwardTranslation:
+    """Makes the translation function, `function`; `choices` lists what it chose, in the order of the calls.
+
+    Args:
+        lowering: "auto" for the fixed policy, or a catalogue name, which then has to apply to every convolution of
+            the model whose spatial sizes are known.
+        provider: The execution provider to choose for.
+        opset: The opset the model will have; lowerings that need a newer one are not chosen.
+    """
+
+    def __init__(self, lowering: str = AUTO, provider: str = CPU, opset: int = 18) -> None:
+        if lowering != AUTO and lowering not in LOWERINGS:
+            raise UnsupportedLoweringError(f"lowering {lowering!r} is none of: {AUTO}, {', '.join(LOWERINGS)}")
+        self._lowering, self._provider, self._opset = lowering, provider, opset
+        self.choices: list[LoweringChoice] = []
+
+        # torch.onnx reads the signature of a function; it accepts no callable object.
+        def aten_convolution_backward(
+            grad_output: Any,
+            input: Any,
+            weight: Any,
+            bias_sizes: Any,
+            stride: Sequence[int],
+            padding: Sequence[int],
+            dilation: Sequence[int],
+            transposed: bool,
+            output_padding: Sequence[int],
+            groups: int,
+            output_mask: Sequence[bool],
+        ) -> tuple[Any, Any, Any]:
+            attributes = (stride, padding, dilation, transposed, output_padding, groups)
+            return self._translate(
+                {"grad_output": grad_output, "input": input, "weight": weight}, attributes, output_mask
+            )
+
+        self.function = aten_convolution_backward
+
+    def _translate(
+        self, operands: dict[str, Any], attributes: tuple[Any, ...], output_mask: Sequence[bool]
+    ) -> tuple[Any, Any, Any]:
+        """(dX, dW, db). A gradient that the mask leaves out is a constant, which nothing reads."""
+        stride, padding, dilation, transposed, output_padding, groups = attributes
+        # The mask's third entry with bias_sizes=None is legal: the sizes are the output channels anyway.
+        wanted = [gradient for gradient, asked in zip(GRADIENTS, output_mask, strict=True) if asked]
+        dtype = dtypes.from_onnx_code(int(operands["grad_output"].dtype))
+        if dtype is None:
+            raise DTypeError(f"convolution_backward of {operands['grad_output'].dtype.name} tensors has no ONNX form")
+        shapes = {name: list(value.shape) for name, value in operands.items()}
+        spatial = [*shapes["input"][2:], *shapes["grad_output"][2:]]
+        if all(isinstance(size, int) for size in spatial):
+            results = self._static(
+                operands, shapes, wanted, dtype, stride, padding, dilation, transposed, output_padding, groups
+            )
+        else:
+            g = _dynamic(shapes["weight"], stride, padding, dilation, transposed, output_padding, groups)
+            results = self._dynamic(operands, g, wanted)
+        placed = [results[name] if name in results else op.Constant(value_float=0.0) for name in GRADIENTS]
+        return placed[0], placed[1], placed[2]
+
+    def _static(
+        self,
+        operands: dict[str, Any],
+        shapes: dict[str, list[Any]],
+        wanted: Sequence[str],
+        dtype: str,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        transposed: bool,
+        output_padding: Sequence[int],
+        groups: int,
+    ) -> dict[str, Any]:
+        batch = shapes["input"][0] if isinstance(shapes["input"][0], int) else "batch"
+        geometry = ConvGeometry.from_backward(
+            (batch, *shapes["grad_output"][1:]),
+            (batch, *shapes["input"][1:]),
+            shapes["weight"],
+            list(stride),
+            list(padding),
+            list(dilation),
+            groups,
+            transposed=bool(transposed),
+            output_padding=list(output_padding) if transposed else 0,
+        )
+        lowerings = {
+            gradient: choose(
+                gradient, geometry, dtype, lowering=self._lowering, provider=self._provider, opset=self._opset
+            )
+            for gradient in wanted
+        }
+        self.choices += [LoweringChoice(key, geometry.describe(), value.name) for key, value in lowerings.items()]
+        request = GradientRequest(geometry, lowerings, dtype, self._opset, self._provider)
+        return record_gradients(op, request, operands)
+
+    def _dynamic(
+        self, operands: dict[str, Any], g: dynamic.DynamicConvolution, wanted: Sequence[str]
+    ) -> dict[str, Any]:
+        grad_output, input, weight = operands["grad_output"], operands["input"], operands["weight"]
+        name = dynamic.NAMES["transposed_input" if g.transposed else "input"]
+        forms: dict[str, tuple[str, Callable[[], Any]]] = {
+            "input": (
+                name,
+                lambda: dynamic.input_gradient(op, g, grad_output, input, weight, even_pads=self._provider == CUDA),
+            ),
+            "weight": (dynamic.NAMES["weight"], lambda: dynamic.weight_gradient(op, g, grad_output, input)),
+            "bias": ("bias.reduce_sum", lambda: _bias_gradient(g, grad_output)),
+        }
+        results = {}
+        for gradient in wanted:
+            chosen, build = forms[gradient]
+            self.choices.append(LoweringChoice(gradient, f"weight {g.weight_shape}, dynamic size", chosen))
+            results[gradient] = build()
+        return results
+
+
+def _bias_gradient(g: dynamic.DynamicConvolution, grad_output: Any) -> Any:
+    axes: Any = op.Constant(value_ints=[0, *range(2, 2 + g.rank)])
+    return op.ReduceSum(grad_output, axes, keepdims=0)
+
+
+def _dynamic(
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> dynamic.DynamicConvolution:
+    rank = len(weight_shape) - 2
+
+    def full(values: Sequence[int]) -> tuple[int, ...]:
+        return tuple(values) * rank if len(values) == 1 else tuple(values)
+
+    return dynamic.DynamicConvolution(
+        tuple(weight_shape),
+        full(stride),
+        full(padding),
+        full(dilation),
+        groups,
+        bool(transposed),
+        full(output_padding) if transposed else (0,) * rank,
+    )

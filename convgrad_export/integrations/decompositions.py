@@ -1,0 +1,345 @@
+"""ATen operators that torch.onnx translates wrongly or not at all, as compositions of operators that it does right.
+
+`onnx_decompositions()` is the table for the second pass of tracing: torch.onnx's own table, PyTorch's decompositions
+in place of translations that were found wrong, and the functions in `pooling_decompositions.py` and below where PyTorch
+has none. Each entry is held by a gradient test of its own (tests/integrations/test_operator_gradients.py).
+
+Why each is here, measured on torch 2.13 with onnxscript 0.7:
+
+- batch normalization: the translation of `_native_batch_norm_legit_functional` ignores `training=True`.
+- nll_loss_forward: the translation has no total weight, so mean-reduced losses lose a factor in the gradient.
+- copy: the translation does not broadcast.
+- pooling, padding and weight_norm backward: no translation, or none for every size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convgrad_export.integrations import pooling_decompositions
+
+aten = torch.ops.aten
+Table = dict[Any, Callable[..., Any]]
+
+
+@functools.cache
+def _onnx_friendly_table() -> Table:
+    from torch.onnx._internal.exporter import _decomp, _registration
+
+    registry = _registration.ONNXRegistry.from_torchlib()
+    return dict(_decomp.create_onnx_friendly_decomposition_table(set(_decomp.get_onnx_implemented_overloads(registry))))
+
+
+def onnx_decompositions(opset: int = 18) -> Table:
+    """The whole table: ATen overload to Python function. Below opset 16 and 17 it avoids operators that came then."""
+    table = dict(_onnx_friendly_table())
+    for target in _PYTORCH_IS_RIGHT:
+        table[target] = torch._decomp.decomposition_table[target]
+    table.update(OWN)
+    if opset < 17:
+        table[aten.native_layer_norm.default] = torch._decomp.decomposition_table[aten.native_layer_norm.default]
+    if opset < 16:
+        table.update(pooling_decompositions.BELOW_OPSET_16)
+        table[aten.embedding_dense_backward.default] = embedding_backward_by_matmul
+    # Nothing may take the convolution apart: it is what the lowerings are for.
+    table.pop(aten.convolution_backward.default, None)
+    return table
+
+
+def _statistics_axes(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def _count_per_channel(x: Tensor) -> Any:
+    count: Any = x.shape[0]
+    for size in x.shape[2:]:
+        count = count * size
+    return count
+
+
+def _per_channel(x: Tensor, like: Tensor) -> Tensor:
+    return x.reshape([1, -1] + [1] * (like.dim() - 2))
+
+
+def _computed(x: Tensor) -> Tensor:
+    """float16 and bfloat16 are accumulated in float32, as eager does."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def batch_norm_functional(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Output, saved mean, saved reciprocal deviation, and the running statistics after the call."""
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError("batch_norm: evaluation mode needs running statistics")
+        out, mean, rstd = aten._native_batch_norm_legit_no_training(
+            x, weight, bias, running_mean, running_var, momentum, eps
+        )
+        return out, mean, rstd, running_mean, running_var
+    axes = _statistics_axes(x)
+    wide = _computed(x)
+    mean = wide.mean(axes)
+    centred = wide - _per_channel(mean, x)
+    variance = (centred * centred).mean(axes)
+    rstd = torch.rsqrt(variance + eps)
+    scale = rstd if weight is None else rstd * weight
+    out = centred * _per_channel(scale, x)
+    if bias is not None:
+        out = out + _per_channel(bias, x)
+    if running_mean is not None:
+        running_mean = (running_mean * (1 - momentum) + mean * momentum).to(running_mean.dtype)
+    if running_var is not None:
+        count = _count_per_channel(x)
+        unbiased = variance * count / (count - 1)
+        running_var = (running_var * (1 - momentum) + unbiased * momentum).to(running_var.dtype)
+    return out.to(x.dtype), mean, rstd, running_mean, running_var
+
+
+def _native_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, mean, rstd, new_mean, new_var = batch_norm_functional(
+        x, weight, bias, running_mean, running_var, training, momentum, eps
+    )
+    if training and running_mean is not None and running_var is not None:
+        running_mean.copy_(new_mean)  # type: ignore[arg-type]
+        running_var.copy_(new_var)  # type: ignore[arg-type]
+    return out, mean, rstd
+
+
+def _batch_norm_no_stats(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return batch_norm_functional(x, weight, bias, None, None, training, momentum, eps)[:3]
+
+
+def batch_norm_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    save_mean: Tensor | None,
+    save_rstd: Tensor | None,
+    train: bool,
+    eps: float,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias); with batch statistics when `train`, with the running ones otherwise."""
+    axes = _statistics_axes(x)
+    grad, wide = _computed(grad_out), _computed(x)
+    if train:
+        mean, rstd = save_mean, save_rstd
+    else:
+        if running_mean is None or running_var is None:
+            raise ValueError("batch_norm_backward: evaluation mode needs running statistics")
+        mean, rstd = _computed(running_mean), torch.rsqrt(_computed(running_var) + eps)
+    if mean is None or rstd is None:
+        raise ValueError("batch_norm_backward: training mode needs the saved statistics")
+    scale = rstd if weight is None else rstd * weight
+    dx = dweight = dbias = None
+    grad_sum = grad.sum(axes) if output_mask[2] or (train and output_mask[0]) else None
+    dot = centred = None
+    if output_mask[1] or (train and output_mask[0]):
+        centred = wide - _per_channel(mean, x)
+        dot = (grad * centred).sum(axes)
+    if output_mask[0]:
+        if train and dot is not None and centred is not None and grad_sum is not None:
+            count = _count_per_channel(x)
+            slope = dot * rstd * rstd / count
+            grad_in = grad - _per_channel(grad_sum / count, x) - centred * _per_channel(slope, x)
+        else:
+            grad_in = grad
+        dx = (grad_in * _per_channel(scale, x)).to(x.dtype)
+    if output_mask[1] and dot is not None:
+        dweight = (dot * rstd).to(weight.dtype if weight is not None else x.dtype)
+    if output_mask[2]:
+        dbias = grad_sum if grad_sum is None else grad_sum.to(weight.dtype if weight is not None else x.dtype)
+    return dx, dweight, dbias
+
+
+def copy(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """`source` in the type and shape of `destination`, broadcast if it is smaller."""
+    return source.to(destination.dtype).expand(destination.shape).clone()
+
+
+def _norm_except(v: Tensor, dim: int) -> Tensor:
+    axes = [axis for axis in range(v.dim()) if axis != dim % v.dim()]
+    return (v * v).sum(axes, keepdim=True).sqrt() if axes else v.abs()
+
+
+def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """The normalized weight `v * g / |v|`, and |v| over every axis but `dim`."""
+    norm = _norm_except(v, dim)
+    return v * (g / norm), norm
+
+
+def weight_norm_interface_backward(
+    grad_w: Tensor, saved_v: Tensor, saved_g: Tensor, saved_norms: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    """(dv, dg) of `w = v * g / |v|`."""
+    axes = [axis for axis in range(saved_v.dim()) if axis != dim % saved_v.dim()]
+    dot = (grad_w * saved_v).sum(axes, keepdim=True) if axes else grad_w * saved_v
+    dg = dot / saved_norms
+    dv = (grad_w - saved_v * (dot / (saved_norms * saved_norms))) * (saved_g / saved_norms)
+    return dv, dg
+
+
+def _strided_positions(size: list[int], stride: list[int], offset: int, device: torch.device) -> Tensor:
+    positions = torch.full([1] * len(size), offset, dtype=torch.int64, device=device)
+    for axis, (length, step) in enumerate(zip(size, stride, strict=True)):
+        shape = [1] * len(size)
+        shape[axis] = length
+        positions = positions + (torch.arange(length, device=device) * step).reshape(shape)
+    return positions.reshape([-1])
+
+
+def as_strided(x: Tensor, size: list[int], stride: list[int], storage_offset: int | None = None) -> Tensor:
+    """`x.as_strided` for a contiguous x, as a gather from the flattened tensor."""
+    return x.reshape([-1])[_strided_positions(size, stride, storage_offset or 0, x.device)].reshape(size)
+
+
+def as_strided_scatter(
+    x: Tensor, source: Tensor, size: list[int], stride: list[int], storage_offset: int | None = None
+) -> Tensor:
+    """A copy of the contiguous `x` with the elements that `as_strided` would show replaced by `source`."""
+    positions = _strided_positions(size, stride, storage_offset or 0, x.device)
+    return aten.scatter.src(x.reshape([-1]), 0, positions, source.reshape([-1])).reshape(x.shape)
+
+
+def _summable(x: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """`x` in the type its sum has, or None where that is its own: ONNX sums neither booleans nor small integers."""
+    target = dtype or (x.dtype if x.dtype.is_floating_point or x.dtype.is_complex else torch.int64)
+    return None if target == x.dtype else x.to(target)
+
+
+def sum_all(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    converted = _summable(x, dtype)
+    return NotImplemented if converted is None else converted.sum()
+
+
+def sum_dims(x: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    converted = _summable(x, dtype)
+    return NotImplemented if converted is None else converted.sum(dim, keepdim)
+
+
+def median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """Values and positions of the lower median, from a sort."""
+    values, positions = torch.sort(x, dim=dim)
+    middle = (x.shape[dim] - 1) // 2
+    values, positions = values.narrow(dim, middle, 1), positions.narrow(dim, middle, 1)
+    return (values, positions) if keepdim else (values.squeeze(dim), positions.squeeze(dim))
+
+
+def diagonal_backward(grad: Tensor, input_sizes: list[int], offset: int, dim1: int, dim2: int) -> Tensor:
+    """Zeros of `input_sizes` with `grad` (its last axis) on one diagonal of two axes."""
+    rank = len(input_sizes)
+    dim1, dim2 = dim1 % rank, dim2 % rank
+    rows = torch.arange(input_sizes[dim1], device=grad.device).unsqueeze(1)
+    columns = torch.arange(input_sizes[dim2], device=grad.device).unsqueeze(0)
+    on_diagonal = (columns - rows) == offset
+    along = (rows + columns * 0) if offset >= 0 else (columns + rows * 0)
+    positions = torch.clamp(along, max=grad.shape[-1] - 1)
+    spread = torch.where(on_diagonal, grad[..., positions], 0.0)
+    others = [axis for axis in range(rank) if axis not in (dim1, dim2)]
+    order = [*others, dim1, dim2]
+    return spread.permute([order.index(axis) for axis in range(rank)])
+
+
+def unfold_backward(grad: Tensor, input_sizes: list[int], dim: int, size: int, step: int) -> Tensor:
+    """Overlapping windows added back; PyTorch's own version counts positions in int32, which ScatterND refuses."""
+    dim = dim % max(len(input_sizes), 1)
+    positions = torch.arange(input_sizes[dim], device=grad.device).unfold(0, size, step).reshape([-1])
+    windows = grad.movedim(-1, dim + 1).flatten(dim, dim + 1)
+    zeros = grad.new_zeros(input_sizes)
+    return aten.index_put(zeros, [None] * dim + [positions], windows, True)
+
+
+def embedding_backward_by_matmul(
+    grad: Tensor, indices: Tensor, num_weights: int, padding_idx: int, scale_grad_by_freq: bool
+) -> Tensor:
+    """Embedding backward as one-hot rows times the gradient, for opsets whose ScatterND cannot add (below 16)."""
+    if scale_grad_by_freq:
+        return NotImplemented
+    flat = indices.reshape([-1])
+    rows = torch.arange(num_weights, device=grad.device).unsqueeze(1)
+    chosen = (rows == flat.unsqueeze(0)) & (flat != padding_idx).unsqueeze(0)
+    return torch.matmul(chosen.to(grad.dtype), grad.reshape([-1, grad.shape[-1]]))
+
+
+def trilinear(
+    i1: Tensor,
+    i2: Tensor,
+    i3: Tensor,
+    expand1: list[int],
+    expand2: list[int],
+    expand3: list[int],
+    sumdim: list[int],
+    unroll_dim: int = 1,
+) -> Tensor:
+    """Product of three tensors, each with axes inserted, summed over `sumdim`."""
+    product: Any = None
+    for tensor, axes in ((i1, expand1), (i2, expand2), (i3, expand3)):
+        for axis in sorted(axes):
+            tensor = tensor.unsqueeze(axis)
+        product = tensor if product is None else product * tensor
+    return product.sum(sumdim) if sumdim else product
+
+
+def rrelu_with_noise_functional(
+    x: Tensor,
+    noise: Tensor,
+    lower: float = 1.0 / 8,
+    upper: float = 1.0 / 3,
+    training: bool = False,
+    generator: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Output, and the slope each element was multiplied with."""
+    if not training:
+        return aten.leaky_relu.default(x, (lower + upper) / 2), noise
+    slope = torch.where(x > 0, 1.0, torch.rand_like(x) * (upper - lower) + lower)
+    return x * slope, slope
+
+
+_PYTORCH_IS_RIGHT = (aten.nll_loss_forward.default,)
+
+OWN: Table = {
+    aten._native_batch_norm_legit_functional.default: batch_norm_functional,
+    aten._native_batch_norm_legit.default: _native_batch_norm,
+    aten._native_batch_norm_legit.no_stats: _batch_norm_no_stats,
+    aten.native_batch_norm.default: _native_batch_norm,
+    aten.native_batch_norm_backward.default: batch_norm_backward,
+    aten.copy.default: copy,
+    aten._weight_norm_interface.default: weight_norm_interface,
+    aten._weight_norm_interface_backward.default: weight_norm_interface_backward,
+    aten.as_strided.default: as_strided,
+    aten.as_strided_scatter.default: as_strided_scatter,
+    aten.sum.default: sum_all,
+    aten.sum.dim_IntList: sum_dims,
+    aten.median.dim: median,
+    aten.diagonal_backward.default: diagonal_backward,
+    aten.unfold_backward.default: unfold_backward,
+    aten._trilinear.default: trilinear,
+    aten.rrelu_with_noise_functional.default: rrelu_with_noise_functional,
+    **pooling_decompositions.TABLE,
+}

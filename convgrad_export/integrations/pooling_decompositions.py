@@ -1,0 +1,349 @@
+"""Backward passes of pooling and padding in operators that ONNX has, for every size and dtype, dynamic ones included.
+
+Average pooling backward is separable: along one axis, each element of the gradient is spread over `kernel` positions,
+`stride` apart. Adaptive pooling is a product with one small matrix per axis, and so is its gradient. Max pooling
+scatters. Replication padding adds what was copied back onto the border.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def _full(values: Sequence[int], rank: int) -> list[int]:
+    return [values[0]] * rank if len(values) == 1 else list(values)
+
+
+def _along(vector: Tensor, axis: int, rank: int) -> Tensor:
+    """A vector shaped to broadcast along spatial axis `axis` of (..., *spatial)."""
+    shape = [1] * rank
+    shape[axis] = -1
+    return vector.reshape(shape)
+
+
+def _window_counts(
+    size: Any, outputs: Any, k: int, s: int, p: int, include_pad: bool, ceil_mode: bool, like: Tensor
+) -> Tensor | int:
+    """How many elements each window of one axis averages over."""
+    # Without ceil_mode every window lies inside the padded axis.
+    if not ceil_mode and (include_pad or p == 0):
+        return k
+    start = torch.arange(outputs, device=like.device) * s - p
+    stop = torch.clamp(start + k, max=size + p)
+    if not include_pad:
+        stop, start = torch.clamp(stop, max=size), torch.clamp(start, min=0)
+    return (stop - start).to(like.dtype)
+
+
+def _spread(grad: Tensor, axis: int, size: Any, k: int, s: int, p: int) -> Tensor:
+    """Add each element of `grad` along `axis` to the `size` positions that its window covers."""
+    axis = axis % grad.dim()
+    outputs = grad.shape[axis]
+    trailing = grad.dim() - 1 - axis
+
+    def padded(x: Tensor, before: Any, after: Any, behind: int) -> Tensor:
+        return aten.constant_pad_nd(x, [0, 0] * behind + [before, after], 0.0) if before or after else x
+
+    if s > 1 and k == s and p == 0:
+        shape = [*grad.shape[: axis + 1], k, *grad.shape[axis + 1 :]]
+        full = grad.unsqueeze(axis + 1).expand(shape)
+        full = full.reshape([*grad.shape[:axis], outputs * k, *grad.shape[axis + 1 :]])
+    else:
+        if s > 1:  # zeros between the elements
+            grad = padded(grad.unsqueeze(axis + 1), 0, s - 1, trailing)
+            grad = grad.reshape([*grad.shape[:axis], outputs * s, *grad.shape[axis + 2 :]])
+        full = padded(grad, 0, k - 1, trailing)
+        for tap in range(1, k):
+            full = full + padded(grad, tap, k - 1 - tap, trailing)
+    # `full` starts `p` before the axis. With s > k the forward may have left a remainder that it does not reach.
+    missing = size + p - full.shape[axis]
+    if isinstance(missing, int):
+        full = padded(full, 0, missing, trailing) if missing > 0 else full
+    elif s > 1:
+        full = padded(full, 0, s, trailing)
+    return full.narrow(axis, p, size)
+
+
+def avg_pool(
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int] | None = None,
+    padding: list[int] | None = None,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """avg_pool2d and avg_pool3d with a divisor of its own, which the translation ignores: a mean, then a factor."""
+    if divisor_override is None:
+        return NotImplemented
+    rank = 3 if len(kernel_size) == 3 or x.dim() == 5 else 2
+    kernel = _full(kernel_size, rank)
+    strides, pads = _full(stride, rank) if stride else kernel, _full(padding or [0], rank)
+    forward = aten.avg_pool3d.default if rank == 3 else aten.avg_pool2d.default
+    mean = forward(x, kernel, strides, pads, ceil_mode, True)
+    factor: Any = 1
+    for axis in range(rank):
+        sizes = x.shape[axis - rank], mean.shape[axis - rank]
+        count = _window_counts(*sizes, kernel[axis], strides[axis], pads[axis], True, ceil_mode, x)
+        if isinstance(count, Tensor):
+            mean = mean * _along(count, axis, rank)
+        else:
+            factor *= count
+    return mean * (factor / divisor_override)
+
+
+def avg_pool_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    """Gradient of avg_pool2d and avg_pool3d, of shape `x.shape`."""
+    rank = 3 if len(kernel_size) == 3 or x.dim() == 5 else 2
+    kernel = _full(kernel_size, rank)
+    strides = _full(stride, rank) if stride else kernel
+    pads = _full(padding, rank)
+    divisor: Any = divisor_override
+    if divisor is None:
+        divisor = 1
+        for axis in range(rank):
+            spatial = axis - rank
+            count = _window_counts(
+                x.shape[spatial],
+                grad.shape[spatial],
+                kernel[axis],
+                strides[axis],
+                pads[axis],
+                count_include_pad,
+                ceil_mode,
+                grad,
+            )
+            if isinstance(count, Tensor):
+                grad = grad / _along(count, axis, rank)
+            else:
+                divisor *= count
+    if divisor != 1:
+        grad = grad / divisor
+    for axis in range(rank):
+        spatial = axis - rank
+        grad = _spread(grad, spatial, x.shape[spatial], kernel[axis], strides[axis], pads[axis])
+    return grad
+
+
+def _averaging_matrix(size: Any, outputs: Any, like: Tensor) -> Tensor:
+    """(outputs, size): row o averages elements floor(o*size/outputs) up to ceil((o+1)*size/outputs)."""
+    rows = torch.arange(outputs, device=like.device)
+    start = (rows * size) // outputs
+    stop = ((rows + 1) * size + outputs - 1) // outputs
+    columns = torch.arange(size, device=like.device)
+    inside = (columns.unsqueeze(0) >= start.unsqueeze(1)) & (columns.unsqueeze(0) < stop.unsqueeze(1))
+    return inside.to(like.dtype) / (stop - start).to(like.dtype).unsqueeze(1)
+
+
+def _apply_along(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    """`matrix (a, b)` times axis `axis` (negative, of size b) of x."""
+    if axis == -1:
+        return torch.matmul(x, matrix.t())
+    if axis == -2:
+        return torch.matmul(matrix, x)
+    return torch.matmul(x.transpose(axis, -1), matrix.t()).transpose(axis, -1)
+
+
+def adaptive_avg_pool(x: Tensor, output_size: list[int]) -> Tensor:
+    """adaptive_avg_pool2d and 3d as one small matrix product per axis."""
+    rank = len(output_size)
+    for axis, outputs in enumerate(output_size):
+        spatial = axis - rank
+        x = _apply_along(x, _averaging_matrix(x.shape[spatial], outputs, x), spatial)
+    return x
+
+
+def _adaptive_avg_pool_backward(rank: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def backward(grad: Tensor, x: Tensor) -> Tensor:
+        for axis in range(rank):
+            spatial = axis - rank
+            matrix = _averaging_matrix(x.shape[spatial], grad.shape[spatial], grad)
+            grad = _apply_along(grad, matrix.t(), spatial)
+        return grad
+
+    return backward
+
+
+def _scatter_to_indices(grad: Tensor, x: Tensor, indices: Tensor, rank: int) -> Tensor:
+    """Add `grad` at the positions `indices` (into the flattened spatial axes) of zeros shaped like `x`."""
+    lead = x.shape[: x.dim() - rank]
+    flat = x.reshape([*lead, -1])
+    zeros = torch.zeros_like(flat)
+    return aten.scatter_add(zeros, -1, indices.reshape([*lead, -1]), grad.reshape([*lead, -1])).reshape(x.shape)
+
+
+def max_pool3d_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    indices: Tensor,
+) -> Tensor:
+    return _scatter_to_indices(grad, x, indices, 3)
+
+
+def _adaptive_max_pool_backward(rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def backward(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+        return _scatter_to_indices(grad, x, indices, rank)
+
+    return backward
+
+
+def _adaptive_windows(size: int, outputs: int) -> tuple[list[list[int]], int]:
+    """Per output the positions of its window, filled up by repeating the last one (which changes no maximum)."""
+    windows = []
+    for o in range(outputs):
+        start, stop = (o * size) // outputs, -((-(o + 1) * size) // outputs)
+        windows.append(list(range(start, stop)))
+    longest = max(len(w) for w in windows)
+    return [w + [w[-1]] * (longest - len(w)) for w in windows], longest
+
+
+def adaptive_max_pool(x: Tensor, output_size: list[int]) -> tuple[Tensor, Tensor]:
+    """adaptive_max_pool2d and 3d: values and indices into the flattened spatial axes. Sizes must be known."""
+    rank = len(output_size)
+    sizes = x.shape[x.dim() - rank :]
+    if not all(isinstance(size, int) for size in sizes):
+        return NotImplemented
+    plans = [_adaptive_windows(size, outputs) for size, outputs in zip(sizes, output_size, strict=True)]
+    # Flattened position of every window element: (*outputs, *longest)
+    position = torch.zeros([1] * (2 * rank), dtype=torch.int64, device=x.device)
+    step = 1
+    for axis in reversed(range(rank)):
+        windows, longest = plans[axis]
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = output_size[axis], longest
+        position = position + torch.tensor(windows, dtype=torch.int64, device=x.device).reshape(shape) * step
+        step *= sizes[axis]
+    count = 1
+    for _, longest in plans:
+        count *= longest
+    outputs = 1
+    for length in output_size:
+        outputs *= length
+    position = position.reshape([outputs, count])
+    lead = x.shape[: x.dim() - rank]
+    gathered = x.reshape([*lead, -1])[..., position]
+    best = gathered.argmax(-1, keepdim=True)
+    values = gathered.gather(-1, best).squeeze(-1).reshape([*lead, *output_size])
+    where = position.expand(gathered.shape).gather(-1, best).squeeze(-1).reshape([*lead, *output_size])
+    return values, where
+
+
+def _replication_pad_backward(rank: int) -> Callable[[Tensor, Tensor, list[int]], Tensor]:
+    def backward(grad: Tensor, x: Tensor, padding: list[int]) -> Tensor:
+        for axis in range(rank):
+            spatial = axis - rank
+            lo, hi = padding[2 * (rank - 1 - axis)], padding[2 * (rank - 1 - axis) + 1]
+            grad = _fold_border(grad, spatial % grad.dim(), x.shape[spatial], lo, hi)
+        return grad
+
+    return backward
+
+
+def _fold_border(grad: Tensor, axis: int, size: Any, lo: int, hi: int) -> Tensor:
+    """Add the `lo` first elements to the next one and the `hi` last ones to the one before."""
+    if lo < 0 or hi < 0:  # negative padding crops: what was cropped has no gradient
+        trailing = grad.dim() - 1 - axis
+        grad = aten.constant_pad_nd(grad, [0, 0] * trailing + [max(-lo, 0), max(-hi, 0)], 0.0)
+        lo, hi = max(lo, 0), max(hi, 0)
+    inner = grad.narrow(axis, lo, size)
+    trailing = inner.dim() - 1 - axis
+    if lo:
+        first = grad.narrow(axis, 0, lo).sum(axis, keepdim=True)
+        inner = inner + aten.constant_pad_nd(first, [0, 0] * trailing + [0, size - 1], 0.0)
+    if hi:
+        last = grad.narrow(axis, lo + size, hi).sum(axis, keepdim=True)
+        inner = inner + aten.constant_pad_nd(last, [0, 0] * trailing + [size - 1, 0], 0.0)
+    return inner
+
+
+def max_pool_backward_by_taps(
+    grad: Tensor,
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    indices: Tensor,
+) -> Tensor:
+    """Max pooling backward without a scatter, for opsets whose ScatterElements cannot add (below 16).
+
+    Each kernel tap takes the gradients whose recorded position is the one that the tap reads, and puts them there.
+    """
+    rank = 3 if len(kernel_size) == 3 or x.dim() == 5 else 2
+    kernel, pads, dilations = _full(kernel_size, rank), _full(padding, rank), _full(dilation, rank)
+    strides = _full(stride, rank) if stride else kernel
+    sizes = x.shape[x.dim() - rank :]
+    total: Any = None
+    for tap in itertools.product(*(range(k) for k in kernel)):
+        position: Any = 0
+        for axis in range(rank):
+            outputs = grad.shape[axis - rank]
+            along = torch.arange(outputs, device=grad.device) * strides[axis] + (
+                tap[axis] * dilations[axis] - pads[axis]
+            )
+            position = position * sizes[axis] + _along(along, axis, rank)
+        part = torch.where(indices == position, grad, 0.0)
+        for axis in range(rank):
+            reach = dilations[axis] * (kernel[axis] - 1)
+            part = _insert_zeros(part, axis - rank, strides[axis], tap[axis] * dilations[axis], reach)
+        total = part if total is None else total + part
+    for axis in range(rank):
+        total = total.narrow(axis - rank, pads[axis], sizes[axis])
+    return total
+
+
+def _insert_zeros(x: Tensor, axis: int, step: int, before: int, reach: int) -> Tensor:
+    """`step - 1` zeros after each element, `before` zeros in front, and as many behind as add up to `reach`."""
+    axis = axis % x.dim()
+    trailing = x.dim() - 1 - axis
+    if step > 1:
+        shape = [*x.shape[:axis], x.shape[axis] * step, *x.shape[axis + 1 :]]
+        x = aten.constant_pad_nd(x.unsqueeze(axis + 1), [0, 0] * trailing + [0, step - 1], 0.0).reshape(shape)
+    return aten.constant_pad_nd(x, [0, 0] * trailing + [before, reach - before], 0.0) if reach else x
+
+
+BELOW_OPSET_16: dict[Any, Callable[..., Any]] = {
+    aten.max_pool2d_with_indices_backward.default: max_pool_backward_by_taps,
+    aten.max_pool3d_with_indices_backward.default: max_pool_backward_by_taps,
+}
+
+TABLE: dict[Any, Callable[..., Any]] = {
+    aten.avg_pool2d.default: avg_pool,
+    aten.avg_pool3d.default: avg_pool,
+    aten.avg_pool2d_backward.default: avg_pool_backward,
+    aten.avg_pool3d_backward.default: avg_pool_backward,
+    aten._adaptive_avg_pool2d.default: adaptive_avg_pool,
+    aten._adaptive_avg_pool3d.default: adaptive_avg_pool,
+    aten._adaptive_avg_pool2d_backward.default: _adaptive_avg_pool_backward(2),
+    aten._adaptive_avg_pool3d_backward.default: _adaptive_avg_pool_backward(3),
+    aten.adaptive_max_pool2d.default: adaptive_max_pool,
+    aten.adaptive_max_pool3d.default: adaptive_max_pool,
+    aten.adaptive_max_pool2d_backward.default: _adaptive_max_pool_backward(2),
+    aten.adaptive_max_pool3d_backward.default: _adaptive_max_pool_backward(3),
+    aten.max_pool3d_with_indices_backward.default: max_pool3d_backward,
+    aten.replication_pad1d_backward.default: _replication_pad_backward(1),
+    aten.replication_pad2d_backward.default: _replication_pad_backward(2),
+    aten.replication_pad3d_backward.default: _replication_pad_backward(3),
+}

@@ -1,0 +1,66 @@
+"""Writing models: under a temporary name first, external data where the weights are large."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import onnx_ir as ir
+
+from convgrad_export.errors import OutputExistsError, OutputPathError
+from convgrad_export.integrations.report import weight_bytes
+
+# protobuf refuses messages above 2 GB; well below it, a file of its own already loads faster (it can be mapped).
+EXTERNAL_DATA_ABOVE = 2**30
+
+
+def check_path(path: str | os.PathLike[str], overwrite: bool) -> Path:
+    """Refuse what could not be written in the end, before any work is done."""
+    target = Path(path)
+    if target.is_dir():
+        raise OutputPathError(f"{target} is a directory, expected the name of a file to write")
+    if not target.parent.is_dir():
+        raise OutputPathError(f"{target.parent} does not exist: create it, or write elsewhere")
+    if not os.access(target.parent, os.W_OK):
+        raise OutputPathError(f"{target.parent} cannot be written to")
+    existing = [p for p in (target, _data_path(target)) if p.exists()]
+    if existing and not overwrite:
+        raise OutputExistsError(f"{existing[0]} exists already; pass overwrite=True to replace it")
+    return target
+
+
+def save(
+    model: ir.Model, path: Path, *, external_data: bool | None = None, external_data_above: int = EXTERNAL_DATA_ABOVE
+) -> dict[str, int]:
+    """Write the model and rename it into place.
+
+    Args:
+        model: What to write.
+        path: Checked with `check_path` before.
+        external_data: Weights in `<path>.data` beside the model: always, never, or by size (None).
+        external_data_above: The size in bytes that decides for None.
+
+    Returns:
+        Bytes: "weights", "graph" (the files without the weights), "files" (all of them).
+    """
+    weights = weight_bytes(model)
+    external = weights > external_data_above if external_data is None else external_data
+    data = _data_path(path)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        ir.save(model, folder / path.name, external_data=data.name if external else None)
+        if (folder / data.name).exists():
+            os.replace(folder / data.name, data)
+        elif data.exists():
+            data.unlink()  # of the model that is overwritten
+        os.replace(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    files = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+    return {"weights": weights, "graph": files - weights, "files": files}
+
+
+def _data_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.data")

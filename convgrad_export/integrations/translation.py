@@ -1,0 +1,284 @@
+"""From a captured program to an ONNX model: torch.onnx's translations, ours where they are missing, names kept.
+
+torch.onnx.export spends most of its time on re-tracing, type promotion and verification passes. A captured program
+needs none of them: it is functional and decomposed already. What is used here is the translation of single nodes.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import opset18 as op
+
+from convgrad_export.emit.onnx import ir_version
+from convgrad_export.errors import UnsupportedOperatorError
+from convgrad_export.integrations.convolution_translation import ConvolutionBackwardTranslation, LoweringChoice
+from convgrad_export.integrations.program import CapturedProgram, GraphInput
+from convgrad_export.lowering import CPU
+from convgrad_export.selection.policy import AUTO
+
+PRODUCER = "convgrad_export"
+# torch.onnx writes its graphs at this opset; other versions are reached by conversion.
+BASE_OPSET = 18
+
+_ASSERTIONS = {
+    torch.ops.aten.sym_constrain_range_for_size.default,
+    torch.ops.aten.sym_constrain_range.default,
+    torch.ops.aten._assert_async.default,
+    torch.ops.aten._assert_async.msg,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_tensor_metadata.default,
+}
+
+
+@dataclass(frozen=True)
+class Translation:
+    """An ONNX model, and what each convolution gradient in it became."""
+
+    model: ir.Model
+    choices: tuple[LoweringChoice, ...]
+
+
+def translation_table(
+    *, lowering: str = AUTO, provider: str = CPU, opset_version: int = BASE_OPSET
+) -> dict[Any, Callable[..., Any]]:
+    """For `torch.onnx.export(..., dynamo=True, custom_translation_table=cg.translation_table())`.
+
+    Args:
+        lowering: "auto", or a catalogue name that every convolution of the model must allow.
+        provider: The execution provider the lowerings are chosen for.
+        opset_version: The version passed to torch.onnx.export.
+
+    Returns:
+        ATen overload to translation function: `aten.convolution_backward`, and corrected translations of what
+        torch.onnx gets wrong in a training graph (see `decompositions.py`).
+    """
+    return {
+        torch.ops.aten.convolution_backward.default: ConvolutionBackwardTranslation(
+            lowering, provider, min(opset_version, BASE_OPSET)
+        ).function
+    }
+
+
+def translate(
+    program: CapturedProgram,
+    *,
+    lowering: str = AUTO,
+    provider: str = CPU,
+    opset: int = BASE_OPSET,
+    custom: Mapping[Any, Callable[..., Any]] | None = None,
+    as_inputs: Callable[[GraphInput], bool] = lambda spec: spec.kind == "user",
+) -> Translation:
+    """Translate every node; parameters, buffers and constants become initializers under their names.
+
+    Args:
+        program: Captured with `onnx_decompositions()`. Its graph is changed in place.
+        lowering: "auto" or a catalogue name, for every convolution gradient.
+        provider: The execution provider to choose lowerings for.
+        opset: The version the model will be converted to.
+        custom: Further translations by ATen overload, which take precedence.
+        as_inputs: Which graph inputs become model inputs; a training step also takes parameters and buffers.
+
+    Raises:
+        UnsupportedOperatorError: Operators without a translation, all of them, with the modules that call them.
+    """
+    from torch.onnx._internal.exporter import _core, _errors, _fx_passes, _ir_passes
+
+    graph = program.graph_module.graph
+    for node in [n for n in graph.nodes if n.target in _ASSERTIONS]:
+        graph.erase_node(node)
+    convolution = ConvolutionBackwardTranslation(lowering, provider, min(opset, BASE_OPSET))
+    registry = _registry()
+    registry.register_op(torch.ops.aten.convolution_backward.default, convolution.function)
+    registry.register_op(torch.ops.prims.prod.default, _reduce_prod)
+    registry.register_op(torch.ops.aten.sym_numel.default, _size)
+    for target, function in (custom or {}).items():
+        registry.register_op(target, function)
+    refuse_untranslatable(program, registry.is_registered)
+    if _mixes_dtypes(graph):
+        _fx_passes.insert_type_promotion_nodes(program.graph_module)
+        graph = program.graph_module.graph
+    model = ir.Model(ir.Graph([], [], nodes=[], name="main"), ir_version=ir_version(BASE_OPSET), producer_name=PRODUCER)
+    try:
+        values = _core._translate_fx_graph(
+            graph, model, graph_like=model.graph, owned_graphs={}, lower="at_conversion", registry=registry
+        )
+    except _errors.ConversionError as error:
+        raise UnsupportedOperatorError(f"{_root_cause(error)}. Nothing was written.") from error
+    _name_inputs(program, model, values, as_inputs)
+    _name_outputs(program, model, values)
+    _name_dimensions(program, model)
+    _ir_passes.add_opset_imports(model)
+    return Translation(model, tuple(convolution.choices))
+
+
+@functools.cache
+def _torchlib() -> Any:
+    from torch.onnx._internal.exporter import _registration
+
+    return _registration.ONNXRegistry.from_torchlib()
+
+
+def _registry() -> Any:
+    """A registry of its own with torchlib's translations; filling one from nothing takes a third of a second."""
+    from torch.onnx._internal.exporter import _registration
+
+    registry = _registration.ONNXRegistry()
+    registry.functions = {target: list(entries) for target, entries in _torchlib().functions.items()}
+    return registry
+
+
+def _reduce_prod(x: Any, dims: Sequence[int] | None = None, output_dtype: Any = None) -> Any:
+    if not dims:
+        return op.ReduceProd(x, keepdims=0)
+    axes: Any = op.Constant(value_ints=[int(d) for d in dims])
+    return op.ReduceProd(x, axes, keepdims=0)
+
+
+def _size(x: Any) -> Any:
+    return op.Size(x)
+
+
+def _root_cause(error: BaseException) -> str:
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    node = str(error).partition("See the stack trace")[0].strip()
+    reason = causes[-1]
+    return f"{node} {type(reason).__name__}: {reason}".replace("\n", " ")
+
+
+def refuse_untranslatable(program: CapturedProgram, is_registered: Callable[[Any], bool]) -> None:
+    """Raise one error with every operator that cannot be translated."""
+    missing: dict[str, Counter[str]] = {}
+    for node in program.graph_module.graph.nodes:
+        if node.op != "call_function" or is_registered(node.target) or _is_getitem(node):
+            continue
+        module = node.meta.get("nn_module_path") or "the top module's own forward"
+        missing.setdefault(str(node.target), Counter())[module] += 1
+    if not missing:
+        return
+    lines = []
+    for target, modules in sorted(missing.items()):
+        shown = [f"{name} ({count}x)" if count > 1 else name for name, count in modules.most_common(4)]
+        more = f" and {len(modules) - 4} more" if len(modules) > 4 else ""
+        lines.append(f"  {target}: called by {', '.join(shown)}{more}")
+    raise UnsupportedOperatorError(
+        f"{len(missing)} operator(s) of this model have no ONNX translation:\n" + "\n".join(lines) + "\nNothing was "
+        "written. Replace the operators in the named modules, or pass decompositions={overload: function}."
+    )
+
+
+def _is_getitem(node: torch.fx.Node) -> bool:
+    return node.target is operator.getitem
+
+
+_PROMOTING = {
+    *("add", "sub", "rsub", "mul", "div", "pow", "maximum", "minimum", "remainder", "fmod", "floor_divide", "atan2"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "where", "lerp", "addcmul", "addcdiv", "clamp", "clamp_min", "clamp_max"),
+    *("sqrt", "rsqrt", "exp", "log", "log2", "log1p", "expm1", "sin", "cos", "tan", "tanh", "sigmoid", "reciprocal"),
+    *("erf", "square", "hypot", "xlogy", "logaddexp", "asin", "acos", "atan", "sinh", "cosh", "mean", "logit"),
+}
+
+
+def _mixes_dtypes(graph: torch.fx.Graph) -> bool:
+    """Whether some elementwise call relies on PyTorch's implicit type promotion. Few graphs have one.
+
+    A call that is missed here gives a model with mixed operand types, which no checker and no runtime accepts.
+    """
+    for node in graph.nodes:
+        name = getattr(node.target, "_opname", "") if node.op == "call_function" else ""
+        if name not in _PROMOTING:
+            continue
+        arguments = node.args[1:] if name == "where" else node.args
+        values = [a.meta.get("val") if isinstance(a, torch.fx.Node) else a for a in arguments]
+        dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor)}
+        if len(dtypes) > 1:
+            return True
+        result = node.meta.get("val")
+        if dtypes and isinstance(result, torch.Tensor) and result.dtype != torch.bool and result.dtype not in dtypes:
+            return True
+        if any(isinstance(v, torch.SymInt) for v in values) and any(d.is_floating_point for d in dtypes):
+            return True
+        has_float = any(isinstance(v, (float, torch.SymFloat)) for v in values)
+        if has_float and dtypes and not next(iter(dtypes)).is_floating_point:
+            return True
+    return False
+
+
+def _name_inputs(
+    program: CapturedProgram, model: ir.Model, values: Mapping[str, Any], as_inputs: Callable[[GraphInput], bool]
+) -> None:
+    """Model inputs are the user's, in order; everything else becomes an initializer."""
+    placeholders = [node for node in program.graph_module.graph.nodes if node.op == "placeholder"]
+    model.graph.inputs.clear()
+    for node, spec in zip(placeholders, program.inputs, strict=True):
+        value = values[node.name]
+        value.name = spec.name
+        if as_inputs(spec):
+            model.graph.inputs.append(value)
+            continue
+        value.const_value = tensor_of(spec.value, spec.name)
+        model.graph.initializers[spec.name] = value
+
+
+def tensor_of(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
+    """A torch tensor as an onnx_ir tensor that shares its memory where it can."""
+    from torch.onnx._internal.exporter import _core
+
+    return _core.TorchTensor(tensor.detach().contiguous(), name=name)
+
+
+def _name_outputs(program: CapturedProgram, model: ir.Model, values: Mapping[str, Any]) -> None:
+    """Outputs under their own names. A value that is an input, or an output already, goes through Identity."""
+    (output,) = [node for node in program.graph_module.graph.nodes if node.op == "output"]
+    model.graph.outputs.clear()
+    taken = {v.name for v in model.graph.inputs} | set(model.graph.initializers)
+    internal = {value.name: value for value in _all_values(model)}
+    for node, spec in zip(output.args[0], program.outputs, strict=True):
+        value = values[node.name]
+        if not isinstance(value, ir.Value):
+            raise AssertionError(f"output {spec.name} is no single value")
+        name = spec.name if spec.name not in taken else f"{spec.name}_output"
+        shared = value in model.graph.outputs or value.producer() is None
+        if shared:
+            copy = ir.node("Identity", [value])
+            copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
+            model.graph.append(copy)
+            value = copy.outputs[0]
+        clash = internal.get(name)
+        if clash is not None and clash is not value:
+            clash.name = f"{name}_inner"
+        value.name = name
+        internal[name] = value
+        taken.add(name)
+        model.graph.outputs.append(value)
+
+
+def _all_values(model: ir.Model) -> list[ir.Value]:
+    return [output for node in model.graph for output in node.outputs]
+
+
+def _name_dimensions(program: CapturedProgram, model: ir.Model) -> None:
+    """Write "batch" instead of the tracer's "s77"; inner values keep integers only, checkers infer the rest."""
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape is None:
+            continue
+        value.shape = ir.Shape([_dimension(program, dim) for dim in value.shape])
+    for value in _all_values(model):
+        if value.shape is not None and value not in model.graph.outputs:
+            value.shape = ir.Shape([dim if isinstance(dim, int) else _dimension(program, dim) for dim in value.shape])
+
+
+def _dimension(program: CapturedProgram, dim: Any) -> Any:
+    if isinstance(dim, int) or getattr(dim, "value", None) is None:
+        return dim
+    return re.sub(r"\bs\d+\b", lambda match: program.symbol_names.get(match[0], match[0]), str(dim.value))

@@ -1,0 +1,345 @@
+"""Every layer and loss by itself: its gradients through ONNX against float64 autograd.
+
+A loss curve hides a factor N, so each operator that a training graph can hold has its own case here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from convgrad_export.errors import UnsupportedOperatorError
+
+from .onnx_check import compare_gradients
+
+
+class Apply(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def data(*shape: int, seed: int = 3) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+SIGNAL, IMAGE, VOLUME = (2, 4, 17), (2, 4, 9, 8), (2, 3, 7, 6, 8)
+Case = tuple[str, tuple[int, ...], Callable[[], nn.Module]]
+
+CONVOLUTION: list[Case] = [
+    ("conv1d", SIGNAL, lambda: nn.Conv1d(4, 6, 3, 2)),
+    ("conv2d-grouped-dilated", IMAGE, lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), 2, 2)),
+    ("conv2d-depthwise", IMAGE, lambda: nn.Conv2d(4, 8, 3, 1, 1, groups=4, bias=False)),
+    ("conv2d-pointwise", IMAGE, lambda: nn.Conv2d(4, 3, 1, 2)),
+    ("conv2d-same-reflect", IMAGE, lambda: nn.Conv2d(4, 3, 3, padding="same", padding_mode="reflect")),
+    ("conv3d", VOLUME, lambda: nn.Conv3d(3, 2, (3, 2, 1), 2, 1)),
+    ("conv_transpose1d", SIGNAL, lambda: nn.ConvTranspose1d(4, 6, 4, 3)),
+    ("conv_transpose2d", IMAGE, lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, 2)),
+    ("conv_transpose3d", VOLUME, lambda: nn.ConvTranspose3d(3, 2, 2, 2)),
+]
+NORMALIZATION: list[Case] = [
+    ("batch_norm1d", SIGNAL, lambda: nn.BatchNorm1d(4)),
+    ("batch_norm2d", IMAGE, lambda: nn.BatchNorm2d(4)),
+    ("batch_norm2d-eval", IMAGE, lambda: nn.BatchNorm2d(4).eval()),
+    ("batch_norm2d-untracked", IMAGE, lambda: nn.BatchNorm2d(4, track_running_stats=False)),
+    ("batch_norm2d-not-affine", IMAGE, lambda: nn.BatchNorm2d(4, affine=False)),
+    ("batch_norm3d", VOLUME, lambda: nn.BatchNorm3d(3)),
+    ("group_norm", IMAGE, lambda: nn.GroupNorm(2, 4)),
+    ("instance_norm", IMAGE, lambda: nn.InstanceNorm2d(4, affine=True)),
+    ("instance_norm-tracked", IMAGE, lambda: nn.InstanceNorm2d(4, track_running_stats=True)),
+    ("layer_norm", IMAGE, lambda: nn.LayerNorm(8)),
+    ("rms_norm", IMAGE, lambda: nn.RMSNorm(8)),
+    ("local_response_norm", IMAGE, lambda: nn.LocalResponseNorm(3)),
+    ("local_response_norm-3d", VOLUME, lambda: nn.LocalResponseNorm(2)),
+    ("weight_norm", IMAGE, lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3))),
+    ("spectral_norm", IMAGE, lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 6, 3))),
+    ("spectral_norm-eval", IMAGE, lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 6, 3)).eval()),
+]
+POOLING: list[Case] = [
+    ("avg_pool1d", SIGNAL, lambda: nn.AvgPool1d(3, 2, 1)),
+    ("avg_pool2d", IMAGE, lambda: nn.AvgPool2d(3, 2, 1)),
+    ("avg_pool2d-tiles", IMAGE, lambda: nn.AvgPool2d(2)),
+    ("avg_pool2d-gaps", IMAGE, lambda: nn.AvgPool2d(2, 4)),
+    ("avg_pool2d-uneven", IMAGE, lambda: nn.AvgPool2d((3, 2), (2, 3), (1, 0), ceil_mode=True)),
+    ("avg_pool2d-ceil", IMAGE, lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True)),
+    ("avg_pool2d-inside", IMAGE, lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False)),
+    ("avg_pool2d-inside-ceil", IMAGE, lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False)),
+    ("avg_pool2d-divisor", IMAGE, lambda: nn.AvgPool2d(3, 2, 1, divisor_override=5)),
+    ("avg_pool3d", VOLUME, lambda: nn.AvgPool3d(3, 2, 1)),
+    ("avg_pool3d-ceil", VOLUME, lambda: nn.AvgPool3d(2, 3, 1, ceil_mode=True, count_include_pad=False)),
+    ("max_pool1d", SIGNAL, lambda: nn.MaxPool1d(3, 2, 1)),
+    ("max_pool2d", IMAGE, lambda: nn.MaxPool2d(3, 2, 1)),
+    ("max_pool2d-dilated", IMAGE, lambda: nn.MaxPool2d(2, 2, 0, 2)),
+    ("max_pool2d-ceil", IMAGE, lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
+    ("max_pool3d", VOLUME, lambda: nn.MaxPool3d(3, 2, 1)),
+    ("max_pool3d-dilated-ceil", VOLUME, lambda: nn.MaxPool3d(2, 1, 0, 2, ceil_mode=True)),
+    ("adaptive_avg_pool1d", SIGNAL, lambda: nn.AdaptiveAvgPool1d(5)),
+    ("adaptive_avg_pool2d", IMAGE, lambda: nn.AdaptiveAvgPool2d((4, 3))),
+    ("adaptive_avg_pool2d-one", IMAGE, lambda: nn.AdaptiveAvgPool2d(1)),
+    ("adaptive_avg_pool3d", VOLUME, lambda: nn.AdaptiveAvgPool3d((3, 2, 5))),
+    ("adaptive_max_pool1d", SIGNAL, lambda: nn.AdaptiveMaxPool1d(5)),
+    ("adaptive_max_pool2d", IMAGE, lambda: nn.AdaptiveMaxPool2d((4, 3))),
+    ("adaptive_max_pool2d-one", IMAGE, lambda: nn.AdaptiveMaxPool2d(1)),
+    ("adaptive_max_pool3d", VOLUME, lambda: nn.AdaptiveMaxPool3d((3, 2, 5))),
+]
+PADDING_AND_SAMPLING: list[Case] = [
+    ("replication_pad1d", SIGNAL, lambda: nn.ReplicationPad1d((2, 1))),
+    ("replication_pad2d", IMAGE, lambda: nn.ReplicationPad2d((2, 1, 0, 3))),
+    ("replication_pad2d-negative", IMAGE, lambda: nn.ReplicationPad2d((2, -1, 0, 3))),
+    ("replication_pad3d", VOLUME, lambda: nn.ReplicationPad3d((2, 1, 0, 3, 1, 1))),
+    ("reflection_pad1d", SIGNAL, lambda: nn.ReflectionPad1d((2, 1))),
+    ("reflection_pad2d", IMAGE, lambda: nn.ReflectionPad2d((2, 1, 0, 3))),
+    ("reflection_pad3d", VOLUME, lambda: nn.ReflectionPad3d((2, 1, 0, 3, 1, 1))),
+    ("zero_pad2d-negative", IMAGE, lambda: nn.ZeroPad2d((2, -1, 0, 3))),
+    ("circular_pad2d", IMAGE, lambda: nn.CircularPad2d((2, 1, 0, 3))),
+    ("nearest", IMAGE, lambda: nn.Upsample(scale_factor=2)),
+    ("nearest-size", IMAGE, lambda: nn.Upsample(size=(13, 11))),
+    ("nearest-exact", IMAGE, lambda: nn.Upsample(scale_factor=1.5, mode="nearest-exact")),
+    ("linear", SIGNAL, lambda: nn.Upsample(scale_factor=2, mode="linear")),
+    ("bilinear", IMAGE, lambda: nn.Upsample(scale_factor=2, mode="bilinear")),
+    ("bilinear-corners", IMAGE, lambda: nn.Upsample(size=(13, 11), mode="bilinear", align_corners=True)),
+    ("bicubic", IMAGE, lambda: nn.Upsample(scale_factor=2, mode="bicubic")),
+    ("trilinear", VOLUME, lambda: nn.Upsample(scale_factor=2, mode="trilinear")),
+    ("area", IMAGE, lambda: Apply(lambda x: functional.interpolate(x, (4, 5), mode="area"))),
+    ("pixel_shuffle", IMAGE, lambda: nn.PixelShuffle(2)),
+    ("pixel_unshuffle", (2, 3, 6, 8), lambda: nn.PixelUnshuffle(2)),
+    ("unfold", IMAGE, lambda: nn.Unfold(3, stride=2, padding=1)),
+    ("fold", (2, 18, 72), lambda: nn.Fold((9, 8), 3, stride=1, padding=1)),
+    ("grid_sample", IMAGE, lambda: Apply(lambda x: functional.grid_sample(x, _grid(x), align_corners=False))),
+]
+ACTIVATION: list[Case] = [
+    (name, IMAGE, lambda name=name: getattr(nn, name)())  # type: ignore[misc]
+    for name in (
+        *("CELU", "ELU", "GELU", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyReLU", "LogSigmoid"),
+        *("Mish", "PReLU", "ReLU", "ReLU6", "SELU", "SiLU", "Sigmoid", "Softmax2d", "Softplus", "Softshrink"),
+        *("Softsign", "Tanh", "Tanhshrink"),
+    )
+] + [
+    ("GLU", IMAGE, lambda: nn.GLU(1)),
+    ("RReLU-eval", IMAGE, lambda: nn.RReLU().eval()),
+    ("Threshold", IMAGE, lambda: nn.Threshold(0.1, 0.2)),
+]
+TENSOR_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "copy-broadcast": lambda x: torch.zeros(2, 4, 9, 8, dtype=x.dtype).copy_(x[:1]) * x,
+    "in-place-slice": lambda x: _assigned(x),
+    "as_strided": lambda x: torch.as_strided(x.contiguous(), (3, 4), (20, 2), 5) * 2,
+    "unfold-windows": lambda x: x.unfold(2, 3, 2),
+    "diagonal": lambda x: torch.diagonal(x, 1, 2, 3) * 3,
+    "diagonal-below": lambda x: torch.diagonal(x, -2, 3, 1) * 3,
+    "median": lambda x: x.median(-1)[0],
+    "prod": lambda x: x.prod(3),
+    "cdist": lambda x: torch.cdist(x[:, :, 0], x[:, :, 1] * 2),
+    "cumsum": lambda x: x.cumsum(2) * x,
+    "sort": lambda x: x.sort(-1)[0],
+    "topk": lambda x: x.topk(3)[0],
+    "logsumexp": lambda x: x.logsumexp((2, 3)),
+    "std": lambda x: x.std((2, 3)),
+    "normalize": lambda x: functional.normalize(x, dim=1),
+    "roll": lambda x: x.roll((1, 2), (2, 3)) * x,
+    "flip": lambda x: x.flip(2) * x,
+    "einsum": lambda x: torch.einsum("bchw,bdhw->bcd", x, x.sin()),
+    "gather": lambda x: x.gather(3, torch.zeros(2, 4, 9, 3, dtype=torch.long) + 2),
+    "index": lambda x: x[:, [0, 2, 2]] * 2,
+    "max-dim": lambda x: x.max(1)[0],
+    "amax": lambda x: x.amax((2, 3)),
+    "clamp": lambda x: x.clamp(-0.5, 0.7),
+    "tril": lambda x: x.tril() * x,
+    "where": lambda x: torch.where(x > 0, x, x * x),
+    "stack": lambda x: torch.stack(x.unbind(1), -1) * 2,
+    "power": lambda x: x.abs().pow(1.7),
+    "bool-sum": lambda x: x * (x > 0).sum(),
+    "integer-mean": lambda x: x * (torch.arange(8) * 0.5),
+}
+
+
+def _grid(x: Tensor) -> Tensor:
+    return 0.9 * torch.sin(torch.arange(2 * 5 * 6 * 2).to(x.dtype).view(2, 5, 6, 2))
+
+
+def _assigned(x: Tensor) -> Tensor:
+    result = x.clone() * x
+    result[:, 0] = x[:, 1] * 2
+    return result
+
+
+def _check(case: Case, **options: Any) -> None:
+    torch.manual_seed(5)
+    _, shape, build = case
+    compare_gradients(build(), (data(*shape),), **options)
+
+
+@pytest.mark.parametrize("case", CONVOLUTION + NORMALIZATION, ids=lambda case: case[0])
+def test_convolution_and_normalization(case: Case) -> None:
+    _check(case)
+
+
+@pytest.mark.parametrize("case", POOLING + PADDING_AND_SAMPLING, ids=lambda case: case[0])
+def test_pooling_padding_and_sampling(case: Case) -> None:
+    _check(case)
+
+
+@pytest.mark.parametrize("case", ACTIVATION, ids=lambda case: case[0])
+def test_activations(case: Case) -> None:
+    _check(case)
+
+
+@pytest.mark.parametrize("name", TENSOR_FUNCTIONS)
+def test_tensor_functions(name: str) -> None:
+    _check((name, IMAGE, lambda: Apply(TENSOR_FUNCTIONS[name])))
+
+
+FULLY_DYNAMIC = [
+    *(case for case in CONVOLUTION if case[1] == IMAGE and "reflect" not in case[0]),
+    *(case for case in NORMALIZATION if case[0] in ("batch_norm2d", "batch_norm2d-eval", "group_norm")),
+    *(case for case in POOLING if case[1] == IMAGE and "adaptive_max" not in case[0]),
+    *(case for case in PADDING_AND_SAMPLING if case[0] in ("replication_pad2d", "reflection_pad2d", "nearest")),
+]
+
+
+@pytest.mark.parametrize("case", FULLY_DYNAMIC, ids=lambda case: case[0])
+def test_dynamic_batch_height_and_width(case: Case) -> None:
+    shapes = ({0: "batch", 2: "height", 3: "width"},)
+    _check(case, dynamic_shapes=shapes, fresh=(data(3, 4, 12, 11, seed=4),))
+
+
+@pytest.mark.parametrize("opset", [13, 15, 17, 23])
+@pytest.mark.parametrize("name", ["conv2d-grouped-dilated", "batch_norm2d", "max_pool2d", "max_pool3d", "layer_norm"])
+def test_other_opsets(name: str, opset: int) -> None:
+    (case,) = [c for c in CONVOLUTION + NORMALIZATION + POOLING if c[0] == name]
+    _check(case, opset=opset)
+
+
+class Attention(nn.MultiheadAttention):
+    def forward(self, query: Tensor, key: Tensor, memory: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(query, key, memory)[0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.core = core
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.core(x)[0]
+
+
+SEQUENCE_LAYERS: list[tuple[str, Callable[[], nn.Module], int]] = [
+    ("linear", lambda: nn.Linear(8, 5), 1),
+    ("gru", lambda: Recurrent(nn.GRU(8, 5, batch_first=True)), 1),
+    ("lstm", lambda: Recurrent(nn.LSTM(8, 5, 2, batch_first=True, bidirectional=True)), 1),
+    ("multihead_attention", lambda: Attention(8, 2, batch_first=True), 3),
+    ("transformer_encoder", lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), 1),
+]
+
+
+@pytest.mark.parametrize(("name", "build", "inputs"), SEQUENCE_LAYERS, ids=lambda v: v if isinstance(v, str) else "")
+def test_sequence_layers(name: str, build: Callable[[], nn.Module], inputs: int) -> None:
+    torch.manual_seed(5)
+    compare_gradients(build(), tuple(data(2, 5, 8, seed=i) for i in range(inputs)))
+
+
+@pytest.mark.parametrize("opset", [13, 18])
+def test_embedding(opset: int) -> None:
+    torch.manual_seed(5)
+    compare_gradients(nn.Embedding(10, 4, padding_idx=1), (torch.tensor([[1, 2, 2], [9, 0, 1]]),), opset=opset)
+
+
+class Scale(nn.Module):
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(shape[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+SCORES, PIXELS = data(4, 7), data(2, 5, 4, 3)
+LABELS, IGNORED = torch.tensor([1, 0, 6, 3]), torch.tensor([1, -100, 6, 3])
+PIXEL_LABELS = torch.randint(0, 5, (2, 4, 3), generator=torch.Generator().manual_seed(1))
+PIXEL_IGNORED = PIXEL_LABELS.masked_fill(torch.eye(4, 3, dtype=torch.bool), -100)
+SOFT = torch.softmax(data(4, 7, seed=8), 1)
+SIGNS = (SOFT > 0.1).float() * 2 - 1
+
+
+def weights(like: Tensor, count: int = 7) -> Tensor:
+    return torch.linspace(0.5, 1.5, count, dtype=like.dtype)
+
+
+LOSSES: dict[str, tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]] = {
+    "cross_entropy": (SCORES, LABELS, functional.cross_entropy),
+    "cross_entropy-sum": (SCORES, LABELS, lambda o, t: functional.cross_entropy(o, t, reduction="sum")),
+    "cross_entropy-none": (SCORES, LABELS, lambda o, t: functional.cross_entropy(o, t, reduction="none").pow(2).sum()),
+    "cross_entropy-weighted": (SCORES, LABELS, lambda o, t: functional.cross_entropy(o, t, weight=weights(o))),
+    "cross_entropy-ignored": (SCORES, IGNORED, functional.cross_entropy),
+    "cross_entropy-ignored-class": (SCORES, LABELS, lambda o, t: functional.cross_entropy(o, t, ignore_index=6)),
+    "cross_entropy-smoothed": (SCORES, LABELS, lambda o, t: functional.cross_entropy(o, t, label_smoothing=0.1)),
+    "cross_entropy-everything": (
+        SCORES,
+        IGNORED,
+        lambda o, t: functional.cross_entropy(o, t, weight=weights(o), label_smoothing=0.1),
+    ),
+    "cross_entropy-soft": (SCORES, SOFT, functional.cross_entropy),
+    "cross_entropy-pixels": (PIXELS, PIXEL_LABELS, functional.cross_entropy),
+    "cross_entropy-pixels-ignored": (PIXELS, PIXEL_IGNORED, functional.cross_entropy),
+    "cross_entropy-pixels-everything": (
+        PIXELS,
+        PIXEL_IGNORED,
+        lambda o, t: functional.cross_entropy(o, t, weight=weights(o, 5), label_smoothing=0.2),
+    ),
+    "nll": (SCORES, LABELS, lambda o, t: functional.nll_loss(torch.log_softmax(o, 1), t)),
+    "nll-weighted": (SCORES, IGNORED, lambda o, t: functional.nll_loss(torch.log_softmax(o, 1), t, weight=weights(o))),
+    "mse": (SCORES, SOFT, functional.mse_loss),
+    "l1": (SCORES, SOFT, functional.l1_loss),
+    "smooth_l1": (SCORES, SOFT, functional.smooth_l1_loss),
+    "huber": (SCORES, SOFT, functional.huber_loss),
+    "bce": (SCORES, SOFT, lambda o, t: functional.binary_cross_entropy(torch.sigmoid(o), t)),
+    "bce-logits": (
+        SCORES,
+        SOFT,
+        lambda o, t: functional.binary_cross_entropy_with_logits(o, t, pos_weight=weights(o)),
+    ),
+    "kl_div": (SCORES, SOFT, lambda o, t: functional.kl_div(torch.log_softmax(o, 1), t, reduction="batchmean")),
+    "cosine_embedding": (
+        SCORES,
+        SOFT,
+        lambda o, t: functional.cosine_embedding_loss(o, t, torch.ones(4, dtype=o.dtype)),
+    ),
+    "multi_margin": (SCORES, LABELS, functional.multi_margin_loss),
+    "triplet_margin": (SCORES, SOFT, lambda o, t: functional.triplet_margin_loss(o, t, t.roll(1, 0))),
+    "poisson_nll": (SCORES, SOFT, functional.poisson_nll_loss),
+    "gaussian_nll": (SCORES, SOFT, lambda o, t: functional.gaussian_nll_loss(o, t, t + 0.1)),
+    "hinge_embedding": (SCORES, SIGNS, functional.hinge_embedding_loss),
+    "soft_margin": (SCORES, SIGNS, functional.soft_margin_loss),
+    "multilabel_soft_margin": (SCORES, (SIGNS + 1) / 2, functional.multilabel_soft_margin_loss),
+    "dice": (PIXELS, functional.one_hot(PIXEL_LABELS, 5).permute(0, 3, 1, 2).float(), lambda o, t: _dice(o, t)),
+}
+
+
+def _dice(output: Tensor, target: Tensor) -> Tensor:
+    probability = torch.softmax(output, 1)
+    overlap = (probability * target).sum((2, 3))
+    return 1 - (2 * overlap / (probability.sum((2, 3)) + target.sum((2, 3)))).mean()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name: str) -> None:
+    output, target, loss = LOSSES[name]
+    compare_gradients(Scale(output.shape), (output,), value=loss, value_args=(target,))
+
+
+def test_an_operator_without_translation_is_refused_with_its_module() -> None:
+    class Spectrum(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.svdvals(x)
+
+    model = nn.Sequential(nn.Conv2d(4, 3, 1), Spectrum())
+    with pytest.raises(UnsupportedOperatorError, match=r"(?s)aten\._linalg_svd.*called by 1.*Nothing was written"):
+        compare_gradients(model, (data(*IMAGE),))
