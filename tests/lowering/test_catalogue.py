@@ -1,0 +1,114 @@
+"""The catalogue's rules: names, reasons, errors, and the operators each formula is made of."""
+
+from __future__ import annotations
+
+import pytest
+
+from convgrad_export.errors import UnsupportedLoweringError
+from convgrad_export.geometry import ConvGeometry
+from convgrad_export.lowering import CPU, CUDA, GRADIENTS, LOWERINGS, by_name, candidates
+from convgrad_export.lowering.catalogue import _by_name
+from convgrad_export.selection.policy import choose
+
+from ..cases import CASES
+from ..running import model_of
+
+PLAIN = ConvGeometry.from_forward((2, 4, 8, 8), (6, 4, 3, 3), padding=1)
+STRIDED = ConvGeometry.from_forward((2, 4, 9, 9), (6, 4, 3, 3), stride=2, padding=1)
+UNEVEN = ConvGeometry.from_forward((2, 4, 8, 8), (6, 4, 3, 3), padding=((1, 0), (1, 1)))
+
+
+def operators(name: str, geometry: ConvGeometry) -> list[str]:
+    return [node.op_type for node in model_of(geometry, LOWERINGS[name]).graph.node]
+
+
+@pytest.mark.parametrize(
+    ("name", "geometry", "expected"),
+    [
+        ("input.conv_transpose", STRIDED, ["ConvTranspose"]),
+        ("input.conv_transpose_crop", STRIDED, ["ConvTranspose", "Slice", "Pad"]),
+        ("input.flipped_conv", PLAIN, ["Transpose", "Slice", "Conv"]),
+        ("weight.swapped_conv", STRIDED, ["Slice", "Transpose", "Transpose", "Conv", "Transpose"]),
+        ("bias.reduce_sum", PLAIN, ["ReduceSum"]),
+    ],
+)
+def test_formulas_are_made_of_the_expected_operators(name: str, geometry: ConvGeometry, expected: list[str]) -> None:
+    if name in ("input.conv_transpose_crop", "weight.swapped_conv"):
+        geometry = ConvGeometry.from_forward((2, 4, 10, 10), (6, 4, 3, 3), stride=3)  # one row is never read
+        expected = ["ConvTranspose", "Pad"] if name.startswith("input") else expected
+    assert operators(name, geometry) == expected
+
+
+def test_names_start_with_their_gradient_and_duplicates_are_refused() -> None:
+    for name, lowering in LOWERINGS.items():
+        assert name == lowering.name
+        assert name.split(".")[0] == lowering.gradient
+        assert lowering.gradient in GRADIENTS
+        assert len(lowering.summary) > 20
+    with pytest.raises(AssertionError, match="duplicate"):
+        _by_name([LOWERINGS["input.conv"], LOWERINGS["input.conv"]])
+
+
+@pytest.mark.parametrize(
+    ("name", "geometry", "options", "reason"),
+    [
+        ("input.flipped_conv", STRIDED, {}, "stride is (2, 2)"),
+        ("input.phase_conv", PLAIN, {}, "stride is 1"),
+        ("input.conv", PLAIN, {}, "not transposed"),
+        ("input.pixel_shuffle", PLAIN, {}, "overlap"),
+        ("input.col2im", PLAIN, {"opset": 17}, "opset 17"),
+        ("input.conv_transpose", PLAIN, {"dtype": "float64"}, "float64"),
+        ("input.conv_transpose", UNEVEN, {"provider": CUDA}, "uneven pads"),
+        ("input.col2im", PLAIN, {"provider": CUDA}, "no CUDA kernel"),
+        ("weight.depthwise_taps", PLAIN, {}, "4 input channels"),
+        ("weight.winograd4", STRIDED, {}, "stride"),
+        ("input.winograd6", PLAIN, {"dtype": "float64"}, "constants are float32"),
+        ("weight.shifted_matmul", STRIDED, {}, "stride"),
+    ],
+)
+def test_a_lowering_says_why_it_does_not_apply(name: str, geometry: ConvGeometry, options: dict, reason: str) -> None:
+    assert reason in LOWERINGS[name].why_not(geometry, **options)
+
+
+def test_asking_for_a_lowering_that_does_not_apply_names_those_that_do() -> None:
+    with pytest.raises(UnsupportedLoweringError, match=r"stride is \(2, 2\).*input\.conv_transpose"):
+        by_name("input.flipped_conv", "input", STRIDED)
+    with pytest.raises(UnsupportedLoweringError, match="no such lowering"):
+        by_name("input.nothing", "input", STRIDED)
+    with pytest.raises(UnsupportedLoweringError, match="computes the weight gradient"):
+        by_name("weight.im2col", "input", STRIDED)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_policy_always_finds_a_lowering_and_keeps_to_direct_forms(case) -> None:
+    for dtype in ("float32", "float64", "float16", "bfloat16"):
+        for provider in (CPU, CUDA):
+            for gradient in GRADIENTS:
+                lowering = choose(gradient, case.geometry, dtype, provider=provider, opset=13)
+                assert lowering.why_not(case.geometry, dtype, provider, 13) is None
+                assert lowering.error_factor == 1.0
+
+
+def test_the_policy_obeys_the_allowed_error() -> None:
+    wide = ConvGeometry.from_forward((8, 256, 14, 14), (256, 256, 3, 3), padding=1)
+    chosen = {factor: choose("weight", wide, max_error_factor=factor).name for factor in (1.0, 2.0, 8.0)}
+    assert chosen == {1.0: "weight.matmul_taps", 2.0: "weight.winograd4", 8.0: "weight.winograd6"}
+    narrow = ConvGeometry.from_forward((8, 16, 14, 14), (16, 16, 3, 3), padding=1)
+    assert choose("weight", narrow, max_error_factor=8.0).error_factor == 1.0
+
+
+def test_a_constant_weight_changes_the_choice_where_the_runtime_profits() -> None:
+    depthwise = ConvGeometry.from_forward((8, 96, 14, 14), (96, 1, 3, 3), padding=1, groups=96)
+    assert choose("input", depthwise).name == "input.conv_transpose"
+    assert choose("input", depthwise, constant_weight=True).name == "input.flipped_conv"
+
+
+def test_a_name_for_one_gradient_leaves_the_others_to_the_policy() -> None:
+    assert choose("weight", PLAIN, lowering="input.flipped_conv").gradient == "weight"
+    assert choose("input", PLAIN, lowering="input.flipped_conv").name == "input.flipped_conv"
+
+
+def test_candidates_cover_the_catalogue_once() -> None:
+    listed = [lowering.name for gradient in GRADIENTS for lowering in candidates(gradient)]
+    assert sorted(listed) == sorted(LOWERINGS)
+    assert all(lowering.why_not(PLAIN, provider=CPU) is None for lowering in candidates("bias"))
