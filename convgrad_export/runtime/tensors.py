@@ -73,7 +73,8 @@ def view(value: Any, name: str) -> TensorView:
         return TensorView(dense, dense.data_ptr(), tuple(dense.shape), type_name(dense), device.type, device.index or 0)
     if not is_array(value):
         raise ArgumentTypeError(f"{name} is a {type(value).__name__}, expected a numpy array or a torch tensor")
-    array = np.ascontiguousarray(value).reshape(value.shape)
+    # Contiguous and in this machine's byte order: onnxruntime sees the memory, not numpy's description of it.
+    array = np.ascontiguousarray(value, np.dtype(value.dtype).newbyteorder("=")).reshape(value.shape)
     return TensorView(array, array.ctypes.data, array.shape, np.dtype(array.dtype).name, "cpu", 0)
 
 

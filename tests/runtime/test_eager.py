@@ -1,0 +1,198 @@
+"""The eager drop-ins against torch.nn.grad and aten::convolution_backward."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import convgrad_export as cg
+from convgrad_export import dtypes
+from convgrad_export.accuracy import compare
+from convgrad_export.runtime import session_cache
+
+from ..cases import CASES, ConvCase
+
+TORCH_DTYPES = {name: getattr(torch, name) for name in dtypes.NAMES}
+DROP_INS = [case for case in CASES if not case.transposed]
+
+
+def tensors(case: ConvCase, dtype: str = "float32", *, integers: bool = True) -> dict[str, torch.Tensor]:
+    operands = case.operands(dtype, integers=integers)
+    return {name: torch.from_numpy(array).to(TORCH_DTYPES[dtype]) for name, array in operands.items()}
+
+
+def call(case: ConvCase, gradient: str, values: dict, **options):
+    geometry = case.geometry
+    attributes = (case.stride, case.padding, case.dilation, case.groups)
+    if gradient == "input":
+        function = getattr(cg, f"conv{geometry.rank}d_input")
+        return function(geometry.input_shape, values["weight"], values["grad_output"], *attributes, **options)
+    function = getattr(cg, f"conv{geometry.rank}d_weight")
+    return function(values["input"], geometry.weight_shape, values["grad_output"], *attributes, **options)
+
+
+@pytest.mark.parametrize("gradient", ["input", "weight"])
+@pytest.mark.parametrize("case", DROP_INS, ids=lambda case: case.name)
+def test_drop_ins_agree_with_autograd_in_every_dtype_and_for_numpy(case: ConvCase, gradient: str) -> None:
+    for dtype in dtypes.NAMES:
+        for integers in (True, False):
+            operands = case.operands(dtype, integers=integers)
+            reference, bound = case.expected(operands, dtype)[gradient]
+            result = call(case, gradient, tensors(case, dtype, integers=integers))
+            assert result.dtype == TORCH_DTYPES[dtype]
+            assert compare(result.double().numpy(), reference, bound).within
+            arrays = {name: array.astype(dtypes.numpy_dtype(dtype)) for name, array in operands.items()}
+            from_numpy = call(case, gradient, arrays)
+            assert isinstance(from_numpy, np.ndarray)
+            assert np.array_equal(from_numpy.astype(np.float64), result.double().numpy())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_convolution_backward_gives_all_three_gradients(case: ConvCase) -> None:
+    geometry, values = case.geometry, tensors(case)
+    reference = case.expected(case.operands("float32", integers=True), "float32")
+    for mask in ([True, True, True], [True, False, False], [False, True, True], [False, False, False]):
+        results = cg.convolution_backward(
+            values["grad_output"],
+            values["input"],
+            values["weight"],
+            [geometry.out_channels],
+            case.stride,
+            case.padding,
+            case.dilation,
+            case.transposed,
+            case.output_padding,
+            case.groups,
+            mask,
+        )
+        for wanted, result, name in zip(mask, results, ("input", "weight", "bias"), strict=True):
+            assert (result is not None) is wanted
+            if wanted:
+                assert np.array_equal(result.double().numpy(), reference[name][0])
+
+
+def test_every_layout_gives_the_same_gradient() -> None:
+    case = next(case for case in CASES if case.name == "mixed2d")
+    values = tensors(case)
+    expected = {gradient: call(case, gradient, values) for gradient in ("input", "weight")}
+    layouts = {
+        "channels_last": {name: value.contiguous(memory_format=torch.channels_last) for name, value in values.items()},
+        "not_contiguous": {name: value.transpose(0, 1).clone().transpose(0, 1) for name, value in values.items()},
+        "offset": {name: torch.cat([value, value])[value.shape[0] :] for name, value in values.items()},
+    }
+    for layout, moved in layouts.items():
+        for gradient, reference in expected.items():
+            assert torch.equal(call(case, gradient, moved), reference), layout
+    expanded = values | {"grad_output": torch.ones(1, 1, 1, 1).expand(case.geometry.output_shape)}
+    dense = values | {"grad_output": torch.ones(case.geometry.output_shape)}
+    assert torch.equal(call(case, "input", expanded), call(case, "input", dense))
+    arrays = {name: np.asfortranarray(value.numpy()) for name, value in values.items()}
+    assert np.array_equal(call(case, "weight", arrays), expected["weight"].numpy())
+
+
+def test_inputs_are_left_unchanged_and_results_do_not_share_memory_between_calls() -> None:
+    case = next(case for case in CASES if case.name == "plain2d")
+    values = tensors(case)
+    before = {name: value.clone() for name, value in values.items()}
+    first = call(case, "input", values)
+    kept = first.clone()
+    call(case, "input", values | {"grad_output": values["grad_output"] * 3})
+    assert torch.equal(first, kept)
+    assert all(torch.equal(values[name], before[name]) for name in values)
+
+
+def test_a_named_lowering_is_used_and_a_wrong_one_refused() -> None:
+    case = next(case for case in CASES if case.name == "mixed2d")
+    values = tensors(case)
+    assert torch.equal(call(case, "weight", values, lowering="weight.im2col"), call(case, "weight", values))
+    with pytest.raises(cg.UnsupportedLoweringError, match="stride is"):
+        call(case, "input", values, lowering="input.flipped_conv")
+    with pytest.raises(cg.UnsupportedLoweringError, match="no such lowering"):
+        call(case, "input", values, lowering="fastest")
+
+
+def test_second_derivatives_agree_with_finite_differences_and_with_torch() -> None:
+    geometry = ((2, 4, 7, 6), (4, 2, 3, 2), (2, 1), (1, 0), 1, 2)
+    shape, kernel, *attributes = geometry
+    make = lambda *size: torch.randn(*size, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    input, weight = make(*shape), make(*kernel)
+    grad_output = make(*torch.conv2d(input, weight, None, *attributes).shape)
+    assert torch.autograd.gradcheck(lambda w, g: cg.conv2d_input(shape, w, g, *attributes), (weight, grad_output))
+    assert torch.autograd.gradcheck(lambda x, g: cg.conv2d_weight(x, kernel, g, *attributes), (input, grad_output))
+
+    def ours(x: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return cg.convolution_backward(g, x, w, [4], (2, 1), (1, 0), 1, False, 0, 2, [True, True, True])
+
+    assert torch.autograd.gradcheck(ours, (input, weight, grad_output))
+    assert torch.autograd.gradgradcheck(ours, (input, weight, grad_output))
+
+
+def test_the_session_cache_is_bounded_and_serves_every_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_cache, "MAX_SESSIONS", 3)
+    session_cache.clear_sessions()
+    weight = torch.ones(1, 1, 2)
+    for batch in (1, 2, 5):
+        cg.conv1d_input((batch, 1, 6), weight, torch.ones(batch, 1, 5))
+    assert session_cache.session_count() == 1
+    for size in range(4, 12):
+        cg.conv1d_input((1, 1, size), weight, torch.ones(1, 1, size - 1))
+    assert session_cache.session_count() == 3
+    session_cache.clear_sessions()
+    assert session_cache.session_count() == 0
+
+
+WEIGHT, GRAD = torch.ones(4, 3, 3, 3), torch.ones(2, 4, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (((2, 3, 9, 8), WEIGHT, GRAD), cg.GeometryError, r"axis 0 is 6, expected 7"),
+        (((2, 5, 8, 8), WEIGHT, GRAD), cg.GeometryError, r"input_size has 5 channels, expected 3"),
+        (((3, 8, 8), WEIGHT, GRAD), cg.GeometryError, r"input_size has 3 dimensions"),
+        (((1, 3, 8, 8), WEIGHT, GRAD), cg.GeometryError, r"grad_output batch is 2, expected 1"),
+        (((2, 3, 8.0, 8), WEIGHT, GRAD), cg.ArgumentTypeError, r"input_size dimension 2 is 8\.0"),
+        (
+            (torch.Size((2, 3, 8, 8)), WEIGHT.double(), GRAD),
+            cg.DTypeError,
+            r"weight is float64, grad_output is float32",
+        ),
+        (((2, 3, 8, 8), WEIGHT.int(), GRAD.int()), cg.DTypeError, r"weight is int32, expected one of float32"),
+        (((2, 3, 8, 8), WEIGHT.cfloat(), GRAD.cfloat()), cg.DTypeError, r"weight is complex64"),
+        (((2, 3, 8, 8), WEIGHT.numpy(), GRAD), cg.ArgumentTypeError, r"expected all torch tensors or all numpy"),
+        (((2, 3, 8, 8), [[1.0]], GRAD), cg.ArgumentTypeError, r"weight is a list"),
+        (((2, 3, 8, 8), WEIGHT.to("meta"), GRAD), cg.DeviceError, r"weight is on meta, grad_output is on cpu"),
+        (((2, 3, 8, 8), WEIGHT.to("meta"), GRAD.to("meta")), cg.DeviceError, r"tensors are on meta"),
+        (((2, 3, 8, 8), WEIGHT, GRAD, 1, 0, 1, 1.5), cg.ArgumentTypeError, r"groups is 1\.5"),
+    ],
+)
+def test_bad_calls_get_one_clear_error(arguments: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        cg.conv2d_input(*arguments)
+
+
+def test_bias_sizes_and_masks_are_checked() -> None:
+    operands = (GRAD, torch.ones(2, 3, 8, 8), WEIGHT)
+    attributes = (1, 0, 1, False, 0, 1)
+    with pytest.raises(cg.GeometryError, match=r"bias_sizes is \(3,\), expected \(4,\)"):
+        cg.convolution_backward(*operands, [3], *attributes, [True, True, True])
+    with pytest.raises(cg.GeometryError, match="three booleans"):
+        cg.convolution_backward(*operands, None, *attributes, [True, True])
+    _, _, bias = cg.convolution_backward(*operands, None, *attributes, [False, False, True])
+    assert torch.equal(bias, torch.full((4,), 72.0))
+
+
+def test_float_arrays_of_the_other_byte_order_and_0_d_are_handled() -> None:
+    big_endian = WEIGHT.numpy().astype(">f4")
+    result = cg.conv2d_input((2, 3, 8, 8), big_endian, GRAD.numpy())
+    assert np.array_equal(result, cg.conv2d_input((2, 3, 8, 8), WEIGHT.numpy(), GRAD.numpy()))
+    with pytest.raises(cg.GeometryError):
+        cg.conv2d_input((2, 3, 8, 8), np.float32(1.0), GRAD.numpy())
+
+
+def test_providers_are_obeyed_or_refused() -> None:
+    arguments = ((2, 3, 8, 8), WEIGHT, GRAD)
+    assert torch.equal(cg.conv2d_input(*arguments, providers="cpu"), cg.conv2d_input(*arguments))
+    with pytest.raises(cg.ProviderError, match="NoSuchProvider"):
+        cg.conv2d_input(*arguments, providers=["NoSuchProvider"])

@@ -1,0 +1,205 @@
+"""GradientSession: loading, running, placement, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir
+import onnxruntime
+import pytest
+import torch
+
+import convgrad_export as cg
+from convgrad_export.runtime import providers
+from convgrad_export.runtime.placement import NodePlacement, PlacementReport
+
+MODEL = cg.build_model(
+    "conv2d_input", input_shape=(2, 3, 8, 8), weight_shape=(4, 3, 3, 3), padding=1, lowering="input.conv_transpose"
+)
+
+
+def feeds() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "weight": rng.standard_normal((4, 3, 3, 3), np.float32),
+        "grad_output": rng.standard_normal((2, 4, 8, 8), np.float32),
+    }
+
+
+def test_a_model_is_taken_in_every_form(tmp_path: Path) -> None:
+    path = tmp_path / "gradient.onnx"
+    onnx.save(MODEL, path)
+    forms = [path, str(path), MODEL, MODEL.SerializeToString(), onnx_ir.from_proto(MODEL)]
+    results = [cg.GradientSession(form).run(feeds())["grad_input"] for form in forms]
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
+def test_run_has_a_mapping_form_and_onnxruntimes_own() -> None:
+    session = cg.GradientSession(MODEL)
+    assert session.input_names == ("weight", "grad_output")
+    assert session.output_names == ("grad_input",)
+    by_name = session.run(feeds())["grad_input"]
+    (as_list,) = session.run(None, feeds())
+    (named,) = session.run(["grad_input"], feeds())
+    plain = onnxruntime.InferenceSession(MODEL.SerializeToString()).run(None, feeds())[0]
+    for result in (as_list, named, plain):
+        assert np.array_equal(result, by_name)
+
+
+def test_torch_tensors_are_read_in_place_and_results_are_tensors() -> None:
+    session = cg.GradientSession(MODEL)
+    tensors = {name: torch.from_numpy(array) for name, array in feeds().items()}
+    result = session.run(tensors)["grad_input"]
+    assert isinstance(result, torch.Tensor)
+    assert np.array_equal(result.numpy(), session.run(feeds())["grad_input"])
+    from convgrad_export.runtime.tensors import view
+
+    assert view(tensors["weight"], "weight").pointer == tensors["weight"].data_ptr()
+    array = feeds()["weight"]
+    assert view(array, "weight").pointer == array.ctypes.data
+
+
+def test_results_outlive_the_session() -> None:
+    session = cg.GradientSession(MODEL)
+    tensors = {name: torch.from_numpy(array) for name, array in feeds().items()}
+    result = session.run(tensors)["grad_input"]
+    expected = result.clone()
+    del session
+    assert torch.equal(result, expected)
+
+
+def test_bfloat16_arrays_go_through_numpy() -> None:
+    model = cg.build_model("conv1d_input", input_shape=(1, 1, 4), weight_shape=(1, 1, 2), dtype="bfloat16")
+    ones = {"weight": np.ones((1, 1, 2), ml_dtypes.bfloat16), "grad_output": np.ones((1, 1, 3), ml_dtypes.bfloat16)}
+    result = cg.GradientSession(model).run(ones)["grad_input"]
+    assert result.dtype == ml_dtypes.bfloat16
+    assert result.tolist() == [[[1, 2, 2, 1]]]
+
+
+def test_placement_lists_every_node_and_none_left_the_cpu() -> None:
+    report = cg.GradientSession(MODEL).placement()
+    assert [node.op_type for node in report.nodes] == ["ConvTranspose"]
+    assert report.left == ()
+    assert str(report) == "all 1 nodes run on CPUExecutionProvider"
+
+
+def test_a_placement_report_names_the_nodes_that_left() -> None:
+    nodes = (NodePlacement("a", "Conv", providers.CUDA), NodePlacement("b", "Col2Im", providers.CPU))
+    report = PlacementReport(providers.CUDA, nodes)
+    assert report.left == nodes[1:]
+    assert "1 of 2 nodes left CUDAExecutionProvider: Col2Im 'b' on CPUExecutionProvider" in str(report)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_thread_count_is_passed_on(threads: int) -> None:
+    session = cg.GradientSession(MODEL, threads=threads)
+    assert session.inference_session.get_session_options().intra_op_num_threads == threads
+
+
+def test_a_provider_that_cannot_start_is_an_error_and_not_a_log_line() -> None:
+    with pytest.raises(cg.ProviderError, match=r"could not start.*fell back to CPUExecutionProvider"):
+        providers.check_active(providers.CUDA, [providers.CPU])
+    if providers.CUDA not in onnxruntime.get_available_providers():
+        with pytest.raises(cg.ProviderError, match="onnxruntime-gpu"):
+            cg.GradientSession(MODEL, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, [providers.CPU]),
+        ("cpu", [providers.CPU]),
+        (providers.CPU, [providers.CPU]),
+        ([("cpu", {"use_arena": "1"})], [providers.CPU]),
+        (("cpu", {}), [providers.CPU]),
+    ],
+)
+def test_providers_come_in_onnxruntimes_forms(given, expected: list[str]) -> None:
+    assert [name for name, _ in providers.resolve(given)] == expected
+
+
+@pytest.mark.parametrize("given", [[], [3], [("cpu", 3)]])
+def test_malformed_providers_are_refused(given) -> None:
+    with pytest.raises(cg.ArgumentTypeError, match="providers"):
+        providers.resolve(given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"weight": None}, cg.ArgumentTypeError, r"missing: \['weight'\], unknown: none"),
+        ({"extra": np.ones(1)}, cg.ArgumentTypeError, r"unknown: \['extra'\]"),
+        ({"weight": np.ones((4, 3, 3, 3))}, cg.DTypeError, r"input weight is float64, expected float32"),
+        ({"weight": np.ones((4, 3, 3), np.float32)}, cg.GeometryError, r"input weight has shape \(4, 3, 3\)"),
+        ({"weight": np.ones((4, 3, 3, 5), np.float32)}, cg.GeometryError, r"expected \(4, 3, 3, 3\)"),
+        ({"weight": torch.ones(4, 3, 3, 3)}, cg.ArgumentTypeError, r"mix numpy arrays and torch tensors"),
+        ({"weight": "text"}, cg.ArgumentTypeError, r"weight is a str, expected a numpy array or a torch tensor"),
+    ],
+)
+def test_wrong_inputs_are_refused_before_the_run(changes: dict, error: type[Exception], message: str) -> None:
+    given = {name: value for name, value in (feeds() | changes).items() if value is not None}
+    with pytest.raises(error, match=message):
+        cg.GradientSession(MODEL).run(given)
+
+
+def test_a_symbolic_batch_has_one_value() -> None:
+    model = cg.build_model("conv2d_weight", input_shape=(2, 3, 8, 8), weight_shape=(4, 3, 3, 3), padding=1)
+    wrong = {"input": np.ones((2, 3, 8, 8), np.float32), "grad_output": np.ones((3, 4, 8, 8), np.float32)}
+    with pytest.raises(cg.GeometryError, match="with batch = 2 as in input"):
+        cg.GradientSession(model).run(wrong)
+
+
+def test_sparse_and_quantized_tensors_are_refused() -> None:
+    tensors = {name: torch.from_numpy(array) for name, array in feeds().items()}
+    with pytest.raises(cg.ArgumentTypeError, match="dense, unquantized"):
+        cg.GradientSession(MODEL).run(tensors | {"weight": tensors["weight"].to_sparse()})
+
+
+def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    with pytest.raises(cg.ModelFileError, match="does not exist"):
+        cg.GradientSession(path)
+    with pytest.raises(cg.ModelFileError, match="is not a file"):
+        cg.GradientSession(tmp_path)
+    data = MODEL.SerializeToString()
+    for content in (b"", b"PK\x03\x04 no model", data[: len(data) // 2], b"\x80\x04 pickle"):
+        path.write_bytes(content)
+        with pytest.raises(cg.ModelFileError):
+            cg.GradientSession(path)
+    with pytest.raises(cg.ModelFileError, match="given as bytes"):
+        cg.GradientSession(b"no model")
+    with pytest.raises(cg.ArgumentTypeError, match="model is a int"):
+        cg.GradientSession(3)
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "/etc/hostname", "sub/../../secret.bin", "C:\\secret.bin"])
+def test_external_data_outside_the_models_folder_is_refused(tmp_path: Path, location: str) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (tmp_path / "secret.bin").write_bytes(bytes(4 * 3 * 3 * 3 * 4))
+    model = onnx.ModelProto()
+    model.CopyFrom(MODEL)
+    tensor = model.graph.initializer.add()
+    tensor.name, tensor.data_type = "weight_data", onnx.TensorProto.FLOAT
+    tensor.dims.extend([4, 3, 3, 3])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", location
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(cg.ModelFileError, match="outside the model's folder"):
+        cg.GradientSession(folder / "model.onnx")
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    from convgrad_export.runtime.model_source import check_location
+
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (tmp_path / "secret.bin").write_bytes(b"0")
+    (folder / "data.bin").symlink_to(tmp_path / "secret.bin")
+    with pytest.raises(cg.ModelFileError, match="outside"):
+        check_location(folder / "model.onnx", "w", "data.bin")
+    check_location(folder / "model.onnx", "w", "other.bin")

@@ -1,0 +1,93 @@
+"""build_model and lowerings: what they put into a model, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import onnx
+import pytest
+
+import convgrad_export as cg
+from convgrad_export.geometry import ConvGeometry
+
+SHAPES = {"input_shape": (2, 4, 9, 9), "weight_shape": (6, 4, 3, 3)}
+
+
+def test_the_batch_is_dynamic_by_default_and_fixed_on_request() -> None:
+    for dynamic, expected in ((("batch",), "batch"), ((), 2)):
+        model = cg.build_model("conv2d_weight", **SHAPES, stride=2, dynamic=dynamic)
+        dim = model.graph.input[0].type.tensor_type.shape.dim[0]
+        assert (dim.dim_param or dim.dim_value) == expected
+        assert [value.name for value in model.graph.input] == ["input", "grad_output"]
+        assert [value.name for value in model.graph.output] == ["grad_weight"]
+
+
+def test_the_same_call_gives_the_same_bytes() -> None:
+    first, second = (
+        cg.build_model("conv2d_weight", **SHAPES, stride=2).SerializeToString(deterministic=True) for _ in range(2)
+    )
+    assert first == second
+
+
+def test_metadata_says_what_the_model_is() -> None:
+    model = cg.build_model("conv2d_input", **SHAPES, stride=2, padding="valid", dtype="float64")
+    metadata = {item.key: item.value for item in model.metadata_props}
+    assert metadata["convgrad.op"] == "conv2d_input"
+    assert metadata["convgrad.dtype"] == "float64"
+    assert metadata["convgrad.lowering"] == "input.matmul_taps"
+    arguments = json.loads(metadata["convgrad.geometry"])
+    restored = ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
+    assert restored == ConvGeometry.from_forward(*SHAPES.values(), 2)
+
+
+@pytest.mark.parametrize("mask", [(True, False, True), (False, True, False)])
+def test_convolution_backward_has_one_output_for_each_gradient_in_the_mask(mask: tuple[bool, ...]) -> None:
+    model = cg.build_model("convolution_backward", **SHAPES, output_mask=mask)
+    onnx.checker.check_model(model, full_check=True)
+    names = ["grad_input", "grad_weight", "grad_bias"]
+    expected = [name for name, wanted in zip(names, mask, strict=True) if wanted]
+    assert [value.name for value in model.graph.output] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "error", "message"),
+    [
+        ("conv2d_bias", {}, cg.GeometryError, "expected one of conv1d_input"),
+        (3, {}, cg.ArgumentTypeError, "operator is 3"),
+        ("conv1d_input", {}, cg.GeometryError, "input_shape has 4 dimensions"),
+        ("conv2d_input", {"weight_shape": None}, cg.GeometryError, "weight_shape is missing"),
+        ("conv2d_input", {"lowering": "input.phase_conv"}, cg.UnsupportedLoweringError, "stride is 1"),
+        ("conv2d_input", {"lowering": "weight.im2col"}, cg.UnsupportedLoweringError, "gives none of"),
+        ("conv2d_input", {"lowering": "quick"}, cg.UnsupportedLoweringError, "no such lowering"),
+        ("conv2d_input", {"opset_version": 99}, cg.UnsupportedLoweringError, "opset_version is 99"),
+        ("conv2d_input", {"opset_version": "18"}, cg.ArgumentTypeError, "opset_version is '18'"),
+        ("conv2d_input", {"dtype": "complex64"}, cg.DTypeError, "dtype is complex64"),
+        ("convolution_backward", {"output_mask": (False,) * 3}, cg.GeometryError, "at least one True"),
+        ("convolution_backward", {"output_mask": (True,)}, cg.GeometryError, "three booleans"),
+    ],
+)
+def test_bad_arguments_are_refused(name, changes: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        cg.build_model(name, **(SHAPES | changes))
+
+
+def test_the_catalogue_is_listed_with_reasons_and_the_choice() -> None:
+    plain = cg.lowerings("conv2d_weight")
+    assert {entry.name for entry in plain} >= {"weight.swapped_conv", "weight.im2col", "weight.matmul_taps"}
+    assert all(entry.why_not is None and not entry.chosen and entry.when for entry in plain)
+    asked = {entry.name: entry for entry in cg.lowerings("conv2d_weight", **SHAPES, stride=2)}
+    assert asked["weight.flipped_conv"].why_not == "stride is (2, 2), it needs 1"
+    assert [entry.name for entry in asked.values() if entry.chosen] == ["weight.im2col"] or any(
+        entry.chosen and entry.why_not is None for entry in asked.values()
+    )
+    with pytest.raises(cg.GeometryError, match="both, or neither"):
+        cg.lowerings("conv2d_weight", input_shape=(2, 4, 9, 9))
+
+
+def test_dtypes_are_taken_from_numpy_and_torch() -> None:
+    import numpy as np
+    import torch
+
+    for dtype in ("float16", np.float16, np.dtype("float16"), torch.float16, "half"):
+        model = cg.build_model("conv2d_input", **SHAPES, dtype=dtype)
+        assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
