@@ -1,0 +1,87 @@
+"""Which lowering for an ATen graph. What wins on onnxruntime is not what wins in ATen, so the rules are separate.
+
+Three ways to choose, besides a catalogue name:
+
+- ``"portable"``: one ConvTranspose or Conv for the input gradient, matrix products for the weight gradient. Nothing but
+  operators that every backend has.
+- ``"auto"``: the lowering that was measured to beat PyTorch's kernel under Inductor, the portable one otherwise.
+- ``"fastest"``: the lowering that was measured to beat the kernel; otherwise None, and the kernel stays.
+
+The measurements are in benchmarks/torch_compile/.
+"""
+
+from __future__ import annotations
+
+from ..errors import ArgumentTypeError, UnsupportedLoweringError
+from ..geometry import ConvGeometry
+from ..lowering import CPU, LOWERINGS, Lowering, candidates
+
+AUTO, PORTABLE, FASTEST = "auto", "portable", "fastest"
+WAYS = (AUTO, PORTABLE, FASTEST)
+
+_PORTABLE = {
+    "input": ("input.conv_transpose", "input.conv"),
+    "weight": ("weight.matmul_taps",),
+    "bias": ("bias.reduce_sum",),
+}
+
+
+def check_lowering(lowering: object) -> str:
+    """`lowering` if it is one of `WAYS` or a catalogue name.
+
+    Raises:
+        ArgumentTypeError: not a string. UnsupportedLoweringError: an unknown name.
+    """
+    if not isinstance(lowering, str):
+        raise ArgumentTypeError(f"lowering is {lowering!r} ({type(lowering).__name__}), expected a string")
+    if lowering not in WAYS and lowering not in LOWERINGS:
+        raise UnsupportedLoweringError(
+            f"lowering {lowering!r} is unknown, expected one of: {', '.join((*WAYS, *LOWERINGS))}"
+        )
+    return lowering
+
+
+def choose_aten(
+    gradient: str, geometry: ConvGeometry, dtype: str, *, lowering: str = AUTO, device: str = "cpu"
+) -> Lowering | None:
+    """The lowering of one gradient for an ATen graph, or None where ``"fastest"`` leaves PyTorch's kernel in place.
+
+    Args:
+        gradient: ``"input"``, ``"weight"`` or ``"bias"``.
+        geometry: every size an integer; for a symbolic batch, its value in the example.
+        dtype: element type of the tensors.
+        lowering: one of `WAYS`, or a catalogue name, which decides its own gradient and leaves the others to ``"auto"``.
+        device: torch device type.
+
+    Raises:
+        UnsupportedLoweringError: the named lowering does not apply.
+    """
+    named = LOWERINGS.get(lowering)
+    if named is not None and named.gradient == gradient:
+        reason = why_not(named, geometry, dtype)
+        if reason is None:
+            return named
+        applicable = [entry.name for entry in candidates(gradient) if why_not(entry, geometry, dtype) is None]
+        raise UnsupportedLoweringError(
+            f"lowering {lowering!r} cannot give the {gradient} gradient of a {geometry.rank}-D convolution with "
+            f"{geometry.describe()} in {dtype}: {reason}. Lowerings that can: {', '.join(applicable)}"
+        )
+    if lowering != PORTABLE:
+        winner = _winner(gradient, geometry, dtype, device)
+        if winner is not None:
+            return LOWERINGS[winner]
+        if lowering == FASTEST:
+            return None
+    return next(LOWERINGS[name] for name in _PORTABLE[gradient] if why_not(LOWERINGS[name], geometry, dtype) is None)
+
+
+def why_not(lowering: Lowering, geometry: ConvGeometry, dtype: str) -> str | None:
+    """Why `lowering` cannot be used in an ATen graph, or None. ATen has every operator in every dtype."""
+    if dtype == "float64" and lowering.error_factor > 1:
+        return "its transforms are float32 constants"
+    return lowering.why_not(geometry, "float32", CPU)
+
+
+def _winner(gradient: str, geometry: ConvGeometry, dtype: str, device: str) -> str | None:
+    """The lowering that beat PyTorch's kernel under Inductor for convolutions like this one."""
+    return None
