@@ -4,8 +4,8 @@ No formula is written here. A lowering is recorded once per geometry into the sa
 model, the canonical functions are the `@script` functions themselves, and the rules in `aten_rules.py` (one per ONNX
 operator) turn a node into calls on whatever tensors arrive: real, fake, or proxies of a tracer.
 
-Two kinds of value flow: tensors, and tuples of integers, which are what ONNX's INT64 shape tensors become. A size may be
-a `torch.SymInt`; arithmetic on it stays symbolic.
+Two kinds of value flow: tensors, and tuples of integers, which are what ONNX's INT64 shape tensors become. A size may
+be a `torch.SymInt`; arithmetic on it stays symbolic.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .onnx import GraphOps
 BATCH = "batch"
 
 # These round intermediate products to the element type and add them up afterwards. In float16 and bfloat16 that would
-# lose more than eager does, so they are computed in float32 and rounded once.
+# lose more than a sum that is rounded once, so they are computed in float32.
 _ADDS_ROUNDED_TERMS = frozenset({"input.matmul_taps", "input.col2im", "weight.depthwise_taps", "weight.depthwise_rows"})
 
 
@@ -45,12 +45,21 @@ def run_lowering(lowering: Lowering, geometry: ConvGeometry, grad_output: Any, o
     """
     tensors = [value for value in (grad_output, operand) if value is not None]
     dtype = grad_output.dtype
-    widened = dtypes.is_half(dtypes.name_of(dtype)) and (lowering.name in _ADDS_ROUNDED_TERMS or lowering.error_factor > 1)
+    widened = dtypes.is_half(dtypes.name_of(dtype)) and (
+        lowering.name in _ADDS_ROUNDED_TERMS
+        or lowering.error_factor > 1
+        or ("ConvTranspose" in lowering.operators and _adds_in_half(grad_output))
+    )
     if widened:
         tensors = [value.to(torch.float32) for value in tensors]
     inputs, nodes, output = _recorded(lowering.name, geometry.with_batch(BATCH))
-    result = walk(nodes, dict(zip(inputs, tensors, strict=True)))[output]
+    result: Any = walk(nodes, dict(zip(inputs, tensors, strict=True)))[output]
     return result.to(dtype) if widened else result
+
+
+def _adds_in_half(tensor: torch.Tensor) -> bool:
+    """PyTorch's CPU kernel for transposed convolutions adds the taps up in the element type itself."""
+    return tensor.device.type == "cpu" and dtypes.is_half(dtypes.name_of(tensor.dtype))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -73,6 +82,9 @@ def run_function(name: str, inputs: Sequence[Any], attributes: Mapping[str, Any]
         attributes: ``stride``, ``padding``, ``dilation`` (one integer per axis) and ``groups``.
     """
     function = _function(name)
+    if name.endswith("_input") and _adds_in_half(inputs[2]):
+        widened = [value.to(torch.float32) if isinstance(value, torch.Tensor) else value for value in inputs]
+        return run_function(name, widened, attributes).to(inputs[2].dtype)
     values = dict(zip(function.inputs, inputs, strict=True))
     return walk(function, values, attributes)[function.outputs[0]]
 
@@ -119,7 +131,7 @@ def walk(
     for node in nodes:
         inputs = [None if value is None else _value_of(value, values) for value in node.inputs]
         given = {
-            key: attributes[attribute.ref_attr_name] if attribute.is_ref() and attributes else attribute.value
+            key: attributes[str(attribute.ref_attr_name)] if attribute.is_ref() and attributes else attribute.value
             for key, attribute in node.attributes.items()
         }
         values[node.outputs[0]] = RULES[node.op_type](*inputs, **given)

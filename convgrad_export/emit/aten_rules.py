@@ -1,7 +1,7 @@
 """One rule per ONNX operator: the ATen calls that do the same. Rules are named as ONNX names the operator.
 
-A rule receives tensors, tuples of integers (INT64 shape tensors) and `Constant` arrays, positionally as in ONNX, and the
-node's attributes by keyword.
+A rule receives tensors, tuples of integers (INT64 shape tensors) and `Constant` arrays, positionally as in ONNX, and
+the node's attributes by keyword.
 """
 
 from __future__ import annotations

@@ -233,6 +233,3 @@ def _example(value: Any) -> Any:
 
 def _listed(values: dict[str, str]) -> str:
     return ", ".join(f"{name} is {value}" for name, value in values.items())
-
-
-

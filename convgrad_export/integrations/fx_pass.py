@@ -1,8 +1,8 @@
 """Rewriting graphs: every `aten.convolution_backward` becomes a graph of ordinary forward operators.
 
 `rewrite_convolution_backward` takes graphs from make_fx, AOTAutograd, torch.export and torch.func transforms and leaves
-no convolution_backward behind. `RewriteConvolutionBackwardPass` is the same as a custom pass of Inductor, where it leaves
-PyTorch's kernel in place for convolutions on which no lowering is faster. `decomposition_table` is for
+no convolution_backward behind. `RewriteConvolutionBackwardPass` is the same as a custom pass of Inductor, where it
+leaves PyTorch's kernel in place for convolutions on which no lowering is faster. `decomposition_table` is for
 `ExportedProgram.run_decompositions` and AOTAutograd.
 """
 
@@ -58,14 +58,15 @@ class RewriteResult(PassResult):
     rewrites: tuple[Rewrite, ...] = ()
 
     @property
-    def count(self) -> int:
+    def rewritten(self) -> int:
+        """Number of convolution_backward nodes that were replaced."""
         return len(self.rewrites)
 
     def summary(self) -> str:
         """One line: how many nodes, and how often each lowering was taken."""
         used = Counter(name for rewrite in self.rewrites for name in rewrite.lowerings.values())
         listed = ", ".join(f"{name} {times}x" for name, times in sorted(used.items()))
-        return f"{self.count} convolution_backward rewritten" + (f": {listed}" if listed else "")
+        return f"{self.rewritten} convolution_backward rewritten" + (f": {listed}" if listed else "")
 
 
 def rewrite_convolution_backward(graph_module: torch.fx.GraphModule, *, lowering: str = AUTO) -> RewriteResult:
@@ -115,6 +116,8 @@ class RewriteConvolutionBackwardPass(CustomGraphPass):
         from torch._inductor.decomposition import select_decomp_table
 
         way = FASTEST if self.lowering == AUTO else self.lowering
+        if graph.owning_module is None:
+            raise ArgumentTypeError("graph belongs to no GraphModule, expected one that does")
         result = _rewrite(graph.owning_module, way, select_decomp_table())
         self.rewrites += result.rewrites
 
@@ -135,10 +138,9 @@ def decomposition_table(*, lowering: str = AUTO) -> dict[Any, Callable[..., Any]
 
 @dataclass
 class _Replacement:
-    """A traced graph that stands for one node; `outputs` are its results for (input, weight, bias)."""
+    """A traced graph over (grad_output, input, weight) that stands for one node."""
 
     node: torch.fx.Node
-    operands: list[torch.fx.Node]
     traced: torch.fx.GraphModule
     rewrite: Rewrite
 
@@ -176,23 +178,25 @@ def _replacements(module: torch.fx.GraphModule, lowering: str, table: Any) -> li
 def _replacement(
     node: torch.fx.Node, lowering: str, table: Any, cache: dict[Any, torch.fx.GraphModule]
 ) -> _Replacement | None:
-    arguments = normalized(map_arg(node.args, _value), map_arg(dict(node.kwargs), _value))  # type: ignore[arg-type]
+    arguments = normalized(map_arg(node.args, _value), map_arg(dict(node.kwargs), _value))
     call = read_call(*arguments)
     used = _used_gradients(node, call)
     chosen = plan(call, lowering, used)
     if chosen and all(value is None for value in chosen.values()):
         return None
-    full_nodes = normalized(node.args, dict(node.kwargs))
-    tensors = full_nodes[:3]
     key = _cache_key(call, chosen, arguments)
     traced = cache.get(key) if key is not None else None
     if traced is None:
         traced = _trace(call, chosen, arguments, table)
         if key is not None:
             cache[key] = traced
-    names = {gradient: getattr(value, "name", value) for gradient, value in chosen.items() if value is not None}
+    names = {gradient: _name_of(value) for gradient, value in chosen.items() if value is not None}
     kept = tuple(gradient for gradient, value in chosen.items() if value is None)
-    return _Replacement(node, list(tensors), traced, Rewrite(node.name, call.geometry.describe(), names, kept))
+    return _Replacement(node, traced, Rewrite(node.name, call.geometry.describe(), names, kept))
+
+
+def _name_of(chosen: Any) -> str:
+    return str(getattr(chosen, "name", chosen))
 
 
 def _used_gradients(node: torch.fx.Node, call: ConvolutionCall) -> list[str]:
@@ -209,7 +213,7 @@ def _cache_key(call: ConvolutionCall, chosen: Plan, arguments: Sequence[Any]) ->
     sizes = [item for tensor in tensors for item in (*tensor.shape, *tensor.stride())]
     if any(isinstance(size, torch.SymInt) for size in sizes):
         return None
-    names = tuple((gradient, getattr(value, "name", value)) for gradient, value in chosen.items())
+    names = tuple((gradient, _name_of(value)) for gradient, value in chosen.items())
     device = str(tensors[0].device)
     return (call.geometry, call.mask, call.dtype, device, names, tuple(sizes), arguments[3] is None)
 
@@ -228,7 +232,7 @@ def _trace(call: ConvolutionCall, chosen: Plan, arguments: Sequence[Any], table:
 
 
 def _in_one_mode(tensors: Sequence[Any]) -> tuple[FakeTensorMode, list[FakeTensor]]:
-    """The tensors as fakes of one mode: their own if they share it. make_fx on real tensors gives each a mode of its own."""
+    """The tensors as fakes of one mode: their own if they share it, as those of make_fx on real tensors do not."""
     modes = {id(value.fake_mode): value.fake_mode for value in tensors if isinstance(value, FakeTensor)}
     if len(modes) == 1 and all(isinstance(value, FakeTensor) for value in tensors):
         return next(iter(modes.values())), list(tensors)
@@ -244,7 +248,8 @@ def _splice(module: torch.fx.GraphModule, replacement: _Replacement) -> None:
     inherited = {key: value for key, value in node.meta.items() if key not in _OF_THE_RESULT}
     mapped: dict[torch.fx.Node, Any] = {}
     results: Sequence[Any] = ()
-    operands = iter(replacement.operands)
+    # Read only now: an operand may be the result of a node that has been replaced in the meantime.
+    operands = iter(normalized(node.args, dict(node.kwargs))[:3])
     with graph.inserting_before(node):
         for source in replacement.traced.graph.nodes:
             if source.op == "placeholder":
@@ -303,8 +308,8 @@ def _replace_uses(old: torch.fx.Node, new: Any, users: Sequence[torch.fx.Node] |
     """Put `new` (a node, None, or a tuple of them) where `old` was an argument. A getitem is removed, its name kept."""
     for user in list(old.users) if users is None else users:
         substitute: Any = lambda node: new if node is old else node  # noqa: E731
-        user.args = map_arg(user.args, substitute)  # type: ignore[assignment]
-        user.kwargs = map_arg(user.kwargs, substitute)  # type: ignore[assignment]
+        user.args = map_arg(user.args, substitute)
+        user.kwargs = map_arg(user.kwargs, substitute)
     if old.target is not operator.getitem:
         return
     name, graph = old.name, old.graph
@@ -312,7 +317,7 @@ def _replace_uses(old: torch.fx.Node, new: Any, users: Sequence[torch.fx.Node] |
     graph.erase_node(old)
     if inherits_name:
         # Signatures of exported programs know outputs by name.
-        new._rename(name)
+        new.name = name
 
 
 def _value(node: torch.fx.Node) -> Any:

@@ -50,7 +50,7 @@ def choose_aten(
         gradient: ``"input"``, ``"weight"`` or ``"bias"``.
         geometry: every size an integer; for a symbolic batch, its value in the example.
         dtype: element type of the tensors.
-        lowering: one of `WAYS`, or a catalogue name, which decides its own gradient and leaves the others to ``"auto"``.
+        lowering: one of `WAYS`, or a catalogue name, which decides its own gradient; the others are ``"auto"``.
         device: torch device type.
 
     Raises:
@@ -77,7 +77,7 @@ def choose_aten(
 
 def why_not(lowering: Lowering, geometry: ConvGeometry, dtype: str) -> str | None:
     """Why `lowering` cannot be used in an ATen graph, or None. ATen has every operator in every dtype."""
-    if dtype == "float64" and lowering.error_factor > 1:
+    if dtype == "float64" and lowering.float32_only:
         return "its transforms are float32 constants"
     return lowering.why_not(geometry, "float32", CPU)
 
