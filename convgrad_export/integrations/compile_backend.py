@@ -1,0 +1,97 @@
+"""The torch.compile backends ``convgrad`` and ``convgrad_ort``, found by torch through their entry points.
+
+``convgrad`` is Inductor with convolution gradients rewritten where a lowering is faster than PyTorch's kernel.
+``convgrad_ort`` runs the forward and the backward graph of AOTAutograd on onnxruntime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentTypeError
+from ..selection.policy import AUTO
+
+Compiled = Callable[..., Any]
+
+
+def convgrad(
+    graph_module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """``torch.compile(model, backend="convgrad")``: rewrite convolution gradients, then Inductor.
+
+    Args:
+        mode: as with Inductor.
+        options: ``{"lowering": ...}`` as in `RewriteConvolutionBackwardPass`: by default a gradient is rewritten only
+            where a lowering was measured to be faster; ``"portable"`` rewrites all. Other keys are Inductor's.
+    """
+    from torch._inductor import config, list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    from .fx_pass import RewriteConvolutionBackwardPass
+
+    settings = dict(options or {})
+    rewrite = RewriteConvolutionBackwardPass(settings.pop("lowering", AUTO))
+    patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **settings}
+    name = "post_grad_custom_pre_pass"
+    others = patches.get(name, getattr(config, name))
+    passes = [] if others is None else list(others) if isinstance(others, (list, tuple)) else [others]
+    return compile_fx(graph_module, list(example_inputs), config_patches={**patches, name: [*passes, rewrite]})
+
+
+def convgrad_ort(
+    graph_module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """``torch.compile(model, backend="convgrad_ort")``: forward and backward graphs on onnxruntime.
+
+    Parameters and inputs are read in place; results are written into torch's memory. Sizes that torch.compile treats as
+    dynamic are dynamic in the sessions too. What has no ONNX translation runs in eager PyTorch, and is named once in a
+    RuntimeWarning. Random operators stay with PyTorch's generator.
+
+    Args:
+        mode: accepted for torch.compile's sake; only None and "default" have a meaning.
+        options: ``{"lowering": name}`` for one catalogue lowering in every convolution gradient.
+
+    Raises:
+        ArgumentTypeError: an unknown mode or option.
+    """
+    from functorch.compile import default_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    from .decompositions import onnx_decompositions
+    from .ort_graph import OrtGraph
+
+    if mode not in (None, "default"):
+        raise ArgumentTypeError(f"mode is {mode!r}, expected None: convgrad_ort has no modes")
+    settings = dict(options or {})
+    lowering = settings.pop("lowering", AUTO)
+    if settings:
+        raise ArgumentTypeError(f"options holds {sorted(settings)}, expected 'lowering' only")
+
+    def compiler(graph: torch.fx.GraphModule, _inputs: Sequence[Any]) -> Compiled:
+        partition = OrtGraph(graph, lowering)
+
+        def run(arguments: list[Any]) -> list[Any]:
+            return partition.run(arguments)
+
+        run._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd's sign for "takes one list"
+        return run
+
+    backend = aot_autograd(
+        fw_compiler=compiler,
+        bw_compiler=compiler,
+        inference_compiler=compiler,
+        decompositions=onnx_decompositions(),
+        partition_fn=default_partition,
+    )
+    return backend(graph_module, example_inputs)

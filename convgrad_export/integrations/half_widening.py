@@ -1,0 +1,90 @@
+"""float16 and bfloat16 graphs for runtimes without half kernels: every operator computes in float32 and rounds.
+
+onnxruntime's CPU provider has no bfloat16 kernel for most operators. Here each call takes its half operands widened to
+float32, and its results are rounded back, so every value that eager rounds is rounded at the same place, and sums
+accumulate in float32.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx.node import map_arg
+
+HALF = (torch.float16, torch.bfloat16)
+_CONVERSION = torch.ops.aten._to_copy.default
+
+
+def widen_half(graph_module: torch.fx.GraphModule) -> bool:
+    """Rewrite the graph in place; its inputs and outputs keep their dtypes. Returns whether anything changed."""
+    graph = graph_module.graph
+    if not any(_has_half(node.meta.get("val")) for node in graph.nodes):
+        return False
+    widened: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target in (_CONVERSION, operator.getitem):
+            continue
+        if not _has_half(node.meta.get("val")) and not any(_is_half(a.meta.get("val")) for a in node.all_input_nodes):
+            continue
+        _widen(graph, node, widened)
+    graph.lint()
+    graph_module.recompile()
+    return True
+
+
+def _widen(graph: torch.fx.Graph, node: torch.fx.Node, widened: dict[torch.fx.Node, torch.fx.Node]) -> None:
+    for argument in node.all_input_nodes:
+        if _is_half(argument.meta.get("val")) and argument not in widened:
+            with graph.inserting_before(node):
+                widened[argument] = _converted(graph, argument, torch.float32)
+    node.args = map_arg(node.args, lambda a: widened.get(a, a))
+    kwargs = dict(map_arg(node.kwargs, lambda a: widened.get(a, a)))
+    if kwargs.get("dtype") in HALF:
+        kwargs["dtype"] = torch.float32
+    node.kwargs = kwargs
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        if _is_half(value):
+            _round_results(graph, node, value)
+        return
+    # Several results: each is rounded where it is taken out.
+    for user in [user for user in node.users if user.target is operator.getitem]:
+        if _is_half(user.meta.get("val")):
+            _round_results(graph, user, user.meta["val"])
+    if isinstance(value, (tuple, list)):
+        node.meta["val"] = type(value)(_as_float32(item) if _is_half(item) else item for item in value)
+
+
+def _round_results(graph: torch.fx.Graph, node: torch.fx.Node, value: Any) -> None:
+    with graph.inserting_after(node):
+        rounded = graph.call_function(_CONVERSION, (node,), {"dtype": value.dtype})
+    rounded.meta = {**node.meta, "val": value}
+    node.meta["val"] = _as_float32(value)
+    node.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
+
+
+def _converted(graph: torch.fx.Graph, node: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
+    copy = graph.call_function(_CONVERSION, (node,), {"dtype": dtype})
+    copy.meta = {key: value for key, value in node.meta.items() if key != "tensor_meta"}
+    copy.meta["val"] = _as_float32(node.meta["val"])
+    return copy
+
+
+def _as_float32(value: Any) -> Any:
+    mode = getattr(value, "fake_mode", None)
+    if mode is None:
+        return value.to(torch.float32)
+    with mode:
+        return value.to(torch.float32)
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in HALF
+
+
+def _has_half(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(_is_half(item) for item in value)
+    return _is_half(value)

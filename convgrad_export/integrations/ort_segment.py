@@ -1,0 +1,137 @@
+"""A group of ATen nodes as one onnxruntime session that reads and writes torch's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..lowering import CPU
+from ..runtime import tensors
+from ..runtime.providers import onnxruntime
+from ..selection.policy import AUTO
+from .finishing import finish
+from .program import CapturedProgram, GraphInput, GraphOutput
+from .translation import translate
+
+_CODES = {
+    torch.float32: 1,
+    torch.uint8: 2,
+    torch.int8: 3,
+    torch.int16: 5,
+    torch.int32: 6,
+    torch.int64: 7,
+    torch.bool: 9,
+    torch.float16: 10,
+    torch.float64: 11,
+    torch.bfloat16: 16,
+}
+
+
+def extract(nodes: Sequence[torch.fx.Node]) -> tuple[torch.fx.GraphModule, list[torch.fx.Node], list[torch.fx.Node]]:
+    """The nodes as a graph of their own, with the nodes it reads and those of its own that others read."""
+    members = set(nodes)
+    inputs = list(dict.fromkeys(a for node in nodes for a in node.all_input_nodes if a not in members))
+    outputs = [
+        node
+        for node in nodes
+        if isinstance(node.meta.get("val"), torch.Tensor) and any(user not in members for user in node.users)
+    ]
+    graph = torch.fx.Graph()
+    copies: dict[torch.fx.Node, torch.fx.Node] = {}
+    for source in inputs:
+        copies[source] = graph.placeholder(source.name)
+        copies[source].meta = dict(source.meta)
+    for source in nodes:
+        copies[source] = graph.node_copy(source, lambda a: copies[a])
+        copies[source].meta.setdefault("nn_module_stack", {"0": ("", torch.nn.Module)})  # else torch.onnx warns
+    graph.output(tuple(copies[node] for node in outputs))
+    return torch.fx.GraphModule({}, graph), inputs, outputs
+
+
+class OrtSegment:
+    """Runs a graph of ATen nodes on onnxruntime.
+
+    Args:
+        nodes: calls in graph order, all translatable.
+        lowering: as in `torch.onnx` translation: "auto", or a catalogue name.
+        provider: execution provider; the tensors lie on its device.
+
+    Raises:
+        UnsupportedOperatorError: a node cannot be translated after all.
+        RuntimeError: onnxruntime refuses the model (a kernel it lacks).
+    """
+
+    def __init__(self, nodes: Sequence[torch.fx.Node], lowering: str = AUTO, provider: str = CPU) -> None:
+        graph_module, self.inputs, self.outputs = extract(nodes)
+        program = CapturedProgram(
+            graph_module,
+            tuple(GraphInput(node.name, "user", node.meta["val"]) for node in self.inputs),
+            tuple(GraphOutput(node.name, "output") for node in self.outputs),
+            {},
+            None,
+            (),
+            None,  # type: ignore[arg-type]  # sizes are bound by name, nothing is verified against them
+            lambda values: (),
+        )
+        import onnx_ir as ir
+
+        self.model = ir.to_proto(finish(translate(program, lowering=lowering, provider=provider).model))
+        ort = onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        # Idle threads of onnxruntime that spin would take the cores from PyTorch's own.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = ort.InferenceSession(self.model.SerializeToString(), options, providers=[provider])
+        except Exception as error:  # onnxruntime raises a private class for each status code
+            if not type(error).__module__.startswith("onnxruntime"):
+                raise
+            raise RuntimeError(str(error)) from error
+        self._reads = [value.name for value in self._session.get_inputs()]
+        self._positions = {node.name: index for index, node in enumerate(self.inputs)}
+        self._writes = [value.name for value in self._session.get_outputs()]
+        self._dtypes = [node.meta["val"].dtype for node in self.outputs]
+
+    def __call__(self, values: Sequence[Any], shapes: Sequence[tuple[int, ...]], device: torch.device) -> list[Any]:
+        """Args:
+        values: tensors and integers in the order of `inputs`.
+        shapes: of the results, in the order of `outputs`.
+
+        Returns:
+            Contiguous tensors in torch's own memory.
+        """
+        binding = self._session.io_binding()
+        alive = []  # copies must outlive the run
+        for name in self._reads:
+            value = values[self._positions[name]]
+            if not isinstance(value, torch.Tensor):
+                value = np.asarray(value, dtype=np.float32 if isinstance(value, float) else np.int64)
+                binding.bind_cpu_input(name, value)
+                alive.append(value)
+                continue
+            dense = value.detach().contiguous()
+            alive.append(dense)
+            if dense.numel() == 0:  # no memory to point at
+                binding.bind_cpu_input(name, np.empty(tuple(dense.shape), tensors.type_name(dense)))
+                continue
+            binding.bind_input(
+                name, dense.device.type, dense.device.index or 0, _CODES[dense.dtype], list(dense.shape), dense.data_ptr()
+            )
+        results = []
+        for name, shape, dtype in zip(self._writes, shapes, self._dtypes, strict=True):
+            result = torch.empty(shape, dtype=dtype, device=device)
+            results.append(result)
+            if result.numel():
+                binding.bind_output(
+                    name, device.type, device.index or 0, _CODES[dtype], list(shape), result.data_ptr()
+                )
+        if device.type == "cuda":
+            tensors.wait_for_torch(device.index or 0)
+        self._session.run_with_iobinding(binding)
+        if device.type == "cuda":
+            binding.synchronize_outputs()
+        return results
