@@ -42,7 +42,8 @@ def convgrad(
     name = "post_grad_custom_pre_pass"
     others = patches.get(name, getattr(config, name))
     passes = [] if others is None else list(others) if isinstance(others, (list, tuple)) else [others]
-    return compile_fx(graph_module, list(example_inputs), config_patches={**patches, name: [*passes, rewrite]})
+    compiled: Any = compile_fx(graph_module, list(example_inputs), config_patches={**patches, name: [*passes, rewrite]})
+    return compiled
 
 
 def convgrad_ort(
@@ -65,8 +66,8 @@ def convgrad_ort(
     Raises:
         ArgumentTypeError: an unknown mode or option.
     """
-    from functorch.compile import default_partition
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import default_partition
 
     from .decompositions import onnx_decompositions
     from .ort_graph import OrtGraph

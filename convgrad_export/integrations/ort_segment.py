@@ -105,7 +105,7 @@ class OrtSegment:
             Contiguous tensors in torch's own memory.
         """
         binding = self._session.io_binding()
-        alive = []  # copies must outlive the run
+        alive: list[Any] = []  # copies must outlive the run
         for name in self._reads:
             value = values[self._positions[name]]
             if not isinstance(value, torch.Tensor):
@@ -118,17 +118,14 @@ class OrtSegment:
             if dense.numel() == 0:  # no memory to point at
                 binding.bind_cpu_input(name, np.empty(tuple(dense.shape), tensors.type_name(dense)))
                 continue
-            binding.bind_input(
-                name, dense.device.type, dense.device.index or 0, _CODES[dense.dtype], list(dense.shape), dense.data_ptr()
-            )
+            place = (dense.device.type, dense.device.index or 0)
+            binding.bind_input(name, *place, _CODES[dense.dtype], list(dense.shape), dense.data_ptr())
         results = []
         for name, shape, dtype in zip(self._writes, shapes, self._dtypes, strict=True):
             result = torch.empty(shape, dtype=dtype, device=device)
             results.append(result)
             if result.numel():
-                binding.bind_output(
-                    name, device.type, device.index or 0, _CODES[dtype], list(shape), result.data_ptr()
-                )
+                binding.bind_output(name, device.type, device.index or 0, _CODES[dtype], list(shape), result.data_ptr())
         if device.type == "cuda":
             tensors.wait_for_torch(device.index or 0)
         self._session.run_with_iobinding(binding)
