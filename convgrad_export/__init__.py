@@ -47,11 +47,15 @@ _LAZY: dict[str, str | None] = {
     "RewriteConvolutionBackwardPass": "integrations.fx_pass",
     "decomposition_table": "integrations.fx_pass",
     "functions": None,
+    "torchscript": None,
     "export": "integrations.onnx_export",
     "export_gradient": "integrations.onnx_export",
+    "register_torchscript_symbolics": "integrations.torchscript_symbolics",
     "translation_table": "integrations.translation",
     "ExportReport": "integrations.report",
 }
+
+_MODULES = {"functions": "functions", "torchscript": "integrations.torchscript"}
 
 __all__ = [
     "ArgumentTypeError",
@@ -80,7 +84,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = _LAZY[name]
     if module is None:
-        return importlib.import_module(f".{name}", __name__)
+        return importlib.import_module(f".{_MODULES[name]}", __name__)
     value = getattr(importlib.import_module(f".{module}", __name__), name)
     globals()[name] = value
     return value

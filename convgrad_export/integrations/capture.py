@@ -106,8 +106,8 @@ def capture_gradients(
         module: As for `capture`.
         args: As for `capture`.
         kwargs: As for `capture`.
-        wrt: "parameters", "inputs", or names: of parameters, of inputs, or of submodules, whose output activation is
-            then meant ("layer4"); an activation is also returned, under the submodule's name.
+        wrt: "parameters", "inputs", or a list of these two and of names: of parameters, of inputs, or of submodules,
+            whose output activation is then meant ("layer4"); an activation is also returned, under that name.
         value: Maps the forward's output and `value_args` to a scalar; the sum of a single tensor by default.
         value_args: Example tensors, each a further input of the graph (labels, targets).
         value_arg_names: Their names; the value function's own parameter names by default.
@@ -278,17 +278,17 @@ def _differentiated(
     if unknown := [name for name in frozen if name not in parameters]:
         raise ArgumentTypeError(f"frozen names no parameter of {type(module).__name__}: {', '.join(unknown)}")
     left_out = {parameters[name] for name in frozen}
-    if isinstance(wrt, str) and wrt == "parameters":
-        trainable = [s.name for s in state if s.kind == "parameter" and s.value.is_floating_point()]
-        return {name: "parameter" for name in trainable if name not in left_out}
-    if isinstance(wrt, str) and wrt == "inputs":
-        if not inputs:
-            raise ArgumentTypeError("wrt='inputs', but no argument is a floating-point tensor")
-        return dict.fromkeys(inputs, "user")
+    trainable = [s.name for s in state if s.kind == "parameter" and s.value.is_floating_point()]
     result: dict[str, Literal["parameter", "user", "activation"]] = {}
     modules = dict(module.named_modules())
     for name in [wrt] if isinstance(wrt, str) else wrt:
-        if name in inputs:
+        if name == "parameters" and name not in parameters:
+            result.update(dict.fromkeys([n for n in trainable if n not in left_out], "parameter"))
+        elif name == "inputs" and name not in inputs:
+            if not inputs:
+                raise ArgumentTypeError("wrt names 'inputs', but no argument is a floating-point tensor")
+            result.update(dict.fromkeys(inputs, "user"))
+        elif name in inputs:
             result[name] = "user"
         elif name in parameters:
             result[parameters[name]] = "parameter"

@@ -8,6 +8,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 
 - batch normalization: the translation of `_native_batch_norm_legit_functional` ignores `training=True`.
 - nll_loss_forward: the translation has no total weight, so mean-reduced losses lose a factor in the gradient.
+- hardtanh_backward (ReLU6): the translation lets the gradient through exactly at the clamps; a zero is common there.
 - copy: the translation does not broadcast.
 - pooling, padding and weight_norm backward: no translation, or none for every size.
 """
@@ -251,19 +252,22 @@ def median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     return (values, positions) if keepdim else (values.squeeze(dim), positions.squeeze(dim))
 
 
+def diagonal_scatter(x: Tensor, source: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+    """`x` with one diagonal of two axes replaced by `source`, whose last axis runs along the diagonal."""
+    rank = x.dim()
+    dim1, dim2 = dim1 % rank, dim2 % rank
+    rows = torch.arange(x.shape[dim1], device=x.device).unsqueeze(1)
+    columns = torch.arange(x.shape[dim2], device=x.device).unsqueeze(0)
+    along = (rows + columns * 0) if offset >= 0 else (columns + rows * 0)
+    spread = source[..., torch.clamp(along, max=source.shape[-1] - 1)]
+    order = [*(axis for axis in range(rank) if axis not in (dim1, dim2)), dim1, dim2]
+    merged = torch.where((columns - rows) == offset, spread, x.permute(order))
+    return merged.permute([order.index(axis) for axis in range(rank)])
+
+
 def diagonal_backward(grad: Tensor, input_sizes: list[int], offset: int, dim1: int, dim2: int) -> Tensor:
     """Zeros of `input_sizes` with `grad` (its last axis) on one diagonal of two axes."""
-    rank = len(input_sizes)
-    dim1, dim2 = dim1 % rank, dim2 % rank
-    rows = torch.arange(input_sizes[dim1], device=grad.device).unsqueeze(1)
-    columns = torch.arange(input_sizes[dim2], device=grad.device).unsqueeze(0)
-    on_diagonal = (columns - rows) == offset
-    along = (rows + columns * 0) if offset >= 0 else (columns + rows * 0)
-    positions = torch.clamp(along, max=grad.shape[-1] - 1)
-    spread = torch.where(on_diagonal, grad[..., positions], 0.0)
-    others = [axis for axis in range(rank) if axis not in (dim1, dim2)]
-    order = [*others, dim1, dim2]
-    return spread.permute([order.index(axis) for axis in range(rank)])
+    return diagonal_scatter(grad.new_zeros(input_sizes), grad, offset, dim1, dim2)
 
 
 def unfold_backward(grad: Tensor, input_sizes: list[int], dim: int, size: int, step: int) -> Tensor:
@@ -321,7 +325,7 @@ def rrelu_with_noise_functional(
     return x * slope, slope
 
 
-_PYTORCH_IS_RIGHT = (aten.nll_loss_forward.default,)
+_PYTORCH_IS_RIGHT = (aten.nll_loss_forward.default, aten.hardtanh_backward.default)
 
 OWN: Table = {
     aten._native_batch_norm_legit_functional.default: batch_norm_functional,
@@ -338,6 +342,7 @@ OWN: Table = {
     aten.sum.dim_IntList: sum_dims,
     aten.median.dim: median,
     aten.diagonal_backward.default: diagonal_backward,
+    aten.diagonal_scatter.default: diagonal_scatter,
     aten.unfold_backward.default: unfold_backward,
     aten._trilinear.default: trilinear,
     aten.rrelu_with_noise_functional.default: rrelu_with_noise_functional,

@@ -68,11 +68,59 @@ def gaussian_nll_loss(
     return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 
+def _reduced(loss: Tensor, size_average: bool | None, reduce: bool | None, reduction: str) -> Tensor:
+    if size_average is not None or reduce is not None:
+        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
+def multi_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    p: int = 1,
+    margin: float = 1.0,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """As the kernel, whose derivative on the margin is 0; PyTorch's decomposition takes the other side there."""
+    scores, labels = (input.unsqueeze(0), target.reshape(1)) if input.dim() == 1 else (input, target)
+    positions = labels.unsqueeze(1)
+    loss = torch.relu(margin - scores.gather(1, positions) + scores) ** p
+    if weight is not None:
+        loss = loss * weight[labels].unsqueeze(1)
+    others = torch.arange(scores.shape[1], device=scores.device).unsqueeze(0) != positions
+    loss = torch.where(others, loss, 0.0).sum(1) / scores.shape[1]
+    return _reduced(loss.squeeze(0) if input.dim() == 1 else loss, size_average, reduce, reduction)
+
+
+def multilabel_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """As the kernel; PyTorch 2.13's decomposition of it gives another value."""
+    scores, labels = (input.unsqueeze(0), target.unsqueeze(0)) if input.dim() == 1 else (input, target)
+    valid = (labels < 0).to(torch.int64).cumsum(1) == 0  # the labels up to the first negative one
+    wanted = labels.clamp(min=0)
+    classes = torch.arange(scores.shape[1], device=scores.device)
+    is_target = ((wanted.unsqueeze(2) == classes) & valid.unsqueeze(2)).to(torch.int64).sum(1) > 0
+    loss = torch.relu(1 - scores.gather(1, wanted).unsqueeze(2) + scores.unsqueeze(1))
+    counted = valid.unsqueeze(2) & ~is_target.unsqueeze(1)
+    loss = torch.where(counted, loss, 0.0).sum((1, 2)) / scores.shape[1]
+    return _reduced(loss.squeeze(0) if input.dim() == 1 else loss, size_average, reduce, reduction)
+
+
 _REPLACEMENTS: Mapping[Any, Callable[..., Tensor]] = {
     torch.grid_sampler: grid_sampler,
     torch.nn.functional.grid_sample: grid_sample,
     torch.cdist: cdist,
     torch.nn.functional.gaussian_nll_loss: gaussian_nll_loss,
+    torch.nn.functional.multi_margin_loss: multi_margin_loss,
+    torch.nn.functional.multilabel_margin_loss: multilabel_margin_loss,
 }
 
 

@@ -162,7 +162,8 @@ def export_gradient(
         module: As for `export`.
         args: As for `export`.
         path: As for `export`.
-        wrt: "inputs", "parameters", or names of inputs, parameters or submodules (whose output is meant: "layer4").
+        wrt: "inputs", "parameters", or a list of these and of names: of inputs, parameters or submodules (whose output
+            is meant: "layer4").
         of: The scalar. None or "sum": the sum of the output. An int: that class's score, `output[:, of].sum()`.
             "vjp": `(output * cotangent).sum()` with an additional input "cotangent". A function of the output and
             `of_args` that returns a scalar.
@@ -217,7 +218,7 @@ def export_gradient(
             return_outputs=return_outputs,
             hessian_vector=hessian_vector,
             dynamic_shapes=dynamic_shapes,
-            unused="omit" if wrt == "parameters" else "error",
+            unused="omit" if "parameters" in ([wrt] if isinstance(wrt, str) else wrt) else "error",
             decompositions=table,
         )
 

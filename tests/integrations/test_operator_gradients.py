@@ -125,7 +125,7 @@ ACTIVATION: list[Case] = [
 ] + [
     ("GLU", IMAGE, lambda: nn.GLU(1)),
     ("RReLU-eval", IMAGE, lambda: nn.RReLU().eval()),
-    ("Threshold", IMAGE, lambda: nn.Threshold(0.1, 0.2)),
+    ("Threshold", IMAGE, lambda: nn.Threshold(0.5, 0.2)),
 ]
 TENSOR_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "copy-broadcast": lambda x: torch.zeros(2, 4, 9, 8, dtype=x.dtype).copy_(x[:1]) * x,
@@ -134,6 +134,7 @@ TENSOR_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "unfold-windows": lambda x: x.unfold(2, 3, 2),
     "diagonal": lambda x: torch.diagonal(x, 1, 2, 3) * 3,
     "diagonal-below": lambda x: torch.diagonal(x, -2, 3, 1) * 3,
+    "diagonal-written": lambda x: _with_diagonal(x) * 2,
     "median": lambda x: x.median(-1)[0],
     "prod": lambda x: x.prod(3),
     "cdist": lambda x: torch.cdist(x[:, :, 0], x[:, :, 1] * 2),
@@ -155,6 +156,11 @@ TENSOR_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "where": lambda x: torch.where(x > 0, x, x * x),
     "stack": lambda x: torch.stack(x.unbind(1), -1) * 2,
     "power": lambda x: x.abs().pow(1.7),
+    "clamp-kinks": lambda x: x.round().clamp(-1.0, 1.0) * x.clamp(-1.0, 1.0),
+    "abs-kinks": lambda x: (x * (x > 0)).abs() * x + (x * (x > 1)).abs(),
+    "maximum-ties": lambda x: torch.maximum(x, x.relu()) * torch.minimum(x, x.relu()),
+    "max-pool-ties": lambda x: functional.max_pool2d((x * (x > 1)), 3, 2, 1) * 2,
+    "amax-ties": lambda x: (x * (x > 1)).amax(3),
     "bool-sum": lambda x: x * (x > 0).sum(),
     "integer-mean": lambda x: x * (torch.arange(8) * 0.5),
 }
@@ -167,6 +173,12 @@ def _grid(x: Tensor) -> Tensor:
 def _assigned(x: Tensor) -> Tensor:
     result = x.clone() * x
     result[:, 0] = x[:, 1] * 2
+    return result
+
+
+def _with_diagonal(x: Tensor) -> Tensor:
+    result = x * x
+    result.diagonal(1, 2, 3).copy_(x[..., :7].sum(2))
     return result
 
 
@@ -189,6 +201,14 @@ def test_pooling_padding_and_sampling(case: Case) -> None:
 @pytest.mark.parametrize("case", ACTIVATION, ids=lambda case: case[0])
 def test_activations(case: Case) -> None:
     _check(case)
+
+
+@pytest.mark.parametrize("case", ACTIVATION, ids=lambda case: case[0])
+def test_activations_exactly_at_their_kinks(case: Case) -> None:
+    """Zeros are common (a convolution over zeros), and so are clamps: which side the derivative takes is part of it."""
+    torch.manual_seed(5)
+    values = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.0, 0.1, 0.5, 1.0, 3.0, 6.0, 20.0, 21.0])
+    compare_gradients(case[2](), (values.repeat(4, 2).reshape(2, 4, 3, 4),))
 
 
 @pytest.mark.parametrize("name", TENSOR_FUNCTIONS)
@@ -313,6 +333,16 @@ LOSSES: dict[str, tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]] = {
         lambda o, t: functional.cosine_embedding_loss(o, t, torch.ones(4, dtype=o.dtype)),
     ),
     "multi_margin": (SCORES, LABELS, functional.multi_margin_loss),
+    "multi_margin-weighted": (
+        SCORES,
+        LABELS,
+        lambda o, t: functional.multi_margin_loss(o, t, p=2, margin=0.7, weight=weights(o)),
+    ),
+    "multilabel_margin": (
+        SCORES,
+        torch.tensor([[3, 0, -1, 1, 0, 0, 0]] * 2 + [[6, 5, 4, 3, 2, 1, 0], [-1, 2, 3, 4, 5, 6, 0]]),
+        functional.multilabel_margin_loss,
+    ),
     "triplet_margin": (SCORES, SOFT, lambda o, t: functional.triplet_margin_loss(o, t, t.roll(1, 0))),
     "poisson_nll": (SCORES, SOFT, functional.poisson_nll_loss),
     "gaussian_nll": (SCORES, SOFT, lambda o, t: functional.gaussian_nll_loss(o, t, t + 0.1)),
@@ -327,6 +357,14 @@ def _dice(output: Tensor, target: Tensor) -> Tensor:
     probability = torch.softmax(output, 1)
     overlap = (probability * target).sum((2, 3))
     return 1 - (2 * overlap / (probability.sum((2, 3)) + target.sum((2, 3)))).mean()
+
+
+@pytest.mark.parametrize("name", ["l1", "smooth_l1", "huber", "multi_margin", "hinge_embedding"])
+def test_losses_exactly_at_their_kinks(name: str) -> None:
+    _, _, loss = LOSSES[name]
+    scores = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.0, 1.0, 0.5]).repeat(4, 1)
+    target = LABELS if name == "multi_margin" else torch.tensor([0.0, 0.0, 1.0, 1.0, -1.0, 1.0, 0.5]).repeat(4, 1)
+    compare_gradients(Scale(scores.shape), (scores,), value=loss, value_args=(target,))
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -1,0 +1,300 @@
+"""`cg.export` and `cg.export_gradient`: files, names, verification, refusals."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import pytest
+import torch
+from torch import Tensor, nn
+
+import convgrad_export as cg
+from convgrad_export.integrations import verification
+
+from .gradient_modules import FORMS, AutogradGrad, FuncVjp, image
+from .test_capture import CachedGradient
+
+
+@pytest.mark.parametrize("opset", [13, 18, 23])
+@pytest.mark.parametrize(("form", "args"), FORMS, ids=lambda value: getattr(value, "__name__", ""))
+def test_every_form_exports_verified(
+    form: type[nn.Module], args: tuple[Tensor, ...], opset: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    report = cg.export(form(), args, tmp_path / "model.onnx", opset_version=opset)
+    assert report.verified
+    model = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert {(o.domain, o.version) for o in model.opset_import} == {("", opset)}
+    assert not model.functions
+
+
+def test_dynamic_sizes_are_verified_and_named() -> None:
+    report = cg.export(AutogradGrad(), (image(),), dynamic_shapes={"x": {0: "batch", 2: "height", 3: "width"}})
+    assert report.inputs == {"x": ["batch", 3, "height", "width"]}
+    for name in ("batch", "height", "width"):
+        assert len({sizes[name] for sizes in report.verified_sizes}) > 1
+    session = cg.GradientSession(report.model)
+    x = torch.randn(1, 3, 20, 21)
+    assert session.run({"x": x})["output"].shape == x.shape
+
+
+def test_names_initializers_and_files(tmp_path: Path) -> None:
+    module = AutogradGrad()
+    report = cg.export(module, (image(),), tmp_path / "m.onnx", input_names=["picture"], output_names=["force"])
+    model = onnx.load(tmp_path / "m.onnx")
+    assert [i.name for i in model.graph.input] == ["picture"]
+    assert [o.name for o in model.graph.output] == ["force"]
+    initializers = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
+    for name, parameter in module.named_parameters():
+        np.testing.assert_array_equal(initializers[name], parameter.detach().numpy())
+    assert report.sizes["files"] == os.path.getsize(tmp_path / "m.onnx")
+    assert set(report.errors) == {"force"}
+
+
+def test_external_data_and_overwriting(tmp_path: Path) -> None:
+    path = tmp_path / "big.onnx"
+    module = nn.Conv2d(3, 64, 5)
+    report = cg.export_gradient(module, (image(),), path, external_data_above=1000)
+    assert (tmp_path / "big.onnx.data").exists()
+    session = cg.GradientSession(path)
+    assert session.run({"input": image()})["input.grad"].shape == image().shape
+    assert report.sizes["graph"] <= 20_000
+    before = path.read_bytes()
+    with pytest.raises(cg.OutputExistsError, match="overwrite=True"):
+        cg.export_gradient(module, (image(),), path)
+    assert path.read_bytes() == before
+    cg.export_gradient(module, (image(),), path, overwrite=True)
+    assert not (tmp_path / "big.onnx.data").exists()
+    assert sorted(os.listdir(tmp_path)) == ["big.onnx"]
+
+
+def test_unwritable_places_are_found_first(tmp_path: Path) -> None:
+    with pytest.raises(cg.OutputPathError, match="does not exist"):
+        cg.export(AutogradGrad(), (image(),), tmp_path / "missing" / "m.onnx")
+    with pytest.raises(cg.OutputPathError, match="is a directory"):
+        cg.export(AutogradGrad(), (image(),), tmp_path)
+    with pytest.raises(cg.ArgumentTypeError, match="13 to 23"):
+        cg.export(AutogradGrad(), (image(),), opset_version=12)
+
+
+def test_a_constant_gradient_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(cg.ConstantGradientError):
+        cg.export(CachedGradient(), (image(),), tmp_path / "m.onnx")
+    assert os.listdir(tmp_path) == []
+
+
+def test_verification_catches_a_wrong_translation(tmp_path: Path) -> None:
+    """The same sigmoid with one coefficient changed, as a translation of torch.sigmoid."""
+    from onnxscript import opset18 as op
+
+    def wrong(x: Any) -> Any:
+        return op.Sigmoid(op.Mul(x, op.Constant(value_float=1.001)))
+
+    table = {torch.ops.aten.sigmoid.default: wrong}
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid())
+    with pytest.raises(cg.VerificationError, match=r"output 'input\.grad'.*wrong: relative error"):
+        cg.export_gradient(module, (image(),), tmp_path / "m.onnx", custom_translation_table=table)
+    assert os.listdir(tmp_path) == []
+    assert not cg.export_gradient(module, (image(),), custom_translation_table=table, verify=False).verified
+
+
+def test_verification_catches_one_wrong_element() -> None:
+    module = nn.Conv2d(3, 4, 3)
+    report = cg.export_gradient(module, (image(),))
+    from convgrad_export.integrations.capture import capture_gradients
+
+    program = capture_gradients(module, (image(),), wrt="inputs")
+
+    class OneWrong:
+        input_names = ("input",)
+
+        def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            outputs = cg.GradientSession(report.model).run(feed)
+            outputs["input.grad"] = outputs["input.grad"].copy()
+            outputs["input.grad"][0, 0, -1, -1] *= 1.01
+            return outputs
+
+    with pytest.raises(cg.VerificationError, match=r"input\.grad"):
+        verification.compare(OneWrong(), program, {"input": image()})
+
+
+def test_random_models_say_that_they_were_not_verified() -> None:
+    report = cg.export_gradient(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5)), (image(),))
+    assert not report.verified
+    assert "random numbers" in report.notes[0]
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+        self.classify = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(self.features(x).mean((2, 3)))
+
+
+@pytest.fixture
+def head() -> Head:
+    torch.manual_seed(2)
+    return Head().eval()
+
+
+def run(report: cg.ExportReport, **inputs: Tensor) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = cg.GradientSession(report.model).run(inputs)
+    return result
+
+
+def test_class_score(head: Head) -> None:
+    actual = run(cg.export_gradient(head, (image(),), of=3), x=image())
+    x = image().requires_grad_()
+    score = head(x)[:, 3].sum()
+    score.backward()
+    torch.testing.assert_close(actual["value"], score.detach())
+    torch.testing.assert_close(actual["x.grad"], x.grad)
+    with pytest.raises(cg.ArgumentTypeError, match="class 5"):
+        cg.export_gradient(head, (image(),), of=5)
+
+
+def test_named_activations_inputs_and_parameters(head: Head) -> None:
+    report = cg.export_gradient(head, (image(),), wrt=["features.1", "x", "classify.weight"], of=0)
+    assert list(report.outputs) == ["value", "features.1", "features.1.grad", "x.grad", "classify.weight.grad"]
+    actual = run(report, x=image())
+    x = image().requires_grad_()
+    activation = head.features[1](head.features[0](x))
+    score = head.classify(torch.relu(activation).mean((2, 3)))[:, 0].sum()
+    grads = torch.autograd.grad(score, [activation, x, head.classify.weight])
+    for name, wanted in zip(("features.1.grad", "x.grad", "classify.weight.grad"), grads, strict=True):
+        torch.testing.assert_close(actual[name], wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(actual["features.1"], activation.detach())
+
+
+def test_user_function_with_labels(head: Head) -> None:
+    labels = torch.tensor([1, 4])
+    head.train()
+    report = cg.export_gradient(
+        head,
+        (image(),),
+        wrt="parameters",
+        of=lambda output, labels: nn.functional.cross_entropy(output, labels),
+        of_args=(labels,),
+        dynamic_shapes={"x": {0: "batch"}},
+        of_dynamic_shapes={"labels": {0: "batch"}},
+    )
+    assert list(report.inputs) == ["x", "labels"]
+    assert {"features.1.running_mean.updated", "features.1.running_var.updated"} <= set(report.outputs)
+    x, labels = torch.randn(5, 3, 9, 8), torch.tensor([0, 1, 2, 3, 4])
+    actual = run(report, x=x, labels=labels)
+    nn.functional.cross_entropy(head(x), labels).backward()
+    for name, parameter in head.named_parameters():
+        scale = float(parameter.grad.abs().max())
+        torch.testing.assert_close(actual[f"{name}.grad"], parameter.grad, rtol=1e-3, atol=max(1e-4 * scale, 1e-7))
+
+
+def test_vector_jacobian_product_with_a_cotangent(head: Head) -> None:
+    report = cg.export_gradient(head, (image(),), of="vjp", dynamic_shapes={"x": {0: "batch", 2: "h", 3: "w"}})
+    assert report.inputs["cotangent"] == ["batch", 5]
+    x, cotangent = torch.randn(3, 3, 7, 10), torch.randn(3, 5)
+    actual = run(report, x=x, cotangent=cotangent)
+    expected = torch.func.vjp(head, x)[1](cotangent)[0]
+    torch.testing.assert_close(actual["x.grad"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_vjp_of_an_image_output_ties_the_cotangents_size_to_the_inputs() -> None:
+    module = nn.Conv2d(3, 4, 3, stride=2)
+    report = cg.export_gradient(module, (image(),), of="vjp", dynamic_shapes={"input": {2: "h"}})
+    assert all(sizes["output_dim_2"] == (sizes["h"] - 3) // 2 + 1 for sizes in report.verified_sizes[1:])
+    assert len(report.verified_sizes) > 1
+
+
+def test_hessian_vector_product() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Tanh(), nn.Conv2d(4, 2, 2))
+    value = lambda out: out.pow(3).sum()  # noqa: E731
+    report = cg.export_gradient(module, (image(),), wrt=["input", "0.weight"], of=value, hessian_vector=True)
+    vectors = {"input.vector": torch.randn(2, 3, 9, 8), "0.weight.vector": torch.randn(4, 3, 3, 3)}
+    actual = run(report, input=image(), **vectors)
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        parameters = {**dict(module.named_parameters()), "0.weight": weight}
+        return value(torch.func.functional_call(module, parameters, (x,)))
+
+    point = (image(), module[0].weight.detach())
+    _, expected = torch.autograd.functional.hvp(loss, point, tuple(vectors.values()))
+    for name, wanted in zip(("input.hvp", "0.weight.hvp"), expected, strict=True):
+        torch.testing.assert_close(actual[name], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_named_lowering_is_used_and_reported() -> None:
+    module = nn.Conv2d(3, 4, 3)
+    report = cg.export_gradient(module, (image(),), wrt="parameters", lowering="weight.swapped_conv")
+    assert [c.lowering for c in report.lowerings if c.gradient == "weight"] == ["weight.swapped_conv"]
+    assert report.to_dict()["lowerings"][0]["lowering"] == "weight.swapped_conv"
+    with pytest.raises(cg.UnsupportedLoweringError, match="none of"):
+        cg.export_gradient(module, (image(),), lowering="weight.magic")
+
+
+def test_the_module_is_left_as_it_was(head: Head) -> None:
+    head.train()
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    cg.export_gradient(head, (image(),), wrt="parameters")
+    for name, tensor in head.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert all(p.grad is None for p in head.parameters())
+
+
+def test_files_do_not_hold_paths_of_this_machine(tmp_path: Path, head: Head) -> None:
+    cg.export_gradient(head, (image(),), tmp_path / "m.onnx")
+    content = (tmp_path / "m.onnx").read_bytes()
+    assert b"site-packages" not in content
+    assert os.path.dirname(__file__).encode() not in content
+
+
+def test_the_same_export_twice_gives_the_same_bytes(tmp_path: Path, head: Head) -> None:
+    for name in ("a.onnx", "b.onnx"):
+        cg.export_gradient(head, (image(),), tmp_path / name, verify=False)
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+class Functional(nn.Module):
+    """Two calls of torch.nn.grad, for torch.onnx.export itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 2, 3, 3))
+
+    def forward(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        dx = nn.grad.conv2d_input(x.shape, self.weight, g, stride=2, padding=1, groups=2)
+        return dx, nn.grad.conv2d_weight(x, self.weight.shape, g, stride=2, padding=1, groups=2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_translation_table_in_torch_onnx_export(dynamic: bool) -> None:
+    x, g = torch.randn(2, 4, 9, 8), torch.randn(2, 6, 5, 4)
+    shapes = ({0: "n", 2: "h", 3: "w"}, {0: "n", 2: "p", 3: "q"}) if dynamic else None
+    module = Functional()
+    program = torch.onnx.export(
+        module,
+        (x, g),
+        dynamo=True,
+        custom_translation_table=cg.translation_table(),
+        dynamic_shapes=shapes,
+        verbose=False,
+        opset_version=18,
+    )
+    assert program is not None
+    session = cg.GradientSession(program.model_proto)
+    actual = list(session.run(dict(zip(session.input_names, (x.numpy(), g.numpy()), strict=True))).values())
+    for value, wanted in zip(actual, module(x, g), strict=True):
+        np.testing.assert_allclose(value, wanted.detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_vjp_form_of_the_forward_itself() -> None:
+    args = (image(), image(2, 2, 3, 2))
+    report = cg.export(FuncVjp(), args, dynamic_shapes=({0: "batch"}, {0: "batch"}))
+    assert report.inputs == {"x": ["batch", 3, 9, 8], "cotangent": ["batch", 2, 3, 2]}

@@ -1,0 +1,158 @@
+"""The scriptable six: scripted, traced, saved, reloaded, and exported with dynamo=False."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import convgrad_export as cg
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+
+SIZES = {1: (11,), 2: (9, 8), 3: (6, 7, 5)}
+OTHER_SIZES = {1: (14,), 2: (12, 7), 3: (7, 9, 4)}
+
+
+class Gradients1d(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(integers(6, 2, 3, seed=1))
+
+    def forward(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        dx = cg.torchscript.conv1d_input(x.size(), self.weight, g, [2], [1], [2], 2)
+        return dx, cg.torchscript.conv1d_weight(x, self.weight.size(), g, [2], [1], [2], 2)
+
+
+class Gradients2d(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(integers(6, 2, 3, 2, seed=1))
+
+    def forward(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        dx = cg.torchscript.conv2d_input(x.size(), self.weight, g, [2, 3], [1, 0], [1, 2], 2)
+        return dx, cg.torchscript.conv2d_weight(x, self.weight.size(), g, [2, 3], [1, 0], [1, 2], 2)
+
+
+class Gradients3d(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(integers(6, 2, 3, 2, 1, seed=1))
+
+    def forward(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        dx = cg.torchscript.conv3d_input(x.size(), self.weight, g, 2, 1, 1, 2)
+        return dx, cg.torchscript.conv3d_weight(x, self.weight.size(), g, 2, 1, 1, 2)
+
+
+ATTRIBUTES: dict[int, tuple[type[nn.Module], dict[str, Any]]] = {
+    1: (Gradients1d, {"stride": 2, "padding": 1, "dilation": 2, "groups": 2}),
+    2: (Gradients2d, {"stride": (2, 3), "padding": (1, 0), "dilation": (1, 2), "groups": 2}),
+    3: (Gradients3d, {"stride": 2, "padding": 1, "dilation": 1, "groups": 2}),
+}
+
+
+def integers(*shape: int, seed: int) -> Tensor:
+    """Small integers: every sum is exact in float32, so results can be compared exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-3, 4, shape, generator=generator).float()
+
+
+def case(rank: int, size: Sequence[int], batch: int = 2) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    build, attributes = ATTRIBUTES[rank]
+    module = build()
+    x = integers(batch, 4, *size, seed=2)
+    forward = getattr(nn.functional, f"conv{rank}d")
+    output = forward(x, module.weight, **attributes)
+    g = integers(*output.shape, seed=3)
+    leaves = x.clone().requires_grad_(), module.weight
+    expected = torch.autograd.grad(forward(*leaves, **attributes), leaves, g)
+    return module, (x, g), expected
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_eager_scripted_saved_and_traced_agree_with_autograd_exactly(rank: int) -> None:
+    module, args, expected = case(rank, SIZES[rank])
+    scripted = torch.jit.script(module)
+    buffer = io.BytesIO()
+    torch.jit.save(scripted, buffer)
+    buffer.seek(0)
+    reloaded = torch.jit.load(buffer)
+    traced = torch.jit.trace(module, args)
+    for run in (module, scripted, reloaded, traced):
+        for actual, wanted in zip(run(*args), expected, strict=True):
+            assert torch.equal(actual, wanted)
+    _, other_args, other_expected = case(rank, OTHER_SIZES[rank], batch=3)
+    for run in (scripted, reloaded, traced):
+        for actual, wanted in zip(run(*other_args), other_expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+
+def _scripted(module: nn.Module, args: tuple[Tensor, Tensor]) -> Any:
+    return torch.jit.script(module)
+
+
+def _traced(module: nn.Module, args: tuple[Tensor, Tensor]) -> Any:
+    return torch.jit.trace(module, args)
+
+
+def _plain(module: nn.Module, args: tuple[Tensor, Tensor]) -> Any:
+    return module
+
+
+@pytest.mark.parametrize("opset", [11, 13, 16, 18])
+@pytest.mark.parametrize("prepare", [_scripted, _traced, _plain])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_dynamo_false_export_with_dynamic_sizes(rank: int, prepare: Callable[..., Any], opset: int) -> None:
+    cg.register_torchscript_symbolics()
+    module, args, _ = case(rank, SIZES[rank])
+    axes = {name: {0: "n", **{2 + i: f"{name}{i}" for i in range(rank)}} for name in ("x", "g")}
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            prepare(module, args),
+            args,
+            file,
+            dynamo=False,
+            opset_version=opset,
+            input_names=["x", "g"],
+            dynamic_axes=axes,
+        )
+    model = onnx.load_from_string(file.getvalue())
+    onnx.checker.check_model(model, full_check=True)
+    assert {(o.domain, o.version) for o in model.opset_import} == {("", opset)}
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    _, (x, g), expected = case(rank, OTHER_SIZES[rank], batch=3)
+    for actual, wanted in zip(session.run(None, {"x": x.numpy(), "g": g.numpy()}), expected, strict=True):
+        assert torch.equal(torch.from_numpy(actual), wanted)
+
+
+def test_ordinary_convolutions_still_export_after_registration() -> None:
+    cg.register_torchscript_symbolics()
+    cg.register_torchscript_symbolics()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.ConvTranspose2d(4, 2, 3, stride=2, output_padding=1))
+    x = torch.randn(1, 3, 6, 5)
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), file, dynamo=False, opset_version=13, input_names=["x"])
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (actual,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(actual), model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_signatures_are_those_of_torch_nn_grad() -> None:
+    import inspect
+
+    for name in cg.torchscript.__all__:
+        ours = inspect.signature(getattr(cg.torchscript, name)).parameters
+        theirs = inspect.signature(getattr(torch.nn.grad, name)).parameters
+        assert list(ours) == list(theirs)
+        assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
