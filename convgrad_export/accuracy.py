@@ -14,6 +14,7 @@ of its own. Errors are reported as multiples of it: a right answer stays below 1
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,19 +108,22 @@ def reference_gradients(geometry: ConvGeometry, operands: Mapping[str, np.ndarra
     if any(lo != hi for lo, hi in geometry.pads):
         padded = functional.pad(input, [amount for pair in reversed(geometry.pads) for amount in pair])
         begin = [0] * geometry.rank
-    with torch.enable_grad(), torch.backends.mkldnn.flags(enabled=False):
-        output = torch.convolution(
-            padded,
-            weight,
-            bias,
-            geometry.stride,
-            begin,
-            geometry.dilation,
-            geometry.transposed,
-            geometry.output_padding,
-            geometry.groups,
-        )
-        gradients = torch.autograd.grad(output, (input, weight, bias), values["grad_output"])
+    with warnings.catch_warnings():
+        # torch 2.13 warns about Intel GPUs whenever oneDNN is switched off
+        warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
+        with torch.enable_grad(), torch.backends.mkldnn.flags(enabled=False):
+            output = torch.convolution(
+                padded,
+                weight,
+                bias,
+                geometry.stride,
+                begin,
+                geometry.dilation,
+                geometry.transposed,
+                geometry.output_padding,
+                geometry.groups,
+            )
+            gradients = torch.autograd.grad(output, (input, weight, bias), values["grad_output"])
     return {name: value.numpy() for name, value in zip(("input", "weight", "bias"), gradients, strict=True)}
 
 

@@ -14,14 +14,14 @@ PACKAGE = Path(convgrad_export.__file__).parent
 # Lowest first; a module may import from its own layer and from those before it.
 LAYERS = [
     ["errors"],
-    ["arguments", "dtypes", "operators"],
+    ["arguments", "dtypes", "files", "operators"],
     ["geometry"],
     ["functions", "lowering"],
     ["accuracy"],
     ["selection"],
     ["emit"],
     ["runtime"],
-    ["build"],
+    ["build", "model_check"],
     ["integrations"],
     ["recipes"],
     ["training"],

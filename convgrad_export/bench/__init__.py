@@ -1,0 +1,1 @@
+"""Layers of published networks, and measuring lowerings on them."""

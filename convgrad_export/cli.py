@@ -1,0 +1,66 @@
+"""The command `convgrad`: exit status 0 done, 1 a check failed, 2 wrong usage or input.
+
+Each subcommand lives in `commands`; heavy libraries are imported inside them, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from .commands import build, check, lowerings
+from .errors import ConvGradError
+
+
+def _application() -> typer.Typer:
+    app = typer.Typer(
+        name="convgrad",
+        help="Gradients of convolutional networks as standard ONNX graphs.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for command in (build, check, lowerings):
+        command.register(app)
+    app.callback()(_common_options)
+    return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _common_options(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
+    ),
+) -> None:
+    """Options before the subcommand."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    try:
+        given = None if arguments is None else list(arguments)
+        result = _application()(args=given, prog_name="convgrad", standalone_mode=False)
+    except ConvGradError as error:
+        print(f"convgrad: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        show = getattr(error, "show", None)  # click's usage errors know how to print themselves
+        if show is None:
+            raise
+        show()
+        return int(getattr(error, "exit_code", 2))
+    return int(result or 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,83 @@
+"""`convgrad build`: one gradient operator as an ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options
+
+
+def register(app: typer.Typer) -> None:
+    app.command("build")(build)
+
+
+def build(
+    operator: Annotated[str, typer.Argument(help="conv1d_input ... conv3d_weight, or convolution_backward.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    input_shape: options.InputShape = None,
+    weight_shape: options.WeightShape = None,
+    layer: Annotated[
+        Path | None, typer.Option(help="Take the geometry from a saved PyTorch program (.pt2) or .safetensors weights.")
+    ] = None,
+    layer_name: Annotated[str | None, typer.Option(help="Name of the convolution (or its weight) in --layer.")] = None,
+    stride: options.Stride = "1",
+    padding: options.Padding = "0",
+    dilation: options.Dilation = "1",
+    groups: options.Groups = 1,
+    transposed: options.Transposed = False,
+    output_padding: options.OutputPadding = "0",
+    dtype: options.DType = "float32",
+    dynamic: Annotated[str, typer.Option(help="Of batch, channels, space, kernel; separated by commas.")] = "batch",
+    opset: options.Opset = 18,
+    lowering: Annotated[str, typer.Option(help="auto, or a name that `convgrad lowerings` lists.")] = "auto",
+    max_error_factor: Annotated[float, typer.Option(help="What auto may take; 1 keeps to direct forms.")] = 1.0,
+    keep_function: Annotated[bool, typer.Option("--keep-function", help="Keep the convgrad function node.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Build one gradient operator as an ONNX model of standard operators."""
+    from ..build import build_model
+    from ..files import check_output, write_atomically
+
+    check_output(output, overwrite=overwrite)
+    arguments = options.geometry_arguments(
+        input_shape, weight_shape, stride, padding, dilation, groups, transposed, output_padding
+    )
+    if layer is not None:
+        from .layer_file import layer_geometry
+
+        arguments |= layer_geometry(layer, layer_name, arguments["input_shape"])
+    model = build_model(
+        operator,
+        **arguments,
+        dtype=dtype,
+        dynamic=tuple(name for name in dynamic.split(",") if name),
+        opset_version=opset,
+        lowering=lowering,
+        max_error_factor=max_error_factor,
+        inline=not keep_function,
+    )
+    data = model.SerializeToString(deterministic=True)
+    write_atomically(output, data, overwrite=overwrite)
+    metadata = {item.key: item.value for item in model.metadata_props}
+    report: dict[str, Any] = {
+        "path": str(output),
+        "operator": operator,
+        "lowering": metadata["convgrad.lowering"],
+        "dtype": metadata["convgrad.dtype"],
+        "opset": opset,
+        "nodes": [node.op_type for node in model.graph.node],
+        "inputs": [value.name for value in model.graph.input],
+        "outputs": [value.name for value in model.graph.output],
+        "bytes": len(data),
+    }
+    if as_json:
+        options.print_json(report)
+        return
+    typer.echo(
+        f"{output}: {operator} by {report['lowering']}, {len(report['nodes'])} nodes, {len(data)} bytes; "
+        f"inputs {', '.join(report['inputs'])}; outputs {', '.join(report['outputs'])}"
+    )

@@ -1,0 +1,77 @@
+"""Options that several subcommands share, and how their text becomes arguments."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import GeometryError
+
+InputShape = Annotated[str | None, typer.Option("--input-shape", help="N,C,I0[,I1[,I2]] of the forward call.")]
+WeightShape = Annotated[str | None, typer.Option("--weight-shape", help="M,C/groups,K0[,K1[,K2]].")]
+Stride = Annotated[str, typer.Option(help="One integer, or one per spatial axis: 2 or 2,1.")]
+Padding = Annotated[str, typer.Option(help="An integer, one per axis, begin:end pairs (0:1,2:2), same or valid.")]
+Dilation = Annotated[str, typer.Option(help="One integer, or one per spatial axis.")]
+Groups = Annotated[int, typer.Option(help="Number of groups.")]
+Transposed = Annotated[bool, typer.Option("--transposed", help="The forward operator is a transposed convolution.")]
+OutputPadding = Annotated[str, typer.Option(help="Of a transposed convolution.")]
+DType = Annotated[str, typer.Option(help="float32, float64, float16 or bfloat16.")]
+Opset = Annotated[int, typer.Option(help="Version of the standard ONNX operators.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def integers(text: str, option: str) -> tuple[int, ...]:
+    """``"2,1"`` as (2, 1)."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise GeometryError(f"{option} is {text!r}, expected integers separated by commas") from None
+
+
+def padding(text: str) -> Any:
+    """``"1"``, ``"1,2"``, ``"0:1,2:2"``, ``"same"`` or ``"valid"``."""
+    if text in ("same", "valid"):
+        return text
+    if ":" not in text:
+        return integers(text, "--padding")
+    try:
+        return tuple(tuple(int(amount) for amount in pair.split(":", 1)) for pair in text.split(","))
+    except ValueError:
+        raise GeometryError(f"--padding is {text!r}, expected begin:end pairs such as 0:1,2:2") from None
+
+
+def geometry_arguments(
+    input_shape: str | None,
+    weight_shape: str | None,
+    stride: str,
+    padding_text: str,
+    dilation: str,
+    groups: int,
+    transposed: bool,
+    output_padding: str,
+) -> dict[str, Any]:
+    """The options above as keyword arguments of `build_model` and `lowerings`."""
+    return {
+        "input_shape": None if input_shape is None else integers(input_shape, "--input-shape"),
+        "weight_shape": None if weight_shape is None else integers(weight_shape, "--weight-shape"),
+        "stride": integers(stride, "--stride"),
+        "padding": padding(padding_text),
+        "dilation": integers(dilation, "--dilation"),
+        "groups": groups,
+        "transposed": transposed,
+        "output_padding": integers(output_padding, "--output-padding"),
+    }
+
+
+def print_table(table: Any) -> None:
+    """A rich table, in lines long enough to read where there is no terminal to fit."""
+    from rich.console import Console
+
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))

@@ -1,0 +1,52 @@
+"""Writing files so that nothing is half-written and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from .errors import OutputExistsError, OutputPathError
+
+
+def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """The path as a Path, when a file may be written there.
+
+    Raises:
+        OutputExistsError: it exists and `overwrite` is False. OutputPathError: a folder, or its parent is no folder.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise OutputPathError(f"output {target} is a folder, expected a file name")
+    if target.exists() and not overwrite:
+        raise OutputExistsError(f"output {target} exists already; give another name or allow overwriting it")
+    if not target.parent.is_dir():
+        raise OutputPathError(f"output {target}: the folder {target.parent} does not exist")
+    return target
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = False) -> Path:
+    """Write `data` to a temporary file beside `path`, then rename it: readers see the old file or the new one.
+
+    Raises:
+        OutputExistsError, OutputPathError: as `check_output`, or the folder cannot be written or the disk is full; the
+            previous file is still there then.
+    """
+    target = check_output(path, overwrite=overwrite)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as stream:
+            temporary = Path(stream.name)
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        # NamedTemporaryFile makes files that only the owner can read; the umask decides for ordinary ones.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(target)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise OutputPathError(f"cannot write {target}: {error.strerror or error}") from error
+    return target

@@ -1,0 +1,137 @@
+"""Checking a model of ours against float64 autograd."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import dtypes
+from .accuracy import compare, reference_and_bounds
+from .errors import ModelFileError
+from .geometry import ConvGeometry
+from .lowering import LOWERINGS, compute_dtype
+from .operators import operator
+from .runtime.session import GradientSession
+
+# A dynamic model that names no sizes is checked on these: a remainder on every axis with strides of 2 and 3.
+_SIZES, _KERNELS = (11, 9, 7), (3, 2, 3)
+
+
+@dataclass(frozen=True)
+class GradientCheck:
+    """One output of one model on one kind of data.
+
+    Attributes:
+        model: path of the file. output: name of the gradient. lowering: what the model was built with.
+        data: ``"integers"`` or ``"random"``.
+        worst: largest error in units of the bound of `accuracy`. largest: largest absolute error.
+        exact: equal to the reference rounded to the dtype.
+        passed: within the bound, and exact where integers allow it (direct forms).
+    """
+
+    model: str
+    output: str
+    lowering: str
+    dtype: str
+    data: str
+    worst: float
+    largest: float
+    exact: bool
+    passed: bool
+
+
+def check_model(path: str | os.PathLike[str], *, seed: int = 0, batch: int = 2) -> list[GradientCheck]:
+    """Run a model that `build_model` made on integer-valued and on random data, and compare.
+
+    Args:
+        path: the model file. seed: of the data. batch: batch size used where the model's batch is dynamic.
+
+    Raises:
+        ModelFileError: not an ONNX model, truncated, or not made by this package.
+    """
+    path = Path(path)
+    session = GradientSession(path)
+    metadata = _metadata(session, path)
+    geometry = _geometry(metadata, session, batch)
+    dtype, gradients = metadata["convgrad.dtype"], operator(metadata["convgrad.op"]).gradients
+    names = metadata["convgrad.lowering"].split(",")
+    checks = []
+    for data in ("integers", "random"):
+        operands = _operands(geometry, dtype, data == "integers", seed)
+        feeds = {name: array.astype(dtypes.numpy_dtype(dtype)) for name, array in operands.items()}
+        feeds["input_size"] = np.array(geometry.input_shape, np.int64)
+        feeds["weight_size"] = np.array(geometry.weight_shape, np.int64)
+        results = session.run({name: feeds[name] for name in session.input_names})
+        expected = reference_and_bounds(geometry, operands, dtype, compute_dtype(dtype))
+        for gradient in gradients:
+            if f"grad_{gradient}" not in results:
+                continue
+            name = next(name for name in names if name.startswith(f"{gradient}."))
+            factor = LOWERINGS[name].error_factor if name in LOWERINGS else 1.0
+            report = compare(results[f"grad_{gradient}"], *expected[gradient], factor)
+            must_be_exact = data == "integers" and factor == 1.0
+            checks.append(
+                GradientCheck(
+                    model=str(path),
+                    output=f"grad_{gradient}",
+                    lowering=name,
+                    dtype=dtype,
+                    data=data,
+                    worst=report.worst,
+                    largest=report.largest,
+                    exact=report.exact,
+                    passed=report.within and (report.exact or not must_be_exact),
+                )
+            )
+    return checks
+
+
+def _metadata(session: GradientSession, path: Path) -> dict[str, str]:
+    metadata: dict[str, str] = session.inference_session.get_modelmeta().custom_metadata_map
+    missing = [
+        key
+        for key in ("convgrad.op", "convgrad.geometry", "convgrad.lowering", "convgrad.dtype")
+        if key not in metadata
+    ]
+    if missing:
+        raise ModelFileError(f"{path} was not made by convgrad build: its metadata lacks {', '.join(missing)}")
+    return metadata
+
+
+def _geometry(metadata: dict[str, str], session: GradientSession, batch: int) -> ConvGeometry:
+    try:
+        arguments = json.loads(metadata["convgrad.geometry"])
+        if "input_shape" not in arguments:
+            arguments |= _sizes(metadata["convgrad.op"], arguments["groups"])
+        geometry = ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelFileError(f"the model's convgrad.geometry is damaged: {error}") from error
+    fixed = any(
+        value.name in ("input", "grad_output") and isinstance(value.shape[0], int)
+        for value in session.inference_session.get_inputs()
+    )
+    return geometry if fixed else geometry.with_batch(batch)
+
+
+def _sizes(name: str, groups: int) -> dict[str, Any]:
+    rank = operator(name).rank or 0
+    return {"input_shape": (2, 2 * groups, *_SIZES[:rank]), "weight_shape": (3 * groups, 2, *_KERNELS[:rank])}
+
+
+def _operands(geometry: ConvGeometry, dtype: str, integers: bool, seed: int) -> dict[str, np.ndarray]:
+    """Values that `dtype` holds exactly; integers so small that every sum is exact in the type it is computed in."""
+    rng = np.random.default_rng(seed)
+    shapes = {"input": geometry.input_shape, "weight": geometry.weight_shape, "grad_output": geometry.output_shape}
+    if not integers:
+        rounded = dtypes.numpy_dtype(dtype)
+        return {name: rng.standard_normal(shape).astype(rounded).astype(np.float64) for name, shape in shapes.items()}
+    longest = max(int(geometry.sum_length(gradient)) for gradient in ("input", "weight"))
+    room = math.isqrt(int(0.5 / dtypes.unit_roundoff(compute_dtype(dtype))) // max(1, longest))
+    limit = max(1, min(8, room))
+    return {name: rng.integers(-limit, limit + 1, shape).astype(np.float64) for name, shape in shapes.items()}

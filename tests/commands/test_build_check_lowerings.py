@@ -1,0 +1,183 @@
+"""The command line: what it prints, its exit status, and what it leaves on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+import convgrad_export as cg
+from convgrad_export import files
+from convgrad_export.cli import main
+
+SHAPES = ["--input-shape", "2,4,9,9", "--weight-shape", "6,4,3,3"]
+
+
+def test_build_writes_a_model_that_check_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gradient.onnx"
+    arguments = ["build", "conv2d_weight", *SHAPES, "--stride", "2,1", "--padding", "0:1,2:2", "-o", str(path)]
+    assert main(arguments) == 0
+    assert "conv2d_weight by weight." in capsys.readouterr().out
+    assert main(["check", str(path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] is True
+    assert [(check["data"], check["exact"]) for check in report["checks"]] == [("integers", True), ("random", False)]
+    assert all(0 <= check["worst"] <= 1 for check in report["checks"])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_every_dtype_and_a_folder_are_checked(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for operator in ("conv2d_input", "convolution_backward"):
+        assert main(["build", operator, *SHAPES, "--dtype", dtype, "-o", str(tmp_path / f"{operator}.onnx")]) == 0
+    capsys.readouterr()
+    assert main(["check", str(tmp_path)]) == 0
+    assert "2 models, 8 checks, 0 failed" in capsys.readouterr().out
+
+
+def test_a_dynamic_model_without_sizes_is_checked(tmp_path: Path) -> None:
+    path = str(tmp_path / "dynamic.onnx")
+    dynamic = ["--dynamic", "batch,channels,space,kernel", "--keep-function"]
+    assert main(["build", "conv3d_weight", "--stride", "2", *dynamic, "-o", path]) == 0
+    assert len(onnx.load(path).functions) == 1
+    assert main(["check", path]) == 0
+
+
+def test_check_fails_with_1_on_a_model_with_a_wrong_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = cg.build_model("conv2d_input", input_shape=(2, 4, 9, 9), weight_shape=(6, 4, 3, 3), padding=1)
+    metadata = {item.key: item for item in model.metadata_props}
+    metadata["convgrad.geometry"].value = metadata["convgrad.geometry"].value.replace(
+        "[[1, 1], [1, 1]]", "[[2, 0], [1, 1]]"
+    )
+    path = tmp_path / "wrong.onnx"
+    onnx.save(model, path)
+    assert main(["check", str(path)]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_check_refuses_foreign_and_truncated_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    foreign = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            [onnx.helper.make_node("Relu", ["x"], ["y"])],
+            "g",
+            [onnx.helper.make_tensor_value_info("x", 1, [1])],
+            [onnx.helper.make_tensor_value_info("y", 1, [1])],
+        ),
+        ir_version=8,
+        opset_imports=[onnx.helper.make_opsetid("", 18)],
+    )
+    path = tmp_path / "foreign.onnx"
+    onnx.save(foreign, path)
+    assert main(["check", str(path)]) == 2
+    assert "was not made by convgrad build" in capsys.readouterr().err
+    path.write_bytes(b"not a model")
+    assert main(["check", str(path)]) == 2
+    assert "is not an ONNX model" in capsys.readouterr().err
+    assert main(["check", str(tmp_path / "absent.onnx")]) == 2
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert main(["check", str(empty)]) == 2
+
+
+def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "gradient.onnx"
+    path.write_text("mine")
+    arguments = ["build", "conv2d_weight", *SHAPES, "-o", str(path)]
+    assert main(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+    assert main([*arguments, "--overwrite"]) == 0
+    assert onnx.load(path).graph.output[0].name == "grad_weight"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "conv2d_weight", *SHAPES, "-o", "/no/such/folder/x.onnx"], "does not exist"),
+        (["build", "conv2d_weight", *SHAPES, "-o", "/"], "is a folder"),
+        (["build", "conv2d_weight", "-o", "unused.onnx"], "input_shape is missing"),
+        (["build", "conv2d_weight", *SHAPES, "--stride", "a", "-o", "unused.onnx"], "--stride is 'a'"),
+        (["build", "conv2d_weight", *SHAPES, "--padding", "1:x,1:1", "-o", "unused.onnx"], "--padding is '1:x,1:1'"),
+        (["build", "conv2d_weight", *SHAPES, "--groups", "3", "-o", "unused.onnx"], "4 channels, expected 12"),
+        (["build", "conv2d_weight", *SHAPES, "--groups", "1.5", "-o", "unused.onnx"], "'--groups'"),
+        (["build", "conv2d_weight", *SHAPES], "Missing option"),
+        (["lowerings", "conv9d_weight"], "operator is 'conv9d_weight'"),
+        (["nothing"], "No such command"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_one_clear_message(arguments: list[str], message: str, capsys) -> None:
+    assert main(arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not Path("unused.onnx").exists()
+
+
+def test_lowerings_lists_reasons_and_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lowerings", "conv2d_input", *SHAPES, "--stride", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "no: stride is (2, 2), it needs 1" in text
+    assert "chosen" in text
+    assert main(["lowerings", "convolution_backward", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["lowerings"]
+    assert {entry["gradient"] for entry in listed} == {"input", "weight", "bias"}
+
+
+@pytest.mark.parametrize("command", [[], ["build"], ["check"], ["lowerings"]])
+def test_help_and_version_exit_with_0(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--help"]) == 0
+    assert "Usage" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == cg.__version__
+
+
+def test_the_geometry_of_a_saved_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = tmp_path / "layer.safetensors"
+    save_file({"conv.weight": np.zeros((6, 4, 3, 3), np.float32), "conv.bias": np.zeros(6, np.float32)}, weights)
+    out = tmp_path / "a.onnx"
+    assert main(["build", "conv2d_weight", "--layer", str(weights), "-o", str(out)]) == 2
+    assert "--input-shape is missing" in capsys.readouterr().err
+    assert main(["build", "conv2d_weight", "--layer", str(weights), "--input-shape", "1,4,8,8", "-o", str(out)]) == 0
+
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2),
+        torch.nn.ConvTranspose2d(6, 4, 3, stride=2, output_padding=1),
+    )
+    program = tmp_path / "network.pt2"
+    torch.export.save(torch.export.export(network, (torch.zeros(2, 4, 9, 9),)), program)
+    capsys.readouterr()
+    assert main(["build", "conv2d_weight", "--layer", str(program), "-o", str(tmp_path / "b.onnx")]) == 2
+    assert "holds 0.weight, 1.weight" in capsys.readouterr().err
+    for name, operator in (("0", "conv2d_weight"), ("1.weight", "convolution_backward")):
+        out = tmp_path / f"{name}.onnx"
+        assert main(["build", operator, "--layer", str(program), "--layer-name", name, "-o", str(out)]) == 0
+        assert main(["check", str(out)]) == 0
+    geometry = json.loads({p.key: p.value for p in onnx.load(tmp_path / "0.onnx").metadata_props}["convgrad.geometry"])
+    assert (geometry["groups"], geometry["stride"], geometry["padding"]) == (2, [2, 2], [[1, 1], [1, 1]])
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "broken.safetensors", "broken.pt2", "absent.pt2"])
+def test_layer_files_that_cannot_be_read_are_refused(name: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / name
+    if not name.startswith("absent"):
+        path.write_bytes(b"\x80\x04 pickled or broken")
+    assert main(["build", "conv2d_weight", "--layer", str(path), "-o", str(tmp_path / "x.onnx")]) == 2
+    message = capsys.readouterr().err
+    assert name in message
+    assert ("pickle" in message) == name.endswith(".pt")
+
+
+def test_a_full_disk_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "gradient.onnx"
+    path.write_bytes(b"previous")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(cg.OutputPathError, match="No space left"):
+        files.write_atomically(path, b"new", overwrite=True)
+    assert path.read_bytes() == b"previous"
+    assert [file.name for file in tmp_path.iterdir()] == ["gradient.onnx"]
