@@ -84,7 +84,7 @@ def test_openvino_agrees_with_onnxruntime() -> None:
         feeds |= {"input_size": np.array(geometry.input_shape), "weight_size": np.array(geometry.weight_shape)}
         feeds = {key: feeds[key] for key in session.input_names}
         graph = core.read_model(model.SerializeToString(), b"")
-        graph.reshape({key: list(value.shape) for key, value in feeds.items()})  # its deconvolution wants static weights
+        graph.reshape({key: list(value.shape) for key, value in feeds.items()})  # deconvolutions want static weights
         compiled = core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})  # bf16 otherwise
         (expected,) = session.run(feeds).values()
         (result,) = compiled(feeds).values()

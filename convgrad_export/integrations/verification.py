@@ -2,8 +2,8 @@
 
 The bound. Let r be the float64 result of eager PyTorch with oneDNN off, and e32 the distance of eager float32 from it,
 the largest over the inputs as they are and with every input and weight moved, three times over, by up to 2**-20 of
-itself, about what a few layers' rounding adds up to: what this network makes of rounding, of kinks of ReLU and of ties of
-max pooling. onnxruntime's result must be within
+itself, about what a few layers' rounding adds up to: what this network makes of rounding, of kinks of ReLU and of ties
+of max pooling. onnxruntime's result must be within
 
     8 * e32 + 2**-16 * ||r||        (Euclidean norms, each output by itself)
 
