@@ -1,0 +1,63 @@
+"""The README's Python and `convgrad` examples run, and its tables are the committed measurements."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from convgrad_export.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.strip().splitlines()[-1][:40])
+def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "block.py").write_text(code)  # torch reads the sources of what it scripts
+    exec(compile(code, str(tmp_path / "block.py"), "exec"), {"__name__": "readme"})
+
+
+def test_convgrad_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("convgrad ")]
+    quick = [line for line in lines if line.split()[1] in ("build", "check", "lowerings")]
+    assert len(quick) >= 3
+    for line in quick:
+        assert main(shlex.split(line)[1:]) == 0, line
+
+
+def test_links_and_pictures_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+    headings = {
+        re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", README, re.M)
+    }
+    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
+        assert anchor in headings, anchor
+
+
+def test_accuracy_table_is_the_committed_measurement() -> None:
+    from benchmarks.accuracy_table import markdown
+
+    table = json.loads((ROOT / "benchmarks" / "accuracy.json").read_text())["table"]
+    assert markdown(table) in README
+    assert all(cell["worst"] <= 1.0 for name in table.values() for dtype in name.values() for cell in dtype.values())
+
+
+def test_the_ci_script_runs_the_readmes_test_command() -> None:
+    (line,) = [line for block in blocks("sh") for line in block.splitlines() if "pytest" in line]
+    script = (ROOT / ".ci" / "run").read_text()
+    install = re.search(r"pip install (.*?) &&", line)
+    assert install is not None
+    assert install[1] in script
+    assert line.split("python ")[-1] in script
