@@ -34,7 +34,7 @@ STRIDE, PADDING, KERNEL = 2, 5, 11
 
 
 def gabor_filters() -> torch.Tensor:
-    """32 filters of unit norm, shape [32, 3, 11, 11]: 8 orientations x 2 wavelengths x (brightness, red against blue)."""
+    """32 filters of unit norm, [32, 3, 11, 11]: 8 orientations x 2 wavelengths x (brightness, red against blue)."""
     axis = torch.arange(KERNEL) - KERNEL // 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     colours = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0]])
@@ -95,7 +95,8 @@ def main() -> int:
     operands = {"input": images, "weight": weight, "grad_output": grad_output}
     print(
         f"layer: Conv2d(3, 32, kernel_size={KERNEL}, stride={STRIDE}, padding={PADDING}) over {tuple(images.shape)}\n"
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {options.rounds} alternating rounds\n"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; "
+        f"medians of {options.rounds} alternating rounds\n"
     )
     geometry = ConvGeometry.from_forward(images.shape, weight.shape, STRIDE, PADDING)
     exact = reference_and_bounds(geometry, {k: v.double().numpy() for k, v in operands.items()}, "float32", "float32")

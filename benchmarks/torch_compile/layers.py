@@ -93,22 +93,22 @@ def measure(name: str, gradient: str, batch: int, threads: list[int], rounds: in
         torch.randint(-1, 2, tuple(each), generator=generator).float()
         for each in (geometry.output_shape, shape, weight_shape)
     ]
-    torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = 2 + len(CANDIDATES[gradient])  # one entry a contender
-    kernel_call = compiled(geometry, gradient, None)
-    expected = kernel_call(*operands)
-    contenders = {"kernel": lambda: kernel_call(*operands)}
-    for lowering in CANDIDATES[gradient]:
-        if why_not(LOWERINGS[lowering], geometry, "float32") is not None:
-            continue
-        function = compiled(geometry, gradient, lowering)
-        torch.testing.assert_close(function(*operands), expected, rtol=0, atol=0)
-        contenders[lowering] = lambda function=function: function(*operands)
     chosen = choose_aten(gradient, geometry, "float32", lowering=FASTEST)
     result: dict[str, Any] = {"layer": name, "gradient": gradient, "batch": batch, "threads": {}}
     result["policy"] = chosen.name if chosen else "kernel"
     for count in threads:
         torch.set_num_threads(count)
+        torch._dynamo.reset()  # compiled code depends on the thread count
+        torch._dynamo.config.recompile_limit = 64  # one entry a contender
+        kernel_call = compiled(geometry, gradient, None)
+        expected = kernel_call(*operands)
+        contenders = {"kernel": lambda kernel_call=kernel_call: kernel_call(*operands)}
+        for lowering in CANDIDATES[gradient]:
+            if why_not(LOWERINGS[lowering], geometry, "float32") is not None:
+                continue
+            function = compiled(geometry, gradient, lowering)
+            torch.testing.assert_close(function(*operands), expected, rtol=0, atol=0)
+            contenders[lowering] = lambda function=function: function(*operands)
         result["threads"][count] = rounds_of(contenders, rounds)
     return result
 
