@@ -7,7 +7,7 @@ Three ways to choose, besides a catalogue name:
 - ``"auto"``: the lowering that was measured to beat PyTorch's kernel under Inductor, the portable one otherwise.
 - ``"fastest"``: the lowering that was measured to beat the kernel; otherwise None, and the kernel stays.
 
-The measurements are in benchmarks/torch_compile/.
+The measurements are in benchmarks/torch_compile/layers.json.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from __future__ import annotations
 from ..errors import ArgumentTypeError, UnsupportedLoweringError
 from ..geometry import ConvGeometry
 from ..lowering import CPU, LOWERINGS, Lowering, candidates
+
+_LARGE_KERNEL = 5
+_FEW_CHANNELS = 16
 
 AUTO, PORTABLE, FASTEST = "auto", "portable", "fastest"
 WAYS = (AUTO, PORTABLE, FASTEST)
@@ -83,5 +86,28 @@ def why_not(lowering: Lowering, geometry: ConvGeometry, dtype: str) -> str | Non
 
 
 def _winner(gradient: str, geometry: ConvGeometry, dtype: str, device: str) -> str | None:
-    """The lowering that beat PyTorch's kernel under Inductor for convolutions like this one."""
+    """The lowering that beat PyTorch's kernel under Inductor, at 1 and at 2 threads, for convolutions like this one."""
+    if device != "cpu" or dtype != "float32" or geometry.transposed:
+        return None  # measured on CPU in float32 only
+    if gradient == "input":
+        name = _input_winner(geometry)
+    elif gradient == "weight" and geometry.is_depthwise and not geometry.is_pointwise:
+        # Inductor fuses the taps' products and sums into one loop. oneDNN leads on small kernels at stride 1 alone.
+        strided = any(s > 1 for s in geometry.stride)
+        name = "weight.depthwise_taps" if strided or max(geometry.kernel_size) >= _LARGE_KERNEL else None
+    elif gradient == "weight" and geometry.rank == 3 and geometry.is_pointwise and any(s > 1 for s in geometry.stride):
+        name = "weight.matmul_taps"
+    else:
+        name = None
+    return name if name is not None and why_not(LOWERINGS[name], geometry, dtype) is None else None
+
+
+def _input_winner(g: ConvGeometry) -> str | None:
+    if any(s > 1 for s in g.stride):
+        few_channels = g.in_channels <= _FEW_CHANNELS
+        return "input.pixel_shuffle" if g.is_pointwise or few_channels else None
+    if g.is_pointwise:
+        return None  # both are one GEMM
+    if g.is_depthwise or g.groups == 1:
+        return "input.flipped_conv"  # oneDNN's forward kernel is better than its backward one
     return None

@@ -1,0 +1,147 @@
+"""Compiled training steps with and without the pass, beside eager and onnxruntime.
+
+    python -m benchmarks.torch_compile.steps [--networks NAME ...] [--threads 1 2] [--rounds 7]
+
+Each step is forward, mean square loss and backward into the parameters' gradients. The gradients of every backend are
+compared with eager float64 before anything is timed: an error larger than 4 times that of eager float32 fails the run.
+Contenders alternate within one process. Writes steps.json beside this file. Needs torchvision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.environment import environment
+from benchmarks.timing import rounds_of
+from convgrad_export.integrations.compile_backend import convgrad, convgrad_ort
+from tests.networks import declare_torchvision_operators
+
+RESULT = Path(__file__).parent / "steps.json"
+
+
+def _vision(name: str) -> nn.Module:
+    declare_torchvision_operators()
+    import torchvision
+
+    return torchvision.models.get_model(name, weights=None)
+
+
+class ConvNextBlocks(nn.Module):
+    """The first stage of ConvNeXt-tiny (Liu et al., arXiv:2201.03545) with its stem: three blocks of 96 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        features = _vision("convnext_tiny").features
+        self.stem, self.blocks = features[0], features[1]
+        for module in self.blocks.modules():
+            if type(module).__name__ == "StochasticDepth":
+                module.p = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x))
+
+
+class TemporalNetwork(nn.Sequential):
+    """Six causal dilated levels of 64 channels after Bai et al., arXiv:1803.01271."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for level in range(6):
+            dilation = 2**level
+            layers += [nn.ConstantPad1d((2 * dilation, 0), 0.0), nn.Conv1d(64, 64, 3, dilation=dilation), nn.ReLU()]
+        super().__init__(*layers)
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "resnet18": (lambda: _vision("resnet18"), (8, 3, 128, 128)),
+    "mobilenet_v2": (lambda: _vision("mobilenet_v2"), (8, 3, 128, 128)),
+    "convnext_tiny_stage1": (ConvNextBlocks, (8, 3, 128, 128)),
+    "r3d_18": (lambda: _vision("r3d_18"), (1, 3, 8, 56, 56)),
+    "tcn": (TemporalNetwork, (8, 64, 1024)),
+}
+BACKENDS: dict[str, Any] = {"eager": None, "inductor": "inductor", "convgrad": convgrad, "convgrad_ort": convgrad_ort}
+
+
+def step_of(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        for parameter in parameters:
+            parameter.grad = None
+        loss = module(x).square().mean()
+        loss.backward()
+        return loss
+
+    parameters = list(module.parameters())
+    return step
+
+
+def gradients(module: nn.Module) -> Tensor:
+    return torch.cat([p.grad.double().flatten() for p in module.parameters() if p.grad is not None])
+
+
+def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
+    build, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    module, x = build().train(), torch.randn(shape)
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    exact = copy.deepcopy(module).double()
+    with torch.backends.mkldnn.flags(enabled=False):
+        step_of(exact, x.double())()
+    reference = gradients(exact)
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()
+    steps, errors = {}, {}
+    for backend, target in BACKENDS.items():
+        own = copy.deepcopy(module)
+        compiled = own if target is None else torch.compile(own, backend=target, dynamic=False)
+        steps[backend] = step_of(compiled, x)
+        steps[backend]()
+        errors[backend] = ((gradients(own) - reference).norm() / reference.norm()).item()
+    for backend, error in errors.items():
+        if error > 4 * errors["eager"] + 1e-7:
+            raise SystemExit(f"{name}, {backend}: relative error {error:.1e}, eager float32 {errors['eager']:.1e}")
+    return {"network": name, "shape": shape, "threads": threads, "errors": errors, "times": rounds_of(steps, rounds)}
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    shown = Table(title="training step, median ms (time of inductor / time)")
+    for column in ("network", "input", "threads", *BACKENDS):
+        shown.add_column(column)
+    for result in results:
+        medians = {name: timing["median_ms"] for name, timing in result["times"].items()}
+        cells = [f"{value:.1f} ({medians['inductor'] / value:.2f})" for value in medians.values()]
+        shown.add_row(result["network"], "x".join(map(str, result["shape"])), str(result["threads"]), *cells)
+    return shown
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    results = []
+    for name in options.networks:
+        for threads in options.threads:
+            results.append(measure(name, threads, options.rounds))
+            times = {key: round(value["median_ms"], 1) for key, value in results[-1]["times"].items()}
+            print(name, threads, times, file=sys.stderr, flush=True)
+    RESULT.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+    Console(width=120).print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
