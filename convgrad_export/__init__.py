@@ -20,6 +20,7 @@ from .errors import (
     GeometryError,
     MissingDependencyError,
     ModelFileError,
+    NonFiniteLossError,
     OutputExistsError,
     OutputPathError,
     ProviderError,
@@ -53,6 +54,8 @@ _LAZY: dict[str, str | None] = {
     "register_torchscript_symbolics": "integrations.torchscript_symbolics",
     "translation_table": "integrations.translation",
     "ExportReport": "integrations.report",
+    "export_training_step": "training.step",
+    "TrainingSession": "training.session",
 }
 
 _MODULES = {"functions": "functions", "torchscript": "integrations.torchscript"}
@@ -68,6 +71,7 @@ __all__ = [
     "GeometryError",
     "MissingDependencyError",
     "ModelFileError",
+    "NonFiniteLossError",
     "OutputExistsError",
     "OutputPathError",
     "ProviderError",

@@ -51,6 +51,10 @@ class VerificationError(ConvGradError, RuntimeError):
     """An exported model ran, and disagrees with PyTorch by more than the error bound."""
 
 
+class NonFiniteLossError(ConvGradError, ArithmeticError):
+    """A training step's loss became infinite or not a number; the state is that before the step."""
+
+
 class ModelFileError(ConvGradError, ValueError):
     """A file that is missing, truncated, foreign, or unsafe to load."""
 

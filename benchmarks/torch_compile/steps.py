@@ -3,7 +3,7 @@
     python -m benchmarks.torch_compile.steps [--networks NAME ...] [--threads 1 2] [--rounds 7]
 
 Each step is forward, mean square loss and backward into the parameters' gradients. The gradients of every backend are
-compared with eager float64 before anything is timed: an error larger than 4 times that of eager float32 fails the run.
+compared with eager float64 before anything is timed; an error over 4 times PyTorch's own (eager or Inductor) fails.
 Contenders alternate within one process. Writes steps.json beside this file. Needs torchvision.
 """
 
@@ -109,9 +109,11 @@ def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
         steps[backend] = step_of(compiled, x)
         steps[backend]()
         errors[backend] = ((gradients(own) - reference).norm() / reference.norm()).item()
+    # A sign of a pre-activation near zero that rounding flips changes a whole row: PyTorch's own figures set the scale.
+    allowed = 4 * max(errors["eager"], errors["inductor"]) + 1e-7
     for backend, error in errors.items():
-        if error > 4 * errors["eager"] + 1e-7:
-            raise SystemExit(f"{name}, {backend}: relative error {error:.1e}, eager float32 {errors['eager']:.1e}")
+        if error > allowed:
+            raise SystemExit(f"{name}, {backend}: relative error {error:.1e}, allowed {allowed:.1e}: {errors}")
     return {"network": name, "shape": shape, "threads": threads, "errors": errors, "times": rounds_of(steps, rounds)}
 
 

@@ -10,6 +10,9 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - nll_loss_forward: the translation has no total weight, so mean-reduced losses lose a factor in the gradient.
 - hardtanh_backward (ReLU6): the translation lets the gradient through exactly at the clamps; a zero is common there.
 - copy: the translation does not broadcast.
+- full, full_like, scalar_tensor: the translation rounds a float64 value to float32.
+- mv: onnxruntime is wrong for a transposed matrix times a vector.
+- convolution in float64: onnxruntime's CPU provider has no kernel.
 - pooling, padding and weight_norm backward: no translation, or none for every size.
 """
 
@@ -19,6 +22,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +45,9 @@ def onnx_decompositions(opset: int = 18) -> Table:
     table = dict(_onnx_friendly_table())
     for target in _PYTORCH_IS_RIGHT:
         table[target] = torch._decomp.decomposition_table[target]
+    for target in _FLOAT64:
+        if target in torch._decomp.decomposition_table:
+            table.setdefault(target, _only_in_float64(target))
     table.update(OWN)
     if opset < 17:
         table[aten.native_layer_norm.default] = torch._decomp.decomposition_table[aten.native_layer_norm.default]
@@ -325,7 +332,102 @@ def rrelu_with_noise_functional(
     return x * slope, slope
 
 
+def convolution_in_float64(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    """The forward pass as the input gradient of the convolution the other way round, in float64 only.
+
+    onnxruntime's CPU provider has no float64 Conv; the gradient's lowerings have MatMul forms.
+    """
+    rank = weight.dim() - 2
+    sizes, kernel = list(x.shape[2:]), list(weight.shape[2:])
+    if x.dtype != torch.float64 or x.dim() != weight.dim() or not all(isinstance(size, int) for size in sizes):
+        return NotImplemented
+    stride, padding, dilation, output_padding = (
+        list(values) * rank if len(values) == 1 else list(values)
+        for values in (stride, padding, dilation, output_padding)
+    )
+    axes = list(zip(sizes, kernel, stride, padding, dilation, output_padding, strict=True))
+    if transposed:
+        result = [(i - 1) * s - 2 * p + d * (k - 1) + 1 + extra for i, k, s, p, d, extra in axes]
+        if any(extra >= s for _, _, s, _, _, extra in axes):
+            return NotImplemented  # no ordinary convolution has such a remainder
+        channels, rest = weight.shape[1] * groups, [0] * rank
+    else:
+        result = [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d, _ in axes]
+        channels = weight.shape[0]
+        rest = [i + 2 * p - d * (k - 1) - 1 - (o - 1) * s for o, (i, k, s, p, d, _) in zip(result, axes, strict=True)]
+    like = x.new_empty([x.shape[0], channels, *result])  # for its shape
+    arguments = (stride, padding, dilation, not transposed, rest, groups, [True, False, False])
+    output = aten.convolution_backward.default(x, like, weight, None, *arguments)[0]
+    return output if bias is None else output + bias.reshape([1, -1] + [1] * rank)
+
+
+def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
+    """As a product with a one-column matrix: onnxruntime 1.32 fuses Transpose into MatMul wrongly before a vector."""
+    return torch.mm(matrix, vector.unsqueeze(1)).squeeze(1)
+
+
+def _only_in_float64(target: Any) -> Callable[..., Any]:
+    """PyTorch's decomposition for float64 tensors; other types keep the ONNX operator."""
+    decomposition = torch._decomp.decomposition_table[target]
+
+    @functools.wraps(decomposition)
+    def decomposed(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return decomposition(x, *args, **kwargs) if x.dtype == torch.float64 else NotImplemented
+
+    return decomposed
+
+
+def _needs_float64(value: Any, dtype: torch.dtype | None) -> bool:
+    return dtype == torch.float64 and isinstance(value, float) and float(np.float32(value)) != value
+
+
+def full(size: list[int], fill_value: Any, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    """The translation writes the value as float32 first: in float64, one times the value instead."""
+    if not _needs_float64(fill_value, dtype):
+        return NotImplemented
+    return aten.ones.default(size, dtype=torch.float64, device=options.get("device")) * fill_value
+
+
+def full_like(x: Tensor, fill_value: Any, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    """As `full`."""
+    if not _needs_float64(fill_value, dtype or x.dtype):
+        return NotImplemented
+    return aten.ones.default(list(x.shape), dtype=torch.float64, device=x.device) * fill_value
+
+
+def scalar_tensor(value: Any, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    """As `full`."""
+    return full([], value, dtype=dtype, **options)
+
+
 _PYTORCH_IS_RIGHT = (aten.nll_loss_forward.default, aten.hardtanh_backward.default)
+
+# Operators with float32 attributes, or without a float64 kernel in onnxruntime.
+_FLOAT64 = (
+    aten.elu.default,
+    aten.hardsigmoid.default,
+    aten.hardswish.default,
+    aten.log_sigmoid_forward.default,
+    aten.leaky_relu.default,
+    aten.celu.default,
+    aten.native_group_norm.default,
+    aten.native_layer_norm.default,
+    aten.upsample_bilinear2d.vec,
+    aten.upsample_bilinear2d.default,
+    aten.upsample_bicubic2d.vec,
+    aten.upsample_bicubic2d.default,
+    aten.softplus.default,
+)
 
 OWN: Table = {
     aten._native_batch_norm_legit_functional.default: batch_norm_functional,
@@ -333,7 +435,12 @@ OWN: Table = {
     aten._native_batch_norm_legit.no_stats: _batch_norm_no_stats,
     aten.native_batch_norm.default: _native_batch_norm,
     aten.native_batch_norm_backward.default: batch_norm_backward,
+    aten.convolution.default: convolution_in_float64,
     aten.copy.default: copy,
+    aten.mv.default: matrix_vector,
+    aten.full.default: full,
+    aten.full_like.default: full_like,
+    aten.scalar_tensor.default: scalar_tensor,
     aten._weight_norm_interface.default: weight_norm_interface,
     aten._weight_norm_interface_backward.default: weight_norm_interface_backward,
     aten.as_strided.default: as_strided,

@@ -95,11 +95,14 @@ def translate(
     graph = program.graph_module.graph
     for node in [n for n in graph.nodes if n.target in _ASSERTIONS]:
         graph.erase_node(node)
+    for node in graph.nodes:
+        node.meta.setdefault("nn_module_stack", {"0": ("", torch.nn.Module)})  # else torch.onnx logs a line a node
     convolution = ConvolutionBackwardTranslation(lowering, provider, min(opset, BASE_OPSET))
     registry = _registry()
     registry.register_op(torch.ops.aten.convolution_backward.default, convolution.function)
     registry.register_op(torch.ops.prims.prod.default, _reduce_prod)
     registry.register_op(torch.ops.aten.sym_numel.default, _size)
+    registry.register_op(torch.ops.aten.scalar_tensor.default, _scalar_tensor)
     for target, function in (custom or {}).items():
         registry.register_op(target, function)
     refuse_untranslatable(program, registry.is_registered)
@@ -145,6 +148,14 @@ def _reduce_prod(x: Any, dims: Sequence[int] | None = None, output_dtype: Any = 
 
 def _size(x: Any) -> Any:
     return op.Size(x)
+
+
+def _scalar_tensor(s: Any, dtype: int = 1, **_: Any) -> Any:
+    """A 0-d constant in its own type; torch.onnx's translation goes through float32."""
+    wanted = ir.DataType(dtype if dtype > 0 else 1)
+    if isinstance(s, (int, float, bool)):
+        return op.Constant(value=ir.tensor(s, dtype=wanted))
+    return op.Cast(s, to=int(wanted))
 
 
 def _root_cause(error: BaseException) -> str:

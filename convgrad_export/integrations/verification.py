@@ -7,7 +7,8 @@ of max pooling. onnxruntime's result must be within
 
     8 * e32 + 2**-16 * ||r||        (Euclidean norms, each output by itself)
 
-A gradient that is off by a factor, a missing border row or another loss reduction is outside by orders of magnitude.
+The same holds for float64 models with 2**-49 and 2**-38 for 2**-20 and 2**-16. A gradient that is off by a factor, a
+missing border row or another loss reduction is outside by orders of magnitude.
 """
 
 from __future__ import annotations
@@ -25,9 +26,35 @@ from convgrad_export.errors import VerificationError
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
 from convgrad_export.integrations.report import OutputError, merged
 
-SLACK, FLOOR = 8.0, 2.0**-16
-PERTURBATIONS = (0.0, 2.0**-22, 2.0**-20, 2.0**-20)
+SLACK = 8.0
 _SEED = 20240
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What eager runs in beside float64, and the bound's constants; a float64 model is held to float64.
+
+    Attributes:
+        dtype: of the compared eager run. floor: relative error that is always allowed. rounding: of a stored value.
+        perturbations: relative changes of inputs and weights, a few layers' rounding.
+    """
+
+    dtype: torch.dtype
+    floor: float
+    rounding: float
+    perturbations: tuple[float, ...]
+
+
+SINGLE = Precision(torch.float32, 2.0**-16, 2.0**-23, (0.0, 2.0**-22, 2.0**-20, 2.0**-20))
+DOUBLE = Precision(torch.float64, 2.0**-38, 2.0**-52, (2.0**-51, 2.0**-49, 2.0**-49))
+
+
+def precision_of(program: CapturedProgram) -> Precision:
+    """`DOUBLE` for a program with float64 parameters, or inputs where it has no parameters."""
+    floats = [spec for spec in program.inputs if spec.value.is_floating_point()]
+    deciding = [spec for spec in floats if spec.kind == "parameter"] or [s for s in floats if s.kind == "user"]
+    double = bool(deciding) and all(spec.value.dtype == torch.float64 for spec in deciding)
+    return DOUBLE if double else SINGLE
 
 
 @dataclass(frozen=True)
@@ -108,7 +135,10 @@ def compare(runner: Any, program: CapturedProgram, inputs: Mapping[str, torch.Te
         VerificationError: Outside the bound, another shape, or onnxruntime fails.
     """
     exact = eager(program, inputs, torch.float64)
-    single = [eager(program, inputs, torch.float32, amount, seed) for seed, amount in enumerate(PERTURBATIONS)]
+    precision = precision_of(program)
+    single = [
+        eager(program, inputs, precision.dtype, amount, seed) for seed, amount in enumerate(precision.perturbations)
+    ]
     feed = {name: inputs[name].detach().numpy() for name in runner.input_names}
     try:
         actual = runner.run(feed)
@@ -125,7 +155,7 @@ def compare(runner: Any, program: CapturedProgram, inputs: Mapping[str, torch.Te
         own = max(float(np.linalg.norm(s[spec.name].detach().double().numpy() - truth)) for s in single)
         difference = value - truth
         error = float(np.linalg.norm(difference))
-        allowed = SLACK * own + FLOOR * norm + 1e-30
+        allowed = SLACK * own + precision.floor * norm + 1e-30
         scale = max(norm, own) or 1.0  # a gradient that is zero but for rounding has no relative error of its own
         largest = float(np.abs(difference).max(initial=0.0))
         errors[spec.name] = OutputError(error / scale, allowed / scale, largest)

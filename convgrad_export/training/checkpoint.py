@@ -1,0 +1,130 @@
+"""Checkpoints: named tensors in one safetensors file, written so that a crash never loses the previous one.
+
+Runs without torch. The format (https://github.com/huggingface/safetensors) holds no code and nothing is executed when a
+file is read; a checksum in its header shows damage that leaves the layout intact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ModelFileError
+from ..files import check_output, write_atomically
+from ..runtime import tensors
+
+_FORMAT = "convgrad_export.training 1"
+
+
+def checkpoint_path(model_path: str | os.PathLike[str]) -> Path:
+    """Where the state of a model file lies: ``step.onnx`` has ``step.checkpoint.safetensors``."""
+    return Path(model_path).with_suffix(".checkpoint.safetensors")
+
+
+def _array(value: Any) -> np.ndarray:
+    if tensors.is_torch(value):
+        value = value.detach().cpu().contiguous()
+        if str(value.dtype) == "torch.bfloat16":
+            import ml_dtypes
+            import torch
+
+            array: np.ndarray = value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            return array
+        value = value.numpy()
+    array = np.asarray(value)
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array).reshape(array.shape)
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    state: Mapping[str, Any],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write named arrays or tensors. The file is complete or, after a crash, the previous one is still there.
+
+    Args:
+        state: numpy arrays or torch tensors by name.
+        metadata: further text entries of the header.
+
+    Raises:
+        OutputExistsError, OutputPathError: as in `convgrad_export.files.write_atomically`; also when the disk is full.
+    """
+    from safetensors.numpy import save
+
+    target = check_output(path, overwrite=overwrite)
+    arrays = {name: _array(value) for name, value in state.items()}
+    header = {**(metadata or {}), "format": _FORMAT, "sha256": _digest(arrays)}
+    return write_atomically(target, save(arrays, metadata=header), overwrite=overwrite)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint, by name.
+
+    Raises:
+        ModelFileError: missing, truncated, changed since it was written, or no checkpoint.
+    """
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays and the header's text entries; raises as `load_checkpoint`."""
+    import ml_dtypes  # noqa: F401  # teaches numpy bfloat16
+    from safetensors import SafetensorError, safe_open
+
+    source = Path(path)
+    if not source.is_file():
+        raise ModelFileError(f"checkpoint {source} does not exist or is no file")
+    try:
+        with safe_open(source, framework="numpy") as stream:
+            header = dict(stream.metadata() or {})
+            arrays = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  # no mapping
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise ModelFileError(
+            f"checkpoint {source} cannot be read, it is truncated or no safetensors file: {error}"
+        ) from error
+    wanted = header.pop("sha256", None)
+    if header.pop("format", None) != _FORMAT or wanted is None:
+        raise ModelFileError(f"checkpoint {source} was not written by convgrad_export: its header has no {_FORMAT!r}")
+    if _digest(arrays) != wanted:
+        raise ModelFileError(f"checkpoint {source} is damaged: its contents do not match its checksum")
+    return arrays, header
+
+
+def check_matches(
+    path: str | os.PathLike[str], arrays: Mapping[str, Any], expected: Mapping[str, tuple[str, Any]]
+) -> None:
+    """Refuse a checkpoint of another model.
+
+    Args:
+        expected: dtype and shape by name.
+
+    Raises:
+        ModelFileError: names, shapes or dtypes differ; all of them are listed.
+    """
+    problems = [f"missing: {name}" for name in expected if name not in arrays]
+    problems += [f"unknown: {name}" for name in arrays if name not in expected]
+    for name, (dtype, shape) in expected.items():
+        if name in arrays and (str(arrays[name].dtype) != dtype or tuple(arrays[name].shape) != tuple(shape)):
+            got = f"{arrays[name].dtype} {tuple(arrays[name].shape)}"
+            problems.append(f"{name}: is {got}, expected {dtype} {tuple(shape)}")
+    if problems:
+        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise ModelFileError(f"checkpoint {path} does not fit this model:\n  {shown}")

@@ -1,0 +1,92 @@
+"""Losses by name, as torch functions that a trace takes apart."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import ArgumentTypeError
+
+_BY_NAME: Mapping[str, Callable[..., Tensor]] = {
+    "cross_entropy": functional.cross_entropy,
+    "bce_with_logits": functional.binary_cross_entropy_with_logits,
+    "mse": functional.mse_loss,
+    "l1": functional.l1_loss,
+    "huber": functional.huber_loss,
+    "smooth_l1": functional.smooth_l1_loss,
+    "nll": functional.nll_loss,
+}
+NAMES = tuple(_BY_NAME)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar of a module's output and further tensors.
+
+    Attributes:
+        function: (output, *targets) -> 0-d tensor.
+        target_names: names of the further tensors, which become inputs of the step.
+    """
+
+    function: Callable[..., Tensor]
+    target_names: tuple[str, ...]
+
+    def call(self, output: Any, *targets: Tensor) -> Tensor:
+        """The loss; a module's own tensors (class weights) follow the output's dtype, as in float64 comparisons."""
+        if not isinstance(self.function, torch.nn.Module):
+            return self.function(output, *targets)
+        dtype = output.dtype if isinstance(output, Tensor) else None
+        own = {
+            name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            for name, tensor in (*self.function.named_parameters(), *self.function.named_buffers())
+        }
+        return torch.func.functional_call(self.function, own, (output, *targets))
+
+
+def resolve_loss(loss: Any, label_smoothing: float = 0.0) -> Loss:
+    """The loss as a function with named targets.
+
+    Args:
+        loss: one of `NAMES`; a torch.nn loss module; or a function of the output and any number of targets.
+        label_smoothing: for ``"cross_entropy"`` (Szegedy et al., arXiv:1512.00567, section 7).
+
+    Raises:
+        ArgumentTypeError: another loss, or smoothing of another loss than cross entropy.
+    """
+    if isinstance(loss, str):
+        if loss not in _BY_NAME:
+            raise ArgumentTypeError(
+                f"loss is {loss!r}, expected one of: {', '.join(NAMES)}, a loss module or a function"
+            )
+        function = _BY_NAME[loss]
+        if label_smoothing:
+            if loss != "cross_entropy":
+                raise ArgumentTypeError(
+                    f"label_smoothing is {label_smoothing} with loss {loss!r}, expected cross_entropy"
+                )
+            if not 0.0 <= label_smoothing <= 1.0:
+                raise ArgumentTypeError(f"label_smoothing is {label_smoothing}, expected a number from 0 to 1")
+            function = functools.partial(functional.cross_entropy, label_smoothing=label_smoothing)
+        return Loss(function, ("target",))
+    if label_smoothing:
+        raise ArgumentTypeError("label_smoothing is only for loss='cross_entropy'; a loss module has its own")
+    if not callable(loss):
+        raise ArgumentTypeError(f"loss is a {type(loss).__name__}, expected a name, a loss module or a function")
+    called = loss.forward if isinstance(loss, torch.nn.Module) else loss
+    try:
+        parameters = list(inspect.signature(called).parameters.values())
+    except (TypeError, ValueError):
+        return Loss(loss, ("target",))
+    required = [
+        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if not required:
+        raise ArgumentTypeError(f"loss {getattr(loss, '__name__', loss)} takes no output, expected (output, *targets)")
+    return Loss(loss, tuple(p.name for p in required[1:]))

@@ -1,0 +1,320 @@
+"""Optimizer updates as functions of tensors, so that a trace turns them into graph nodes.
+
+Each formula is that of the torch.optim class of the same name (torch 2.13, single-tensor form), with the learning rate
+and the step count as tensors: both are runtime inputs of the exported step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentTypeError
+
+State = dict[str, Tensor]
+UpdateFunction = Callable[[Tensor, Tensor, State, Tensor, Tensor], tuple[Tensor, State]]
+
+
+class Optimizer(Protocol):
+    """What `export_training_step` needs of an optimizer."""
+
+    def initial_state(self, parameter: Tensor) -> State:
+        """The state of a parameter before the first step, by name; may be empty."""
+
+    def update(
+        self, parameter: Tensor, gradient: Tensor, state: State, learning_rate: Tensor, step: Tensor
+    ) -> tuple[Tensor, State]:
+        """New parameter and state. `step` is a 0-d float64 tensor that counts from 1."""
+
+
+def _check(optimizer: Any) -> None:
+    """Refuse hyperparameters that are no numbers, or outside their range."""
+    for field in dataclasses.fields(optimizer):
+        value = getattr(optimizer, field.name)
+        name = f"{type(optimizer).__name__}.{field.name}"
+        if isinstance(field.default, bool):
+            if not isinstance(value, bool):
+                raise ArgumentTypeError(f"{name} is {value!r}, expected True or False")
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+            raise ArgumentTypeError(f"{name} is {value!r}, expected a finite number")
+        if any(v < 0 for v in values):
+            raise ArgumentTypeError(f"{name} is {value!r}, expected no negative number")
+        if field.name == "betas" and (len(values) != 2 or any(v >= 1 for v in values)):
+            raise ArgumentTypeError(f"{name} is {value!r}, expected two numbers in [0, 1)")
+
+
+@dataclass(frozen=True)
+class SGD:
+    """torch.optim.SGD. With momentum, the first step takes the gradient itself as the buffer, without dampening."""
+
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.nesterov and (self.momentum <= 0 or self.dampening != 0):
+            raise ArgumentTypeError("SGD.nesterov needs a momentum above 0 and a dampening of 0")
+
+    def initial_state(self, parameter: Tensor) -> State:
+        return {"momentum_buffer": torch.zeros_like(parameter)} if self.momentum else {}
+
+    def update(
+        self, parameter: Tensor, gradient: Tensor, state: State, learning_rate: Tensor, step: Tensor
+    ) -> tuple[Tensor, State]:
+        gradient = -gradient if self.maximize else gradient
+        if self.weight_decay:
+            gradient = gradient + self.weight_decay * parameter
+        if not self.momentum:
+            return parameter - learning_rate * gradient, {}
+        if self.dampening:
+            # torch starts the buffer with the whole gradient at the first step
+            taken = (1.0 - self.dampening) + self.dampening * (step <= 1).to(gradient.dtype)
+            buffer = self.momentum * state["momentum_buffer"] + taken * gradient
+        else:
+            buffer = self.momentum * state["momentum_buffer"] + gradient  # the buffer starts at zero
+        direction = gradient + self.momentum * buffer if self.nesterov else buffer
+        return parameter - learning_rate * direction, {"momentum_buffer": buffer}
+
+
+def _adam(
+    options: Adam | AdamW, parameter: Tensor, gradient: Tensor, state: State, learning_rate: Tensor, step: Tensor
+) -> tuple[Tensor, State]:
+    """Kingma and Ba, arXiv:1412.6980, algorithm 1; amsgrad: Reddi et al., arXiv:1904.09237."""
+    beta1, beta2 = options.betas
+    average = beta1 * state["exp_avg"] + (1 - beta1) * gradient
+    square = beta2 * state["exp_avg_sq"] + (1 - beta2) * (gradient * gradient)
+    # The powers of beta in float64: at step 1 the second correction is 1 - 0.999, of which float32 keeps 4 digits.
+    first = (1 - _power(beta1, step)).to(parameter.dtype)
+    second = (1 - _power(beta2, step)).sqrt().to(parameter.dtype)
+    new = {"exp_avg": average, "exp_avg_sq": square}
+    largest = square
+    if options.amsgrad:
+        largest = torch.maximum(state["max_exp_avg_sq"], square)
+        new["max_exp_avg_sq"] = largest
+    denominator = largest.sqrt() / second + options.eps
+    return parameter - (learning_rate / first) * (average / denominator), new
+
+
+def _power(base: float, exponent: Tensor) -> Tensor:
+    return torch.exp(exponent * math.log(base)) if base else torch.zeros_like(exponent)
+
+
+def _adam_state(options: Adam | AdamW, parameter: Tensor) -> State:
+    names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if options.amsgrad else ()))
+    return {name: torch.zeros_like(parameter) for name in names}
+
+
+@dataclass(frozen=True)
+class Adam:
+    """torch.optim.Adam; `weight_decay` is added to the gradient."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    amsgrad: bool = False
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def initial_state(self, parameter: Tensor) -> State:
+        return _adam_state(self, parameter)
+
+    def update(
+        self, parameter: Tensor, gradient: Tensor, state: State, learning_rate: Tensor, step: Tensor
+    ) -> tuple[Tensor, State]:
+        gradient = -gradient if self.maximize else gradient
+        if self.weight_decay:
+            gradient = gradient + self.weight_decay * parameter
+        return _adam(self, parameter, gradient, state, learning_rate, step)
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """torch.optim.AdamW: decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101)."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    amsgrad: bool = False
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def initial_state(self, parameter: Tensor) -> State:
+        return _adam_state(self, parameter)
+
+    def update(
+        self, parameter: Tensor, gradient: Tensor, state: State, learning_rate: Tensor, step: Tensor
+    ) -> tuple[Tensor, State]:
+        gradient = -gradient if self.maximize else gradient
+        if self.weight_decay:
+            parameter = parameter * (1 - learning_rate * self.weight_decay)
+        return _adam(self, parameter, gradient, state, learning_rate, step)
+
+
+@dataclass(frozen=True)
+class RMSprop:
+    """torch.optim.RMSprop; centered: Graves, arXiv:1308.0850."""
+
+    alpha: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    centered: bool = False
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def initial_state(self, parameter: Tensor) -> State:
+        names = [
+            "square_avg",
+            *(["grad_avg"] if self.centered else []),
+            *(["momentum_buffer"] if self.momentum else []),
+        ]
+        return {name: torch.zeros_like(parameter) for name in names}
+
+    def update(
+        self, parameter: Tensor, gradient: Tensor, state: State, learning_rate: Tensor, step: Tensor
+    ) -> tuple[Tensor, State]:
+        gradient = -gradient if self.maximize else gradient
+        if self.weight_decay:
+            gradient = gradient + self.weight_decay * parameter
+        square = self.alpha * state["square_avg"] + (1 - self.alpha) * (gradient * gradient)
+        new = {"square_avg": square}
+        variance = square
+        if self.centered:
+            mean = state["grad_avg"] + (1 - self.alpha) * (gradient - state["grad_avg"])
+            new["grad_avg"] = mean
+            variance = square - mean * mean
+        direction = gradient / (variance.sqrt() + self.eps)
+        if self.momentum:
+            direction = self.momentum * state["momentum_buffer"] + direction
+            new["momentum_buffer"] = direction
+        return parameter - learning_rate * direction, new
+
+
+@dataclass(frozen=True)
+class CustomOptimizer:
+    """An update function of your own, in torch operations.
+
+    Attributes:
+        function: (parameter, gradient, state, learning_rate, step) -> (new parameter, new state).
+        state_names: names of the state tensors of a parameter, each of its shape and zero at first.
+    """
+
+    function: UpdateFunction
+    state_names: tuple[str, ...] = ()
+
+    def initial_state(self, parameter: Tensor) -> State:
+        return {name: torch.zeros_like(parameter) for name in self.state_names}
+
+    def update(
+        self, parameter: Tensor, gradient: Tensor, state: State, learning_rate: Tensor, step: Tensor
+    ) -> tuple[Tensor, State]:
+        new, new_state = self.function(parameter, gradient, state, learning_rate, step)
+        if set(new_state) != set(self.state_names):
+            raise ArgumentTypeError(
+                f"the update function returned the state {sorted(new_state)}, expected {sorted(self.state_names)}"
+            )
+        return new, new_state
+
+
+BY_NAME: Mapping[str, Callable[[], Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "rmsprop": RMSprop}
+_TORCH: Mapping[type, type] = {
+    torch.optim.SGD: SGD,
+    torch.optim.Adam: Adam,
+    torch.optim.AdamW: AdamW,
+    torch.optim.RMSprop: RMSprop,
+}
+
+
+@dataclass(frozen=True)
+class ParameterRule:
+    """How one parameter is updated: the optimizer, and a factor on the learning rate input."""
+
+    optimizer: Optimizer
+    learning_rate_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ResolvedOptimizer:
+    """Attributes:
+    rules: by parameter name; parameters without a rule stay as they are.
+    learning_rate: the default of the runtime input.
+    """
+
+    rules: Mapping[str, ParameterRule]
+    learning_rate: float
+
+
+def resolve_optimizer(optimizer: Any, parameters: Mapping[str, Tensor]) -> ResolvedOptimizer:
+    """The optimizer of every parameter.
+
+    Args:
+        optimizer: ``"sgd"``, ``"adam"``, ``"adamw"``, ``"rmsprop"``; an instance of the classes above; an update
+            function; or an instance of the torch.optim class, whose parameter groups are kept.
+        parameters: the trainable ones, by name.
+
+    Raises:
+        ArgumentTypeError: another optimizer, an option that is not supported, or parameters of another module.
+    """
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return _from_torch(optimizer, parameters)
+    if isinstance(optimizer, str):
+        if optimizer.lower() not in BY_NAME:
+            raise ArgumentTypeError(f"optimizer is {optimizer!r}, expected one of: {', '.join(BY_NAME)}")
+        optimizer = BY_NAME[optimizer.lower()]()
+    elif callable(optimizer) and not hasattr(optimizer, "update"):
+        optimizer = CustomOptimizer(cast(UpdateFunction, optimizer))
+    if not callable(getattr(optimizer, "update", None)) or not callable(getattr(optimizer, "initial_state", None)):
+        raise ArgumentTypeError(
+            f"optimizer is a {type(optimizer).__name__}, expected a name ({', '.join(BY_NAME)}), a torch.optim "
+            "instance, an instance of convgrad_export.training's classes, or an update function"
+        )
+    return ResolvedOptimizer(dict.fromkeys(parameters, ParameterRule(optimizer)), 1e-3)
+
+
+def _from_torch(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> ResolvedOptimizer:
+    kind = _TORCH.get(type(optimizer))
+    if kind is None:
+        names = ", ".join(f"torch.optim.{each.__name__}" for each in _TORCH)
+        raise ArgumentTypeError(
+            f"optimizer is a {type(optimizer).__module__}.{type(optimizer).__name__}, expected {names}, or an update "
+            "function"
+        )
+    names_of = {id(tensor): name for name, tensor in parameters.items()}
+    base = float(optimizer.param_groups[0]["lr"])
+    rules = {}
+    for group in optimizer.param_groups:
+        known = {field.name for field in dataclasses.fields(kind)}
+        options = {name: group[name] for name in known if name in group}
+        if "betas" in options:
+            options["betas"] = tuple(float(beta) for beta in cast(Sequence[Any], options["betas"]))
+        if kind is Adam and group.get("decoupled_weight_decay"):
+            raise ArgumentTypeError("optimizer is an Adam with decoupled_weight_decay, expected torch.optim.AdamW")
+        rate = float(group["lr"])
+        if base == 0.0 and rate != 0.0:
+            raise ArgumentTypeError("optimizer: the first group's lr is 0, so the other groups have no ratio to it")
+        rule = ParameterRule(kind(**options), rate / base if base else 1.0)
+        for tensor in group["params"]:
+            if id(tensor) in names_of:
+                rules[names_of[id(tensor)]] = rule
+    if not rules:
+        raise ArgumentTypeError(
+            "optimizer holds none of the module's trainable parameters; it was made for another module"
+        )
+    return ResolvedOptimizer(rules, base)

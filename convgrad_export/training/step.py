@@ -1,0 +1,398 @@
+"""`export_training_step`: forward, loss, backward and optimizer update as one ONNX model."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentTypeError, UnsupportedOperatorError
+from ..integrations import saving
+from ..integrations.arguments import CallArguments, named_tensors
+from ..integrations.capture import _buffer_outputs, _output_names, state_inputs
+from ..integrations.decompositions import onnx_decompositions
+from ..integrations.finishing import BASE_OPSET, check_model, check_opset, finish
+from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
+from ..integrations.report import ExportReport, describe
+from ..integrations.tracing import swapped_tensors, trace_function
+from ..integrations.translation import translate
+from ..lowering import CPU
+from ..selection.policy import AUTO
+from .checkpoint import checkpoint_path, save_checkpoint
+from .losses import Loss, resolve_loss
+from .optimizers import ResolvedOptimizer, resolve_optimizer
+from .randomness import SeededRandomness
+from .verification import verify_step
+
+LEARNING_RATE, SEED, STEP, LOSS = "learning_rate", "seed", "step", "loss"
+GRADIENT_NORM, MICRO_STEP, GRADIENT_SUM = "gradient_norm", "micro_step", "grad_sum"
+METADATA = "convgrad.training"
+
+
+@dataclass
+class TrainingStepReport(ExportReport):
+    """An `ExportReport` with what the step carries from one call to the next.
+
+    Attributes:
+        checkpoint: the safetensors file with the initial state, None when no path was given.
+        state: name of each state input to its initial value.
+        learning_rate: the optimizer's own, a default for the runtime input.
+    """
+
+    checkpoint: Path | None = None
+    state: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the traced step does besides forward and backward."""
+
+    loss: Loss
+    optimizer: ResolvedOptimizer
+    accumulation: int
+    clip_norm: float | None
+    clip_value: float | None
+    return_outputs: bool
+
+
+def export_training_step(
+    module: torch.nn.Module,
+    loss: Any,
+    optimizer: Any,
+    args: Sequence[Any] | Tensor,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    frozen: Sequence[str] = (),
+    dynamic_shapes: Any = None,
+    label_smoothing: float = 0.0,
+    max_grad_norm: float | None = None,
+    max_grad_value: float | None = None,
+    gradient_accumulation: int = 1,
+    return_outputs: bool = False,
+    opset_version: int = BASE_OPSET,
+    verify: bool = True,
+    lowering: str = AUTO,
+    provider: str = CPU,
+    overwrite: bool = False,
+) -> TrainingStepReport:
+    """Export one step of training: loss, gradients, and the optimizer's update, for any onnxruntime build.
+
+    The model's inputs: the batch (the forward's arguments, then the loss's targets), ``learning_rate``, ``seed`` where
+    the forward draws random numbers, and the state: parameters and buffers under their PyTorch names, the optimizer's
+    tensors as ``<parameter>.<name>``, and the int64 counter ``step``. Its outputs: ``loss``, and ``<state>.updated``
+    for each state tensor that changes. `TrainingSession` feeds one back into the other.
+
+    Args:
+        module: in the mode it trains in: in training mode BatchNorm uses the batch's statistics and updates its own.
+        loss: ``"cross_entropy"``, ``"bce_with_logits"``, ``"mse"``, ``"l1"``, ``"huber"``, ``"smooth_l1"``, ``"nll"``,
+            a torch.nn loss module, or a function of the output and any number of targets.
+        optimizer: ``"sgd"``, ``"adam"``, ``"adamw"``, ``"rmsprop"``, an instance of `convgrad_export.training`'s
+            classes, a torch.optim instance (parameter groups are kept), or an update function.
+        args: example batch: the forward's arguments, then the targets.
+        path: the model file; the initial state goes to ``<path without suffix>.checkpoint.safetensors``.
+        frozen: names of parameters, or of modules, that stay as they are; so do those with requires_grad=False.
+        dynamic_shapes: ``{"x": {0: "batch"}, "target": {0: "batch"}}``, or a sequence in the order of `args`.
+        label_smoothing: for ``"cross_entropy"``.
+        max_grad_norm: scale all gradients so that their joint 2-norm is at most this (torch's clip_grad_norm_); the
+            norm before scaling becomes the output ``gradient_norm``.
+        max_grad_value: clamp each element of the gradients to this magnitude, before anything else.
+        gradient_accumulation: number of calls whose gradients are averaged before each update.
+        return_outputs: also return the forward's outputs.
+        opset_version: 13 to 23.
+        verify: run three steps beside float64 eager PyTorch before anything is written.
+        lowering, provider: as in `convgrad_export.export`.
+        overwrite: replace existing files.
+
+    Raises:
+        ArgumentTypeError: a loss, optimizer, name or option that does not exist, or a batch that does not fit.
+        UnsupportedOperatorError: operators without a translation, or that draw random numbers in a way not known here.
+        VerificationError: the model disagrees with PyTorch; nothing was written.
+        CaptureError, ConstantGradientError, DynamicShapeError, OutputExistsError, OutputPathError: as in `export`.
+    """
+    check_opset(opset_version)
+    _check_numbers(max_grad_norm, max_grad_value, gradient_accumulation)
+    target_path = None if path is None else saving.check_path(path, overwrite)
+    if target_path is not None:
+        saving.check_path(checkpoint_path(target_path), overwrite)
+    resolved_loss = resolve_loss(loss, label_smoothing)
+    parameters = _trainable(module, frozen)
+    options = _Options(
+        resolved_loss,
+        resolve_optimizer(optimizer, parameters),
+        gradient_accumulation,
+        max_grad_norm,
+        max_grad_value,
+        return_outputs,
+    )
+    program = _capture(module, args, options, dynamic_shapes, parameters, opset_version)
+    translation = translate(
+        program,
+        lowering=lowering,
+        provider=provider,
+        opset=opset_version,
+        as_inputs=lambda spec: spec.kind != "constant",
+    )
+    model = finish(translation.model, opset=opset_version)
+    state = {spec.name: spec.value.detach() for spec in program.inputs if _is_state(spec, program)}
+    model.metadata_props[METADATA] = _metadata(options, state)
+    report = TrainingStepReport(
+        path=target_path,
+        opset=opset_version,
+        lowerings=translation.choices,
+        model=model,
+        state=state,
+        learning_rate=options.optimizer.learning_rate,
+        **describe(model),
+    )
+    if program.unused:
+        report.notes.append(f"not trained, the loss does not depend on it: {', '.join(program.unused)}")
+    check_model(ir.to_proto(model))
+    if verify:
+        report.errors = verify_step(model, program, state, options.optimizer.learning_rate)
+    if target_path is not None:
+        report.sizes = saving.save(model, target_path)
+        report.checkpoint = save_checkpoint(checkpoint_path(target_path), state, overwrite=overwrite)
+        report.sizes["checkpoint"] = report.checkpoint.stat().st_size
+    return report
+
+
+def _check_numbers(max_grad_norm: Any, max_grad_value: Any, accumulation: Any) -> None:
+    for name, value in (("max_grad_norm", max_grad_norm), ("max_grad_value", max_grad_value)):
+        if value is not None and not (isinstance(value, (int, float)) and value > 0):
+            raise ArgumentTypeError(f"{name} is {value!r}, expected a number above 0 or None")
+    if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
+        raise ArgumentTypeError(f"gradient_accumulation is {accumulation!r}, expected an integer of at least 1")
+
+
+def _trainable(module: torch.nn.Module, frozen: Sequence[str]) -> dict[str, Tensor]:
+    """Parameters that are updated, by name; a frozen module's parameters are frozen."""
+    if isinstance(frozen, str):
+        raise ArgumentTypeError(f"frozen is {frozen!r}, expected a sequence of names")
+    parameters = dict(module.named_parameters())
+    modules = {name for name, _ in module.named_modules() if name}
+    every_name = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    unknown = [name for name in frozen if name not in every_name and name not in modules]
+    if unknown:
+        raise ArgumentTypeError(
+            f"frozen names no parameter and no submodule of {type(module).__name__}: {', '.join(unknown)}"
+        )
+    fixed = {
+        id(tensor)
+        for name, tensor in module.named_parameters(remove_duplicate=False)
+        if any(name == f or name.startswith(f"{f}.") for f in frozen)
+    }
+    trainable: dict[str, Tensor] = {
+        name: tensor
+        for name, tensor in parameters.items()
+        if tensor.requires_grad and tensor.is_floating_point() and id(tensor) not in fixed
+    }
+    if not trainable:
+        raise ArgumentTypeError(f"{type(module).__name__} has no parameter left to train")
+    return trainable
+
+
+def _split(module: torch.nn.Module, args: Sequence[Any] | Tensor, loss: Loss) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """The forward's arguments and the targets."""
+    values = (args,) if isinstance(args, Tensor) else tuple(args)
+    count = len(loss.target_names)
+    if len(values) < count + 1:
+        needed = ", ".join(loss.target_names)
+        raise ArgumentTypeError(
+            f"args has {len(values)} values, expected {type(module).__name__}.forward's arguments followed by the "
+            f"loss's {count} target(s): {needed}"
+        )
+    inputs, targets = values[: len(values) - count], list(values[len(values) - count :])
+    if strange := [type(t).__name__ for t in targets if not isinstance(t, Tensor)]:
+        raise ArgumentTypeError(f"args ends with {', '.join(strange)}, expected tensors for the loss's targets")
+    try:
+        inspect.signature(module.forward).bind(*inputs)
+    except TypeError as error:
+        raise ArgumentTypeError(
+            f"args: {type(module).__name__}.forward does not take the first {len(inputs)} of {len(values)} values, the "
+            f"rest being the loss's targets ({', '.join(loss.target_names) or 'none'}): {error}"
+        ) from error
+    return inputs, targets
+
+
+def _capture(
+    module: torch.nn.Module,
+    args: Sequence[Any] | Tensor,
+    options: _Options,
+    dynamic_shapes: Any,
+    parameters: Mapping[str, Tensor],
+    opset: int,
+) -> CapturedProgram:
+    inputs, targets = _split(module, args, options.loss)
+    arguments = CallArguments(module, inputs, None)
+    state = state_inputs(module)
+    own_shapes, target_shapes = _split_shapes(arguments, options.loss, dynamic_shapes)
+    batch = arguments.inputs(state, own_shapes)
+    labels = named_tensors(dict(zip(options.loss.target_names, targets, strict=True)), target_shapes, (*state, *batch))
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
+    rate = GraphInput(LEARNING_RATE, "user", torch.tensor(options.optimizer.learning_rate, dtype=dtype))
+    seed = GraphInput(SEED, "user", torch.tensor(0, dtype=torch.int64))
+    extra = _optimizer_inputs(parameters, options)
+    specs = (*batch, *labels, rate, seed, *state, *extra)
+    if clash := [name for name in (LEARNING_RATE, SEED, STEP, LOSS) if sum(s.name == name for s in specs) > 1]:
+        raise ArgumentTypeError(f"the module or its forward already uses the name(s) {', '.join(clash)}: rename them")
+    unused: list[str] = []
+    draws: list[int] = []
+
+    def traced(values: Mapping[str, Tensor]) -> list[TracedOutput]:
+        leaves = {name: values[name].detach().requires_grad_() for name in parameters}
+        tensors = {s.name: leaves.get(s.name, values[s.name].detach()) for s in state if s.kind == "parameter"}
+        tensors.update({s.name: values[s.name].clone() for s in state if s.kind == "buffer"})
+        # the seed is no input of a step that draws nothing
+        random = SeededRandomness(values.get(SEED, torch.zeros_like(values[STEP])), values[STEP])
+        with swapped_tensors(module, state, tensors), random:
+            result = arguments.call(module, values)
+            value = options.loss.call(result, *(values[s.name] for s in labels))
+        draws[:] = [random.draws]
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ArgumentTypeError(f"loss must return a tensor with one element, got {got}")
+        value = value.reshape(())
+        gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        found = {n: g for n, g in zip(leaves, gradients, strict=True) if g is not None}
+        unused[:] = [name for name in leaves if name not in found]
+        outputs = [TracedOutput(GraphOutput(LOSS, "value"), value.detach())]
+        if options.return_outputs:
+            flat = torch.utils._pytree.tree_leaves(result)
+            names = _output_names(result, flat)
+            outputs += [TracedOutput(GraphOutput(n, "output"), t) for n, t in zip(names, flat, strict=True)]
+        with torch.no_grad():
+            outputs += _update(found, values, options)
+        return outputs + _buffer_outputs(state, tensors)
+
+    program = trace_function(traced, specs, decompositions=onnx_decompositions(opset))
+    program.unused = tuple(unused)
+    _refuse_randomness(program)
+    if not draws[0]:
+        _drop_input(program, SEED)
+    return program
+
+
+def _split_shapes(arguments: CallArguments, loss: Loss, dynamic_shapes: Any) -> tuple[Any, Any]:
+    if dynamic_shapes is None or isinstance(dynamic_shapes, Mapping):
+        named = dict(dynamic_shapes or {})
+        targets = {name: named.pop(name) for name in loss.target_names if name in named}
+        return named or None, targets or None
+    count = len(loss.target_names)
+    shapes = tuple(dynamic_shapes)
+    return (shapes[: len(shapes) - count], shapes[len(shapes) - count :]) if count else (shapes, None)
+
+
+def _optimizer_inputs(parameters: Mapping[str, Tensor], options: _Options) -> list[GraphInput]:
+    """State of the optimizer and of the accumulation, zero at first."""
+    result = [GraphInput(STEP, "buffer", torch.zeros((), dtype=torch.int64))]
+    if options.accumulation > 1:
+        result.append(GraphInput(MICRO_STEP, "buffer", torch.zeros((), dtype=torch.int64)))
+    for name, tensor in parameters.items():
+        rule = options.optimizer.rules.get(name)
+        if rule is None:
+            continue
+        if options.accumulation > 1:
+            result.append(GraphInput(f"{name}.{GRADIENT_SUM}", "buffer", torch.zeros_like(tensor.detach())))
+        for key, value in rule.optimizer.initial_state(tensor.detach()).items():
+            result.append(GraphInput(f"{name}.{key}", "buffer", value))
+    return result
+
+
+def _update(gradients: Mapping[str, Tensor], values: Mapping[str, Tensor], options: _Options) -> list[TracedOutput]:
+    """New parameters and optimizer state."""
+    outputs: list[TracedOutput] = []
+
+    def put(name: str, tensor: Tensor) -> None:
+        outputs.append(TracedOutput(GraphOutput(f"{name}.updated", "buffer", name), tensor))
+
+    gradients = {name: g for name, g in gradients.items() if name in options.optimizer.rules}
+    due: Tensor | None = None
+    if options.accumulation > 1:
+        micro = values[MICRO_STEP] + 1
+        due = micro >= options.accumulation
+        put(MICRO_STEP, torch.where(due, torch.zeros_like(micro), micro))
+        sums = {name: values[f"{name}.{GRADIENT_SUM}"] + g for name, g in gradients.items()}
+        for name, total in sums.items():
+            put(f"{name}.{GRADIENT_SUM}", torch.where(due, torch.zeros_like(total), total))
+        gradients = {name: total / options.accumulation for name, total in sums.items()}
+    if options.clip_value is not None:
+        gradients = {name: g.clamp(-options.clip_value, options.clip_value) for name, g in gradients.items()}
+    if options.clip_norm is not None:
+        norm = torch.stack([(g * g).sum() for g in gradients.values()]).sum().sqrt()
+        factor = torch.clamp(options.clip_norm / (norm + 1e-6), max=1.0)  # torch's clip_grad_norm_
+        gradients = {name: g * factor for name, g in gradients.items()}
+        outputs.append(TracedOutput(GraphOutput(GRADIENT_NORM, "output"), norm))
+    step = values[STEP] + 1
+    put(STEP, step if due is None else torch.where(due, step, values[STEP]))
+    count = step.to(torch.float64)
+    for name, gradient in gradients.items():
+        rule = options.optimizer.rules[name]
+        parameter = values[name].detach()
+        names = rule.optimizer.initial_state(parameter)
+        old = {key: values[f"{name}.{key}"] for key in names}
+        rate = values[LEARNING_RATE].to(parameter.dtype)
+        if rule.learning_rate_scale != 1.0:
+            rate = rate * rule.learning_rate_scale
+        new, new_state = rule.optimizer.update(parameter, gradient, old, rate, count)
+        put(name, new if due is None else torch.where(due, new, parameter))
+        for key, tensor in new_state.items():
+            put(f"{name}.{key}", tensor if due is None else torch.where(due, tensor, old[key]))
+    return outputs
+
+
+def _refuse_randomness(program: CapturedProgram) -> None:
+    random = sorted(
+        {
+            f"{node.target} (called by {node.meta.get('nn_module_path') or 'the top module'})"
+            for node in program.graph_module.graph.nodes
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        }
+    )
+    if random:
+        raise UnsupportedOperatorError(
+            "a training step draws its random numbers from the seed input, which is not possible for "
+            f"{', '.join(random)}. Use dropout, bernoulli, rand or rand_like, or pass the random tensor as an argument."
+        )
+
+
+def _drop_input(program: CapturedProgram, name: str) -> None:
+    """Remove an input that nothing reads."""
+    placeholders = [node for node in program.graph_module.graph.nodes if node.op == "placeholder"]
+    kept = []
+    for node, spec in zip(placeholders, program.inputs, strict=True):
+        if spec.name == name and not node.users:
+            program.graph_module.graph.erase_node(node)
+        else:
+            kept.append(spec)
+    program.inputs = tuple(kept)
+    program.graph_module.recompile()
+
+
+def _is_state(spec: GraphInput, program: CapturedProgram) -> bool:
+    return spec.kind in ("parameter", "buffer")
+
+
+def _metadata(options: _Options, state: Mapping[str, Tensor]) -> str:
+    import json
+
+    trained = sorted(options.optimizer.rules)
+    return json.dumps(
+        {
+            "version": 1,
+            "learning_rate": options.optimizer.learning_rate,
+            "accumulation": options.accumulation,
+            "targets": [re.sub(r"\s", "", name) for name in options.loss.target_names],
+            "state": sorted(state),
+            "trained": trained,
+        },
+        sort_keys=True,
+    )

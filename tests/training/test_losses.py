@@ -1,0 +1,146 @@
+"""Every loss by itself: value and gradients through an exported SGD step, in float64 against PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import convgrad_export as cg
+from convgrad_export.training.losses import NAMES
+
+from .parity import assert_same_training, batches, short, small_network
+
+GENERATOR = torch.Generator().manual_seed(3)
+
+
+def with_targets(kind: str) -> list[tuple[Tensor, Tensor]]:
+    """Batches whose targets suit the loss: class indices, probabilities, ..."""
+    data = []
+    for x, labels in batches(3):
+        shape = (x.shape[0], 5)
+        if kind == "classes":
+            target: Any = labels
+        elif kind == "ignored":
+            target = labels.clone()
+            target[::2] = -100
+        elif kind == "probabilities":
+            target = torch.softmax(torch.randn(shape, generator=GENERATOR, dtype=torch.float64), 1)
+        elif kind == "bits":
+            target = torch.randint(0, 2, shape, generator=GENERATOR).double()
+        elif kind == "signs":
+            target = torch.randint(0, 2, shape, generator=GENERATOR).double() * 2 - 1
+        elif kind == "multilabel":
+            target = torch.stack([torch.randperm(5, generator=GENERATOR) for _ in range(x.shape[0])])
+            target[:, 2] = -1
+        else:
+            target = torch.randn(shape, generator=GENERATOR, dtype=torch.float64)
+        data.append((x, target))
+    return data
+
+
+WEIGHT = torch.tensor([0.5, 2.0, 1.0, 3.0, 0.25], dtype=torch.float64)
+LOSSES: list[tuple[Any, Callable[..., Tensor], str]] = [
+    ("cross_entropy", functional.cross_entropy, "classes"),
+    ("cross_entropy", functional.cross_entropy, "ignored"),
+    ("cross_entropy", functional.cross_entropy, "probabilities"),
+    ("bce_with_logits", functional.binary_cross_entropy_with_logits, "bits"),
+    ("mse", functional.mse_loss, "values"),
+    ("l1", functional.l1_loss, "values"),
+    ("huber", functional.huber_loss, "values"),
+    ("smooth_l1", functional.smooth_l1_loss, "values"),
+    *(
+        (module, module, kind)
+        for module, kind in [
+            (nn.CrossEntropyLoss(weight=WEIGHT), "classes"),
+            (nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.2, ignore_index=1), "classes"),
+            (nn.CrossEntropyLoss(reduction="sum"), "classes"),
+            (nn.CrossEntropyLoss(label_smoothing=0.3), "probabilities"),
+            (nn.BCEWithLogitsLoss(weight=WEIGHT, pos_weight=WEIGHT), "bits"),
+            (nn.MSELoss(reduction="sum"), "values"),
+            (nn.HuberLoss(delta=0.3), "values"),
+            (nn.SmoothL1Loss(beta=0.2), "values"),
+            (nn.KLDivLoss(reduction="batchmean"), "probabilities"),
+            (nn.KLDivLoss(reduction="sum", log_target=True), "values"),
+            (nn.PoissonNLLLoss(), "bits"),
+            (nn.SoftMarginLoss(), "signs"),
+            (nn.MultiLabelSoftMarginLoss(), "bits"),
+            (nn.HingeEmbeddingLoss(), "signs"),
+            (nn.MultiMarginLoss(), "classes"),
+            (nn.MultiMarginLoss(p=2, weight=WEIGHT), "classes"),
+            (nn.MultiLabelMarginLoss(), "multilabel"),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("loss", "reference", "targets"), LOSSES, ids=short)
+def test_loss_and_gradients_follow_pytorch(loss: Any, reference: Callable[..., Tensor], targets: str) -> None:
+    assert_same_training(
+        small_network(), loss, reference, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), with_targets(targets)
+    )
+
+
+def test_nll_after_log_softmax() -> None:
+    module = nn.Sequential(*small_network(), nn.LogSoftmax(1))
+    assert_same_training(module, "nll", functional.nll_loss, lambda p: torch.optim.SGD(p, lr=0.1), batches(3))
+
+
+def test_label_smoothing() -> None:
+    assert_same_training(
+        small_network(),
+        "cross_entropy",
+        lambda output, target: functional.cross_entropy(output, target, label_smoothing=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        batches(3),
+        label_smoothing=0.1,
+    )
+
+
+def test_per_pixel_cross_entropy() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 5, 1)).double()
+    data = [(x, torch.randint(0, 5, (x.shape[0], 8, 8), generator=GENERATOR)) for x, _ in batches(3)]
+    assert_same_training(module, "cross_entropy", functional.cross_entropy, lambda p: torch.optim.SGD(p, lr=0.5), data)
+
+
+def test_a_function_of_several_targets() -> None:
+    def weighted(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        return ((output - target) ** 2 * weight).mean()
+
+    module, (x, _) = small_network(), batches(1)[0]
+    target, weight = torch.randn(6, 5, dtype=torch.float64), torch.rand(6, 5, dtype=torch.float64)
+    report = cg.export_training_step(module, weighted, "sgd", (x, target, weight))
+    assert list(report.inputs)[:3] == ["input", "target", "weight"]
+    session = cg.TrainingSession(report.model, report.state)
+    loss = session.step(input=x.numpy(), target=target.numpy(), weight=weight.numpy())["loss"]
+    assert loss == pytest.approx(weighted(module(x), target, weight).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        ("dice", {}, "expected one of: cross_entropy"),
+        (3.0, {}, "expected a name"),
+        ("mse", {"label_smoothing": 0.1}, "cross_entropy"),
+        ("cross_entropy", {"label_smoothing": 1.5}, "from 0 to 1"),
+        (nn.CrossEntropyLoss(), {"label_smoothing": 0.1}, "has its own"),
+        (nn.MSELoss(reduction="none"), {}, "one element"),
+        (lambda: 0, {}, "takes no output"),
+    ],
+    ids=short,
+)
+def test_losses_that_cannot_be_are_refused(loss: Any, options: dict[str, Any], message: str) -> None:
+    x, _ = batches(1)[0]
+    target = torch.zeros(6, 5, dtype=torch.float64)
+    with pytest.raises(cg.ConvGradError, match=message):
+        cg.export_training_step(small_network(), loss, "sgd", (x, target), **options)
+
+
+def test_every_named_loss_is_tested_above() -> None:
+    tested = {loss for loss, *_ in LOSSES if isinstance(loss, str)} | {"nll"}
+    assert tested == set(NAMES)

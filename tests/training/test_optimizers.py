@@ -1,0 +1,187 @@
+"""Every optimizer and option by itself: exported steps in float64 against torch.optim."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import convgrad_export as cg
+from convgrad_export.training import SGD, Adam, AdamW, CustomOptimizer, RMSprop
+
+from .parity import assert_same_training, batches, short, small_network
+
+OPTIONS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
+    (torch.optim.SGD, {"lr": 0.1}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.8, "dampening": 0.3}),
+    (torch.optim.SGD, {"lr": 0.01, "maximize": True}),
+    (torch.optim.Adam, {"lr": 0.01}),
+    (torch.optim.Adam, {"lr": 0.01, "betas": (0.7, 0.95), "eps": 1e-5, "weight_decay": 0.1}),
+    (torch.optim.Adam, {"lr": 0.01, "amsgrad": True, "maximize": True}),
+    (torch.optim.AdamW, {"lr": 0.01}),
+    (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.3, "amsgrad": True}),
+    (torch.optim.RMSprop, {"lr": 0.01}),
+    (torch.optim.RMSprop, {"lr": 0.01, "alpha": 0.9, "momentum": 0.5, "weight_decay": 0.05}),
+    (torch.optim.RMSprop, {"lr": 0.01, "centered": True, "maximize": True}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIONS, ids=short)
+def test_updates_follow_torch_optim(kind: type, options: dict[str, Any]) -> None:
+    assert_same_training(
+        small_network(), "cross_entropy", functional.cross_entropy, lambda p: kind(p, **options), batches(5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("sgd", lambda p: torch.optim.SGD(p, lr=1e-3)),
+        ("AdamW", lambda p: torch.optim.AdamW(p, lr=1e-3)),
+        (SGD(momentum=0.9), lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9)),
+        (Adam(), lambda p: torch.optim.Adam(p, lr=1e-3)),
+        (AdamW(weight_decay=0.2), lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.2)),
+        (RMSprop(centered=True), lambda p: torch.optim.RMSprop(p, lr=1e-3, centered=True)),
+    ],
+    ids=short,
+)
+def test_own_classes_and_names_are_the_same_optimizers(ours: Any, theirs: Any) -> None:
+    assert_same_training(small_network(), "cross_entropy", functional.cross_entropy, theirs, batches(3), optimizer=ours)
+
+
+def test_parameter_groups_keep_their_options_and_learning_rates() -> None:
+    module = small_network()
+
+    def optimizer(_parameters: Any, of: nn.Module = module) -> torch.optim.Optimizer:
+        convolutions = [p for p in of.parameters() if p.dim() == 4]
+        others = [p for p in of.parameters() if p.dim() != 4]
+        groups = [{"params": convolutions, "lr": 0.1, "momentum": 0.9}, {"params": others, "weight_decay": 0.02}]
+        return torch.optim.SGD(groups, lr=0.05)
+
+    eager = copy.deepcopy(module)
+    data = batches(4)
+    report = cg.export_training_step(module, "cross_entropy", optimizer(None), data[0])
+    session = cg.TrainingSession(report.model, report.state)
+    theirs = optimizer(None, eager)
+    for x, y in data:
+        session.step(x.numpy(), y.numpy())
+        theirs.zero_grad()
+        functional.cross_entropy(eager(x), y).backward()
+        theirs.step()
+    for name, value in eager.named_parameters():
+        torch.testing.assert_close(torch.from_numpy(session.state()[name]), value.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_a_custom_update_function_with_state() -> None:
+    """Lion (Chen et al., arXiv:2302.06675), which torch does not have."""
+
+    def lion(parameter, gradient, state, learning_rate, step):
+        direction = torch.sign(0.9 * state["momentum"] + 0.1 * gradient)
+        return parameter - learning_rate * direction, {"momentum": 0.99 * state["momentum"] + 0.01 * gradient}
+
+    module = small_network()
+    data = batches(3)
+    report = cg.export_training_step(module, "cross_entropy", CustomOptimizer(lion, ("momentum",)), data[0])
+    session = cg.TrainingSession(report.model, report.state, learning_rate=0.01)
+    momentum = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+    for x, y in data:
+        session.step(x.numpy(), y.numpy())
+        module.zero_grad()
+        functional.cross_entropy(module(x), y).backward()
+        with torch.no_grad():
+            for name, p in module.named_parameters():
+                new, state = lion(p, p.grad, {"momentum": momentum[name]}, 0.01, 1)
+                p.copy_(new)
+                momentum[name] = state["momentum"]
+    for name, value in module.named_parameters():
+        torch.testing.assert_close(torch.from_numpy(session.state()[name]), value.detach(), rtol=1e-8, atol=1e-8)
+
+
+def test_the_learning_rate_is_a_runtime_input() -> None:
+    module, data = small_network(), batches(3)
+    eager = copy.deepcopy(module)
+    report = cg.export_training_step(module, "cross_entropy", "sgd", data[0])
+    session = cg.TrainingSession(report.model, report.state)
+    for rate, (x, y) in zip((0.5, 0.0, 0.125), data, strict=True):
+        session.step(x.numpy(), y.numpy(), learning_rate=rate)
+        optimizer = torch.optim.SGD(eager.parameters(), lr=rate)
+        optimizer.zero_grad()
+        functional.cross_entropy(eager(x), y).backward()
+        optimizer.step()
+    for name, value in eager.named_parameters():
+        torch.testing.assert_close(torch.from_numpy(session.state()[name]), value.detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", [0.05, 100.0])
+def test_gradients_are_clipped_by_norm(norm: float) -> None:
+    session = assert_same_training(
+        small_network(),
+        "cross_entropy",
+        functional.cross_entropy,
+        lambda p: torch.optim.SGD(p, lr=0.5),
+        batches(4),
+        before_update=lambda module: torch.nn.utils.clip_grad_norm_(module.parameters(), norm),
+        max_grad_norm=norm,
+    )
+    assert session.step(*(value.numpy() for value in batches(1)[0]))["gradient_norm"] > 0
+
+
+def test_gradients_are_clipped_by_value() -> None:
+    assert_same_training(
+        small_network(),
+        "cross_entropy",
+        functional.cross_entropy,
+        lambda p: torch.optim.Adam(p, lr=0.01),
+        batches(4),
+        before_update=lambda module: torch.nn.utils.clip_grad_value_(module.parameters(), 1e-3),
+        max_grad_value=1e-3,
+    )
+
+
+def test_gradients_accumulate_over_several_calls() -> None:
+    session = assert_same_training(
+        small_network(),
+        "cross_entropy",
+        functional.cross_entropy,
+        lambda p: torch.optim.AdamW(p, lr=0.01),
+        batches(6),
+        gradient_accumulation=3,
+    )
+    assert session.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ("lamb", "expected one of: sgd"),
+        (3, "expected a name"),
+        (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), "another module"),
+        (torch.optim.Adagrad(small_network().parameters()), "torch.optim.SGD"),
+    ],
+    ids=short,
+)
+def test_other_optimizers_are_refused(optimizer: Any, message: str) -> None:
+    with pytest.raises(cg.ConvGradError, match=message):
+        cg.export_training_step(small_network(), "cross_entropy", optimizer, batches(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (SGD, {"momentum": -1}),
+        (SGD, {"nesterov": True}),
+        (Adam, {"betas": (0.9, 1.0)}),
+        (AdamW, {"eps": "small"}),
+        (RMSprop, {"alpha": float("nan")}),
+        (SGD, {"maximize": 1}),
+    ],
+)
+def test_hyperparameters_out_of_range_are_refused(kind: type, options: dict[str, Any]) -> None:
+    with pytest.raises(cg.ConvGradError, match=next(iter(options))):
+        kind(**options)
