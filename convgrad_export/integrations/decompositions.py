@@ -393,7 +393,7 @@ def _needs_float64(value: Any, dtype: torch.dtype | None) -> bool:
 
 def full(size: list[int], fill_value: Any, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
     """The translation writes the value as float32 first: in float64, one times the value instead."""
-    if not _needs_float64(fill_value, dtype):
+    if not _needs_float64(fill_value, dtype) and not options.get("exact"):
         return NotImplemented
     return aten.ones.default(size, dtype=torch.float64, device=options.get("device")) * fill_value
 
@@ -403,6 +403,17 @@ def full_like(x: Tensor, fill_value: Any, *, dtype: torch.dtype | None = None, *
     if not _needs_float64(fill_value, dtype or x.dtype):
         return NotImplemented
     return aten.ones.default(list(x.shape), dtype=torch.float64, device=x.device) * fill_value
+
+
+def clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    """The translation rounds float64 limits to float32."""
+    if not (_needs_float64(min, x.dtype) or _needs_float64(max, x.dtype)):
+        return NotImplemented
+    if min is not None:
+        x = torch.maximum(x, full([], float(min), dtype=x.dtype, device=x.device, exact=True))
+    if max is not None:
+        x = torch.minimum(x, full([], float(max), dtype=x.dtype, device=x.device, exact=True))
+    return x
 
 
 def scalar_tensor(value: Any, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
@@ -440,6 +451,7 @@ OWN: Table = {
     aten.mv.default: matrix_vector,
     aten.full.default: full,
     aten.full_like.default: full_like,
+    aten.clamp.default: clamp,
     aten.scalar_tensor.default: scalar_tensor,
     aten._weight_norm_interface.default: weight_norm_interface,
     aten._weight_norm_interface_backward.default: weight_norm_interface_backward,

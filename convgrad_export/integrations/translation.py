@@ -154,7 +154,7 @@ def _scalar_tensor(s: Any, dtype: int = 1, **_: Any) -> Any:
     """A 0-d constant in its own type; torch.onnx's translation goes through float32."""
     wanted = ir.DataType(dtype if dtype > 0 else 1)
     if isinstance(s, (int, float, bool)):
-        return op.Constant(value=ir.tensor(s, dtype=wanted))
+        return op.Constant(value=ir.to_proto(ir.tensor(s, dtype=wanted)))
     return op.Cast(s, to=int(wanted))
 
 

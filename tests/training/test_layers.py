@@ -95,6 +95,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 NO_FLOAT64 = {
     *("local_response_norm", "avg_pool", "avg_pool_exclusive", "avg_pool1d", "avg_pool3d", "lp_pool"),
     "activation_GELU",
+    "activation_Hardsigmoid",  # PyTorch's own float64 kernel has 1/6 in float32
 }
 
 
