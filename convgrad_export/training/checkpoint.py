@@ -119,8 +119,14 @@ def check_matches(
     Raises:
         ModelFileError: names, shapes or dtypes differ; all of them are listed.
     """
-    problems = [f"missing: {name}" for name in expected if name not in arrays]
-    problems += [f"unknown: {name}" for name in arrays if name not in expected]
+    problems = [
+        f"{kind}: {', '.join(names[:12])}{f' and {len(names) - 12} more' if len(names) > 12 else ''}"
+        for kind, names in (
+            ("missing", [name for name in expected if name not in arrays]),
+            ("unknown", [name for name in arrays if name not in expected]),
+        )
+        if names
+    ]
     for name, (dtype, shape) in expected.items():
         if name in arrays and (str(arrays[name].dtype) != dtype or tuple(arrays[name].shape) != tuple(shape)):
             got = f"{arrays[name].dtype} {tuple(arrays[name].shape)}"

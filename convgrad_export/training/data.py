@@ -1,0 +1,66 @@
+"""Arrays to train and test on, and the order they are visited in."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import ModelFileError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Inputs and targets, first axis the sample; the test part may be empty."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    test_inputs: np.ndarray
+    test_targets: np.ndarray
+
+    def batches(self, size: int, epoch: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Whole batches of one epoch in an order that (seed, epoch) decides; the remainder is left out."""
+        order = np.random.default_rng([seed, epoch]).permutation(len(self.targets))
+        for start in range(0, len(order) - size + 1, size):
+            chosen = order[start : start + size]
+            yield self.inputs[chosen], self.targets[chosen]
+
+
+def read_dataset(path: str | os.PathLike[str], test_share: float = 0.2) -> Dataset:
+    """A dataset from an ``.npz`` file with ``x`` and ``y``, and optionally ``x_test`` and ``y_test``.
+
+    Without the last two, every n-th sample is for testing. float64 inputs become float32, integer targets int64.
+
+    Raises:
+        ModelFileError: no readable npz, missing arrays, pickled objects, or numbers of samples that differ.
+    """
+    source = Path(path)
+    try:
+        with np.load(source, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ModelFileError(f"data {source} cannot be read as .npz without pickled objects: {error}") from error
+    if missing := [name for name in ("x", "y") if name not in arrays]:
+        raise ModelFileError(f"data {source} holds {sorted(arrays)}, expected x and y; missing: {', '.join(missing)}")
+    arrays = {name: _plain(array) for name, array in arrays.items()}
+    for first, second in (("x", "y"), ("x_test", "y_test")):
+        if first in arrays and len(arrays[first]) != len(arrays.get(second, ())):
+            count = len(arrays.get(second, ()))
+            raise ModelFileError(f"data {source}: {first} has {len(arrays[first])} samples and {second} {count}")
+    if "x_test" in arrays:
+        return Dataset(arrays["x"], arrays["y"], arrays["x_test"], arrays["y_test"])
+    every = max(2, round(1 / test_share))
+    test = np.arange(len(arrays["y"])) % every == every - 1
+    return Dataset(arrays["x"][~test], arrays["y"][~test], arrays["x"][test], arrays["y"][test])
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.float64:
+        return array.astype(np.float32)
+    if array.dtype.kind in "iub":
+        return array.astype(np.int64)
+    return array

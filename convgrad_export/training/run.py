@@ -1,0 +1,210 @@
+"""`convgrad train`: export a step, train on onnxruntime, compare with PyTorch, report."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import ArgumentTypeError
+from ..integrations.onnx_export import export
+from ..runtime.session import GradientSession
+from .comparison import LossCurves, train_with_pytorch
+from .data import Dataset
+from .losses import resolve_loss
+from .session import TrainingSession
+from .step import export_training_step
+
+TORCH_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+}
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What to train with. `compared_steps` of PyTorch's own run are compared step by step; 0 leaves PyTorch out."""
+
+    loss: str = "cross_entropy"
+    optimizer: str = "adamw"
+    learning_rate: float = 2e-3
+    epochs: int = 15
+    batch_size: int = 32
+    seed: int = 0
+    threads: int | None = None
+    compared_steps: int = 100
+    overwrite: bool = False
+
+
+@dataclass
+class TrainingResult:
+    """What came out; accuracies are None for losses that have no classes."""
+
+    steps: int
+    losses: list[float]
+    epoch_accuracy: list[float]
+    seconds: float
+    accuracy: float | None
+    torch_losses: list[float]
+    torch_seconds: float
+    torch_accuracy: float | None
+    curves: LossCurves | None
+    files: dict[str, Path]
+
+
+def load_module(name: str) -> torch.nn.Module:
+    """``"package.module:Name"``: a torch.nn.Module, or a class or function that gives one when called.
+
+    Raises:
+        ArgumentTypeError: no such module or name, or it gives something else.
+    """
+    place, separator, attribute = name.partition(":")
+    if not separator or not place or not attribute:
+        raise ArgumentTypeError(f"module is {name!r}, expected package.module:Name")
+    try:
+        found = importlib.import_module(place)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ArgumentTypeError(f"module {name!r} cannot be imported: {error}") from error
+    made: Any = found if isinstance(found, torch.nn.Module) else found() if callable(found) else found
+    if not isinstance(made, torch.nn.Module):
+        raise ArgumentTypeError(f"module {name!r} is a {type(made).__name__}, expected a torch.nn.Module")
+    return made
+
+
+def train(
+    module: torch.nn.Module,
+    data: Dataset,
+    folder: Path,
+    settings: TrainingSettings,
+    progress: Callable[[int, int, float], None] = lambda step, total, loss: None,
+) -> TrainingResult:
+    """Train `module` on onnxruntime; the arguments' files are written to `folder`.
+
+    ``step.onnx`` and ``step.checkpoint.safetensors`` are the exported step and its initial state,
+    ``trained.safetensors`` the last state, and ``trained.onnx`` the network for inference.
+
+    Raises:
+        ArgumentTypeError: fewer samples than a batch, or an unknown loss or optimizer.
+    """
+    per_epoch = len(data.targets) // settings.batch_size
+    if per_epoch == 0:
+        raise ArgumentTypeError(
+            f"the data has {len(data.targets)} samples, fewer than a batch of {settings.batch_size}"
+        )
+    if settings.optimizer not in TORCH_OPTIMIZERS:
+        raise ArgumentTypeError(f"optimizer is {settings.optimizer!r}, expected one of: {', '.join(TORCH_OPTIMIZERS)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    make_optimizer = lambda parameters: TORCH_OPTIMIZERS[settings.optimizer](parameters, lr=settings.learning_rate)  # noqa: E731
+    module = module.train()
+    loss = resolve_loss(settings.loss)
+    example = tuple(torch.from_numpy(a) for a in next(data.batches(settings.batch_size, 0, settings.seed)))
+    export_training_step(
+        module,
+        settings.loss,
+        make_optimizer(module.parameters()),
+        example,
+        folder / "step.onnx",
+        dynamic_shapes=({0: "batch"}, {0: "batch"}),
+        overwrite=settings.overwrite,
+    )
+    session = TrainingSession(folder / "step.onnx", threads=settings.threads, seed=settings.seed)
+    evaluator = _Evaluator(module, data, settings)
+    order = [
+        batch for epoch in range(settings.epochs) for batch in data.batches(settings.batch_size, epoch, settings.seed)
+    ]
+    losses: list[float] = []
+    accuracies: list[float] = []
+    started = time.perf_counter()
+    evaluating = 0.0
+    for number, batch in enumerate(order, 1):
+        losses.append(session.step(*batch)["loss"])
+        progress(number, len(order), losses[-1])
+        if number % per_epoch == 0 and evaluator.has_classes:
+            before = time.perf_counter()
+            accuracies.append(evaluator.accuracy(session.state_dict()))
+            evaluating += time.perf_counter() - before
+    seconds = time.perf_counter() - started - evaluating
+    files = {"step": folder / "step.onnx", "initial state": folder / "step.checkpoint.safetensors"}
+    files["trained state"] = session.save(folder / "trained.safetensors", overwrite=settings.overwrite)
+    files["trained network"] = evaluator.export(session.state_dict(), folder / "trained.onnx", settings.overwrite)
+    result = TrainingResult(
+        len(order), losses, accuracies, seconds, accuracies[-1] if accuracies else None, [], 0.0, None, None, files
+    )
+    if settings.compared_steps:
+        _compare(result, module, loss, make_optimizer, order, evaluator, settings)
+    return result
+
+
+def _compare(
+    result: TrainingResult,
+    module: torch.nn.Module,
+    loss: Any,
+    make_optimizer: Callable[[Any], torch.optim.Optimizer],
+    order: list[tuple[np.ndarray, np.ndarray]],
+    evaluator: _Evaluator,
+    settings: TrainingSettings,
+) -> None:
+    """Add PyTorch's own run on the same batches to the result."""
+    threads = torch.get_num_threads()
+    try:
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        started = time.perf_counter()
+        result.torch_losses, trained = train_with_pytorch(module, loss, make_optimizer, order, seed=settings.seed)
+        result.torch_seconds = time.perf_counter() - started
+    finally:
+        torch.set_num_threads(threads)
+    if evaluator.has_classes:
+        result.torch_accuracy = evaluator.torch_accuracy(trained)
+    first = list(itertools.islice(order, settings.compared_steps))
+    exact, _ = train_with_pytorch(module, loss, make_optimizer, first, seed=settings.seed, dtype=torch.float64)
+    count = len(first)
+    result.curves = LossCurves(
+        np.array(result.losses[:count]), np.array(result.torch_losses[:count]), np.array(exact[:count])
+    )
+
+
+class _Evaluator:
+    """Accuracy on the test samples, by onnxruntime, with the parameters of any moment."""
+
+    def __init__(self, module: torch.nn.Module, data: Dataset, settings: TrainingSettings) -> None:
+        self._module = copy.deepcopy(module).eval()
+        self._data = data
+        self._threads = settings.threads
+        self.has_classes = settings.loss in ("cross_entropy", "nll") and len(data.test_targets) > 0
+
+    def _loaded(self, state: dict[str, np.ndarray]) -> torch.nn.Module:
+        self._module.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()}, strict=False)
+        return self._module
+
+    def _exported(self, state: dict[str, np.ndarray], path: Path | None, verify: bool, overwrite: bool) -> Any:
+        example = torch.from_numpy(self._data.inputs[:2])
+        shapes = ({0: "batch"},)
+        return export(self._loaded(state), (example,), path, dynamic_shapes=shapes, verify=verify, overwrite=overwrite)
+
+    def export(self, state: dict[str, np.ndarray], path: Path, overwrite: bool) -> Path:
+        self._exported(state, path, True, overwrite)
+        return path
+
+    def accuracy(self, state: dict[str, np.ndarray]) -> float:
+        session = GradientSession(self._exported(state, None, False, False).model, threads=self._threads)
+        (name,) = session.input_names
+        (scores,) = session.run({name: self._data.test_inputs}).values()
+        return float((scores.argmax(1) == self._data.test_targets).mean())
+
+    def torch_accuracy(self, trained: torch.nn.Module) -> float:
+        with torch.no_grad():
+            scores = trained.eval()(torch.from_numpy(self._data.test_inputs)).numpy()
+        return float((scores.argmax(1) == self._data.test_targets).mean())

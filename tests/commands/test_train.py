@@ -1,0 +1,101 @@
+"""`convgrad train`: the digits, a network and data of one's own, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import convgrad_export as cg
+from convgrad_export.cli import main
+from convgrad_export.training.run import load_module
+
+pytest.importorskip("sklearn", reason="scikit-learn's digits are not installed")
+
+
+def test_the_digits_are_learnt_as_in_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "-o", str(tmp_path), "--epochs", "12", "--threads", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["within_bound"]
+    assert report["compared_steps"] == 100
+    assert report["accuracy"] > 0.97
+    assert report["torch"]["accuracy"] > 0.97
+    assert report["steps"] == 12 * (1438 // 32)
+    for path in report["files"].values():
+        assert Path(path).stat().st_size > 1000
+    with Path(report["files"]["plot"]).open("rb") as stream:
+        assert stream.read(8) == b"\x89PNG\r\n\x1a\n"
+    scores = cg.GradientSession(report["files"]["trained network"]).run({"x": np.zeros((3, 1, 8, 8), np.float32)})
+    assert scores["output"].shape == (3, 10)
+
+
+class Line(nn.Module):
+    """A network for one's own data: 1-D convolution to one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 6, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def own_data(path: Path, **arrays: np.ndarray) -> Path:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 2, 8)).astype(np.float32)
+    np.savez(path, **{"x": x, "y": x.mean((1, 2))[:, None], **arrays})
+    return path
+
+
+def test_a_network_and_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = own_data(tmp_path / "data.npz")
+    arguments = ["train", "-o", str(tmp_path / "out"), "--module", f"{__name__}:Line", "--data", str(data)]
+    assert main([*arguments, "--loss", "mse", "--optimizer", "sgd", "--epochs", "3", "--batch-size", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "onnxruntime" in text
+    assert "within the bound" in text
+    assert main([*arguments, "--loss", "mse"]) == 2  # the files exist
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--module", "nothing"], "expected package.module:Name"),
+        (["--module", "convgrad_export.nothing:Name"], "cannot be imported"),
+        (["--module", "math:pi"], "expected a torch.nn.Module"),
+        (["--data", "none.npz"], "cannot be read"),
+        (["--batch-size", "5000"], "fewer than a batch"),
+        (["--optimizer", "lamb"], "expected one of: sgd"),
+        (["--loss", "dice"], "expected one of: cross_entropy"),
+    ],
+)
+def test_wrong_usage_exits_with_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "-o", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"y": np.zeros(3)}, "60 samples"),
+        ({"x_test": np.zeros((3, 2, 8)), "y_test": np.zeros(2)}, "x_test has 3"),
+        ({"y": np.array([object()] * 60)}, "pickled objects"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(
+    arrays: dict[str, np.ndarray], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = own_data(tmp_path / "data.npz", **arrays)
+    assert main(["train", "-o", str(tmp_path / "out"), "--data", str(data)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_modules_are_found_by_dotted_name() -> None:
+    assert isinstance(load_module("convgrad_export.training.digits:DigitsNetwork"), nn.Module)

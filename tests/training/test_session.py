@@ -1,0 +1,277 @@
+"""`TrainingSession`: state, batches of other sizes, resuming, memory, refusals."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import convgrad_export as cg
+from convgrad_export.training import load_checkpoint
+
+from .parity import batches, small_network
+
+DYNAMIC = {"input": {0: "batch"}, "target": {0: "batch"}}
+
+
+def with_dropout() -> nn.Module:
+    return nn.Sequential(small_network(torch.float32)[:-1], nn.Dropout(0.5), nn.Linear(24, 5))
+
+
+def arrays(count: int, size: int = 6) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(x.numpy(), y.numpy()) for x, y in batches(count, torch.float32, size)]
+
+
+@pytest.fixture(scope="module")
+def step_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("step") / "step.onnx"
+    module = with_dropout()
+    batch = batches(1, torch.float32)[0]
+    cg.export_training_step(module, "cross_entropy", "adam", batch, path, dynamic_shapes=DYNAMIC)
+    return path
+
+
+def test_parameters_are_in_the_checkpoint_and_not_in_the_graph(step_file: Path) -> None:
+    model = onnx.load(step_file)
+    names = {name for name, _ in with_dropout().named_parameters()}
+    assert names <= {value.name for value in model.graph.input}
+    assert not names & {value.name for value in model.graph.initializer}
+    assert {opset.domain for opset in model.opset_import} == {""}
+    assert names <= set(load_checkpoint(step_file.with_suffix(".checkpoint.safetensors")))
+
+
+def test_resuming_from_a_checkpoint_continues_bit_for_bit(step_file: Path, tmp_path: Path) -> None:
+    data = arrays(6)
+    whole = cg.TrainingSession(step_file, seed=7)
+    expected = [whole.step(*batch)["loss"] for batch in data]
+    first = cg.TrainingSession(step_file, seed=7)
+    got = [first.step(*batch)["loss"] for batch in data[:3]]
+    first.save(tmp_path / "half.safetensors")
+    second = cg.TrainingSession(step_file, tmp_path / "half.safetensors", seed=7)
+    assert second.steps == 3
+    got += [second.step(*batch)["loss"] for batch in data[3:]]
+    assert got == expected
+    for name, value in whole.state().items():
+        np.testing.assert_array_equal(second.state()[name], value)
+
+
+def test_the_seed_decides_the_dropout(step_file: Path) -> None:
+    batch = arrays(1)[0]
+    losses = [cg.TrainingSession(step_file, seed=seed).step(*batch)["loss"] for seed in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2]
+    session = cg.TrainingSession(step_file, learning_rate=0.0)
+    assert session.step(*batch)["loss"] != session.step(*batch)["loss"]  # the step counter takes part
+
+
+def test_state_goes_back_to_pytorch(step_file: Path) -> None:
+    session = cg.TrainingSession(step_file, threads=1)
+    for batch in arrays(3):
+        session.step(*batch)
+    module = with_dropout()
+    module.load_state_dict({name: torch.from_numpy(value) for name, value in session.state_dict().items()})
+    module.eval()
+    report = cg.export(module, (torch.randn(6, 1, 8, 8),))
+    assert report.verified
+    assert set(session.state_dict()) == set(module.state_dict())
+
+
+def test_every_batch_size_and_torch_tensors_are_taken(step_file: Path) -> None:
+    session = cg.TrainingSession(step_file)
+    for size in (2, 6, 17):
+        x, y = batches(1, torch.float32, size)[0]
+        assert np.isfinite(session.step(x, target=y)["loss"])
+    assert session.steps == 3
+
+
+def test_the_last_state_survives_a_failed_save(
+    step_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = cg.TrainingSession(step_file)
+    path = session.save(tmp_path / "state.safetensors")
+    before = path.read_bytes()
+    session.step(*arrays(1)[0])
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(cg.OutputPathError, match="No space left"):
+        session.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(step_file: Path, tmp_path: Path) -> None:
+    good = step_file.with_suffix(".checkpoint.safetensors").read_bytes()
+    bad = tmp_path / "bad.safetensors"
+    cases = {
+        "truncated": (good[:-100], "truncated"),
+        "no safetensors": (b"not a checkpoint", "cannot be read"),
+        "one byte changed": (good[:-5] + bytes([good[-5] ^ 1]) + good[-4:], "checksum"),
+    }
+    for data, message in cases.values():
+        bad.write_bytes(data)
+        with pytest.raises(cg.ModelFileError, match=message):
+            cg.TrainingSession(step_file, bad)
+    with pytest.raises(cg.ModelFileError, match="does not exist"):
+        cg.TrainingSession(step_file, tmp_path / "none.safetensors")
+    other = cg.export_training_step(small_network(torch.float32), "cross_entropy", "sgd", batches(1, torch.float32)[0])
+    with pytest.raises(cg.ModelFileError, match=r"missing: 0\.0\.weight(.|\n)*unknown: 0\.weight"):
+        cg.TrainingSession(step_file, other.state)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((np.zeros((6, 1, 8, 9), np.float32), np.zeros(6, np.int64)), "shape"),
+        ((np.zeros((6, 1, 8, 8), np.float64), np.zeros(6, np.int64)), "float64, expected float32"),
+        ((np.zeros((6, 1, 8, 8), np.float32), np.zeros(6, np.int32)), "int32, expected int64"),
+        ((np.zeros((6, 1, 8, 8), np.float32), np.zeros(5, np.int64)), "batch = 6"),
+        ((np.zeros((6, 8, 8), np.float32), np.zeros(6, np.int64)), "shape"),
+        ((np.zeros((6, 1, 8, 8), np.float32),), "missing"),
+        (([[1.0]], np.zeros(6, np.int64)), "list"),
+    ],
+)
+def test_wrong_batches_are_refused_and_change_nothing(step_file: Path, batch: tuple, message: str) -> None:
+    session = cg.TrainingSession(step_file)
+    before = session.state()
+    with pytest.raises(cg.ConvGradError, match=message):
+        session.step(*batch)
+    for name, value in session.state().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_a_loss_that_is_not_finite_is_reported_before_the_update(step_file: Path) -> None:
+    x, y = arrays(1)[0]
+    session = cg.TrainingSession(step_file)
+    before = session.state()
+    with pytest.raises(cg.NonFiniteLossError, match="at step 1"):
+        session.step(x * np.float32("nan"), y)
+    for name, value in session.state().items():
+        np.testing.assert_array_equal(value, before[name])
+    careless = cg.TrainingSession(step_file, stop_on_non_finite=False)
+    assert np.isnan(careless.step(x * np.float32("nan"), y)["loss"])
+    assert careless.steps == 1
+
+
+def test_models_that_are_no_training_step_are_refused() -> None:
+    model = cg.build_model("conv1d_input", input_shape=(1, 1, 3), weight_shape=(1, 1, 1))
+    with pytest.raises(cg.ModelFileError, match="no training step"):
+        cg.TrainingSession(model, {})
+
+
+def test_frozen_parameters_and_modules_stay(tmp_path: Path) -> None:
+    module, data = small_network(torch.float32), arrays(2)
+    module[3].weight.requires_grad_(False)
+    example = batches(1, torch.float32)[0]
+    report = cg.export_training_step(module, "cross_entropy", "sgd", example, frozen=["0.weight", "7"])
+    session = cg.TrainingSession(report.model, report.state, learning_rate=0.1)
+    before = session.state()
+    for batch in data:
+        session.step(*batch)
+    changed = {name for name, value in session.state().items() if not np.array_equal(value, before[name])}
+    assert changed == {
+        *("1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"),
+        *("5.weight", "5.bias", "step"),
+    }
+
+
+def test_tied_parameters_get_the_sum_of_their_gradients() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Conv2d(1, 1, 3, padding=1)
+            self.second = nn.Conv2d(1, 1, 3, padding=1)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(x)))
+
+    module = Tied().double()
+    x, y = torch.randn(2, 1, 5, 5).double(), torch.randn(2, 1, 5, 5).double()
+    report = cg.export_training_step(module, "mse", "sgd", (x, y))
+    session = cg.TrainingSession(report.model, report.state, learning_rate=0.5)
+    session.step(x.numpy(), y.numpy())
+    functional.mse_loss(module(x), y).backward()
+    expected = module.first.weight - 0.5 * module.first.weight.grad
+    np.testing.assert_allclose(session.state()["first.weight"], expected.detach().numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (lambda x, y: (x,), {}, "target"),
+        (lambda x, y: (x, y, y), {}, "does not take"),
+        (lambda x, y: (x, 3), {}, "int"),
+        (lambda x, y: (x, y), {"frozen": ["nothing"]}, "frozen"),
+        (lambda x, y: (x, y), {"frozen": "0"}, "sequence"),
+        (lambda x, y: (x, y), {"frozen": ["0", "1", "3", "5", "7"]}, "no parameter left"),
+        (lambda x, y: (x, y), {"gradient_accumulation": 0}, "at least 1"),
+        (lambda x, y: (x, y), {"max_grad_norm": -1.0}, "above 0"),
+        (lambda x, y: (x, y), {"dynamic_shapes": {"image": {0: "batch"}}}, "image"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: Any, options: dict[str, Any], message: str) -> None:
+    x, y = batches(1, torch.float32)[0]
+    with pytest.raises(cg.ConvGradError, match=message):
+        cg.export_training_step(small_network(torch.float32), "cross_entropy", "sgd", arguments(x, y), **options)
+
+
+def test_existing_files_are_kept(step_file: Path) -> None:
+    with pytest.raises(cg.OutputExistsError):
+        cg.export_training_step(
+            with_dropout(), "cross_entropy", "adam", batches(1, torch.float32)[0], step_file, verify=False
+        )
+
+
+def test_random_numbers_that_no_seed_can_give_are_refused() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) + torch.randn_like(x)
+
+    batch = (torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
+    with pytest.raises(cg.UnsupportedOperatorError, match="randn"):
+        cg.export_training_step(Noisy(), "mse", "sgd", batch)
+
+
+def test_memory_stays_the_same_over_a_thousand_steps(step_file: Path) -> None:
+    session = cg.TrainingSession(step_file, threads=1)
+    batch = arrays(1, 4)[0]
+    for _ in range(100):
+        session.step(*batch)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(1000):
+        session.step(*batch)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB on Linux
+    assert grown < 2048, grown
+
+
+def test_a_session_runs_without_torch(step_file: Path) -> None:
+    code = f"""
+import sys, json
+sys.modules["torch"] = None
+import numpy as np
+from convgrad_export.training import TrainingSession
+session = TrainingSession({str(step_file)!r})
+rng = np.random.default_rng(0)
+x, y = rng.standard_normal((4, 1, 8, 8), dtype=np.float32), np.arange(4) % 5
+print(json.dumps([session.step(x, y)["loss"] for _ in range(40)]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    losses = json.loads(done.stdout)
+    assert losses[-1] < losses[0]
