@@ -103,6 +103,8 @@ def translate(
     registry.register_op(torch.ops.prims.prod.default, _reduce_prod)
     registry.register_op(torch.ops.aten.sym_numel.default, _size)
     registry.register_op(torch.ops.aten.scalar_tensor.default, _scalar_tensor)
+    registry.register_op(torch.ops.aten.max_pool2d_with_indices.default, _max_pool_with_indices(2))
+    registry.register_op(torch.ops.aten.max_pool3d_with_indices.default, _max_pool_with_indices(3))
     for target, function in (custom or {}).items():
         registry.register_op(target, function)
     refuse_untranslatable(program, registry.is_registered)
@@ -156,6 +158,41 @@ def _scalar_tensor(s: Any, dtype: int = 1, **_: Any) -> Any:
     if isinstance(s, (int, float, bool)):
         return op.Constant(value=ir.to_proto(ir.tensor(s, dtype=wanted)))
     return op.Cast(s, to=int(wanted))
+
+
+def _max_pool_with_indices(rank: int) -> Callable[..., Any]:
+    """MaxPool once: ONNX counts positions over the whole tensor, PyTorch within a plane, so the remainder is taken.
+
+    torch.onnx's translation runs a second MaxPool over the input for that.
+    """
+
+    def per_axis(values: Sequence[int]) -> list[int]:
+        return list(values) * rank if len(values) == 1 else list(values)
+
+    def max_pool_with_indices(
+        x: Any,
+        kernel_size: Sequence[int],
+        stride: Sequence[int] = (),
+        padding: Sequence[int] = (0,),
+        dilation: Sequence[int] = (1,),
+        ceil_mode: bool = False,
+    ) -> Any:
+        batched = len(x.shape) == rank + 2
+        axis: Any = op.Constant(value_ints=[0])
+        kernel = per_axis(kernel_size)
+        pooled, positions = op.MaxPool(
+            x if batched else op.Unsqueeze(x, axis),
+            kernel_shape=kernel,
+            strides=per_axis(stride) if stride else kernel,
+            pads=per_axis(padding) * 2,
+            dilations=per_axis(dilation),
+            ceil_mode=int(ceil_mode),
+        )
+        plane = op.ReduceProd(op.Shape(x, start=-rank), keepdims=0)
+        positions = op.Mod(positions, plane)
+        return (pooled, positions) if batched else (op.Squeeze(pooled, axis), op.Squeeze(positions, axis))
+
+    return max_pool_with_indices
 
 
 def _root_cause(error: BaseException) -> str:
