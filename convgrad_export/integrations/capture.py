@@ -71,11 +71,11 @@ def capture(
             result = arguments.call(module, values)
         flat, spec = pytree.tree_flatten(result)
         spec_holder[:] = [spec]
-        names = list(output_names) if output_names is not None else _output_names(result, flat)
+        names = list(output_names) if output_names is not None else flat_output_names(result, flat)
         tensors_out = [t for t in flat if isinstance(t, torch.Tensor)]
         names = [n for n, t in zip(names, flat, strict=True) if isinstance(t, torch.Tensor)]
         outputs = [TracedOutput(GraphOutput(n, "output"), t) for n, t in zip(names, tensors_out, strict=True)]
-        return outputs + _buffer_outputs(state, tensors)
+        return outputs + buffer_outputs(state, tensors)
 
     inputs = (*state, *arguments.inputs(state, dynamic_shapes))
     program = trace_function(traced, inputs, decompositions=decompositions)
@@ -156,7 +156,7 @@ def capture_gradients(
         taken = {s.name for s in (*state, *user, *labels)}
         outputs = [TracedOutput(GraphOutput("value" if "value" not in taken else "scalar_value", "value"), scalar)]
         if return_outputs:
-            names = _output_names(result, flat)
+            names = flat_output_names(result, flat)
             outputs += [TracedOutput(GraphOutput(n, "output"), t) for n, t in zip(names, flat, strict=True)]
         outputs += [TracedOutput(GraphOutput(name, "output", name), recorded[name]) for name in activations]
         for name, tensor, grad in zip(targets, wanted, grads, strict=True):
@@ -170,7 +170,7 @@ def capture_gradients(
             products = _hessian_vector_products(wanted, grads, [values[s.name] for s in vectors])
             specs = [GraphOutput(f"{name}.hvp", "gradient", name) for name in targets]
             outputs += [TracedOutput(spec, product) for spec, product in zip(specs, products, strict=True)]
-        return outputs + _buffer_outputs(state, tensors)
+        return outputs + buffer_outputs(state, tensors)
 
     program = trace_function(traced, (*state, *user, *labels, *vectors), decompositions=decompositions)
     program.output_spec = spec_holder[0]
@@ -201,13 +201,13 @@ def state_inputs(module: torch.nn.Module) -> tuple[GraphInput, ...]:
     return tuple(GraphInput(n, kinds[n], t, tuple(aliases[id(t)])) for n, t in tensors.items())
 
 
-def _output_names(result: Any, flat: Sequence[Any]) -> list[str]:
+def flat_output_names(result: Any, flat: Sequence[Any]) -> list[str]:
     if isinstance(result, Mapping) and len(result) == len(flat):
         return [str(key) for key in result]
     return ["output"] if len(flat) == 1 else [f"output_{i}" for i in range(len(flat))]
 
 
-def _buffer_outputs(state: Sequence[GraphInput], tensors: Mapping[str, torch.Tensor]) -> list[TracedOutput]:
+def buffer_outputs(state: Sequence[GraphInput], tensors: Mapping[str, torch.Tensor]) -> list[TracedOutput]:
     """All buffers after the call. `trace_function` drops those that turn out to be unchanged."""
     outputs = []
     for spec in state:

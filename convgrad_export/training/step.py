@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import ArgumentTypeError, UnsupportedOperatorError
 from ..integrations import saving
 from ..integrations.arguments import CallArguments, named_tensors
-from ..integrations.capture import _buffer_outputs, _output_names, state_inputs
+from ..integrations.capture import buffer_outputs, flat_output_names, state_inputs
 from ..integrations.decompositions import onnx_decompositions
 from ..integrations.finishing import BASE_OPSET, check_model, check_opset, finish
 from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
@@ -124,7 +124,7 @@ def export_training_step(
     if target_path is not None:
         saving.check_path(checkpoint_path(target_path), overwrite)
     resolved_loss = resolve_loss(loss, label_smoothing)
-    parameters = _trainable(module, frozen)
+    parameters = trainable_parameters(module, frozen)
     options = _Options(
         resolved_loss,
         resolve_optimizer(optimizer, parameters),
@@ -173,7 +173,7 @@ def _check_numbers(max_grad_norm: Any, max_grad_value: Any, accumulation: Any) -
         raise ArgumentTypeError(f"gradient_accumulation is {accumulation!r}, expected an integer of at least 1")
 
 
-def _trainable(module: torch.nn.Module, frozen: Sequence[str]) -> dict[str, Tensor]:
+def trainable_parameters(module: torch.nn.Module, frozen: Sequence[str]) -> dict[str, Tensor]:
     """Parameters that are updated, by name; a frozen module's parameters are frozen."""
     if isinstance(frozen, str):
         raise ArgumentTypeError(f"frozen is {frozen!r}, expected a sequence of names")
@@ -200,7 +200,9 @@ def _trainable(module: torch.nn.Module, frozen: Sequence[str]) -> dict[str, Tens
     return trainable
 
 
-def _split(module: torch.nn.Module, args: Sequence[Any] | Tensor, loss: Loss) -> tuple[tuple[Any, ...], list[Tensor]]:
+def split_batch(
+    module: torch.nn.Module, args: Sequence[Any] | Tensor, loss: Loss
+) -> tuple[tuple[Any, ...], list[Tensor]]:
     """The forward's arguments and the targets."""
     values = (args,) if isinstance(args, Tensor) else tuple(args)
     count = len(loss.target_names)
@@ -231,10 +233,10 @@ def _capture(
     parameters: Mapping[str, Tensor],
     opset: int,
 ) -> CapturedProgram:
-    inputs, targets = _split(module, args, options.loss)
+    inputs, targets = split_batch(module, args, options.loss)
     arguments = CallArguments(module, inputs, None)
     state = state_inputs(module)
-    own_shapes, target_shapes = _split_shapes(arguments, options.loss, dynamic_shapes)
+    own_shapes, target_shapes = split_shapes(arguments, options.loss, dynamic_shapes)
     batch = arguments.inputs(state, own_shapes)
     labels = named_tensors(dict(zip(options.loss.target_names, targets, strict=True)), target_shapes, (*state, *batch))
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
@@ -267,21 +269,21 @@ def _capture(
         outputs = [TracedOutput(GraphOutput(LOSS, "value"), value.detach())]
         if options.return_outputs:
             flat = torch.utils._pytree.tree_leaves(result)
-            names = _output_names(result, flat)
+            names = flat_output_names(result, flat)
             outputs += [TracedOutput(GraphOutput(n, "output"), t) for n, t in zip(names, flat, strict=True)]
         with torch.no_grad():
             outputs += _update(found, values, options)
-        return outputs + _buffer_outputs(state, tensors)
+        return outputs + buffer_outputs(state, tensors)
 
     program = trace_function(traced, specs, decompositions=onnx_decompositions(opset))
     program.unused = tuple(unused)
-    _refuse_randomness(program)
+    refuse_unseeded_randomness(program)
     if not draws[0]:
-        _drop_input(program, SEED)
+        drop_input(program, SEED)
     return program
 
 
-def _split_shapes(arguments: CallArguments, loss: Loss, dynamic_shapes: Any) -> tuple[Any, Any]:
+def split_shapes(arguments: CallArguments, loss: Loss, dynamic_shapes: Any) -> tuple[Any, Any]:
     if dynamic_shapes is None or isinstance(dynamic_shapes, Mapping):
         named = dict(dynamic_shapes or {})
         targets = {name: named.pop(name) for name in loss.target_names if name in named}
@@ -349,7 +351,7 @@ def _update(gradients: Mapping[str, Tensor], values: Mapping[str, Tensor], optio
     return outputs
 
 
-def _refuse_randomness(program: CapturedProgram) -> None:
+def refuse_unseeded_randomness(program: CapturedProgram) -> None:
     random = sorted(
         {
             f"{node.target} (called by {node.meta.get('nn_module_path') or 'the top module'})"
@@ -364,7 +366,7 @@ def _refuse_randomness(program: CapturedProgram) -> None:
         )
 
 
-def _drop_input(program: CapturedProgram, name: str) -> None:
+def drop_input(program: CapturedProgram, name: str) -> None:
     """Remove an input that nothing reads."""
     placeholders = [node for node in program.graph_module.graph.nodes if node.op == "placeholder"]
     kept = []

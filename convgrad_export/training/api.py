@@ -1,0 +1,408 @@
+"""`CheckpointState`, `Module` and `Optimizer`, as in onnxruntime.training.api, on any onnxruntime build. No torch.
+
+Semantics are those of onnxruntime-training 1.19.2: gradients accumulate over calls until `lazy_reset_grad`, `Optimizer`
+updates the module's parameters in the state they share, and buffers move parameters in and out as one vector.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import ArgumentTypeError, GeometryError, ModelFileError
+from ..runtime.session import GradientSession
+from .checkpoint import read_checkpoint, save_checkpoint
+
+_UPDATED, _GRADIENT = ".updated", ".grad"
+_OWN = ("lazy_reset_grad", "seed", "step", "learning_rate")
+Path = str | os.PathLike[str]
+
+
+class Parameter:
+    """One parameter of a state.
+
+    Attributes:
+        name: PyTorch's. requires_grad: whether training changes it.
+    """
+
+    def __init__(self, state: CheckpointState, name: str) -> None:
+        self._state, self.name = state, name
+        self.requires_grad = name in state.trained
+
+    @property
+    def data(self) -> np.ndarray:
+        """The values; assign an array of the same shape and dtype to change them."""
+        return self._state.arrays[self.name]
+
+    @data.setter
+    def data(self, value: np.ndarray) -> None:
+        old = self._state.arrays[self.name]
+        if value.shape != old.shape or value.dtype != old.dtype:
+            raise GeometryError(f"{self.name} is {old.dtype} {old.shape}, but {value.dtype} {value.shape} was assigned")
+        self._state.arrays[self.name] = np.array(value)
+
+    @property
+    def grad(self) -> np.ndarray | None:
+        """The accumulated gradient, None before the first training call and for frozen parameters."""
+        return self._state.gradients.get(self.name)
+
+    def __repr__(self) -> str:
+        return f"Parameter({self.name}, {self.data.dtype} {self.data.shape}, requires_grad={self.requires_grad})"
+
+
+class Parameters(Mapping[str, Parameter]):
+    """A state's parameters by name; iterating gives (name, parameter) as in onnxruntime-training."""
+
+    def __init__(self, state: CheckpointState) -> None:
+        self._state = state
+
+    def __getitem__(self, name: str) -> Parameter:
+        if name not in self._state.parameter_names:
+            raise KeyError(name)
+        return Parameter(self._state, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((name, Parameter(self._state, name)) for name in self._state.parameter_names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._state.parameter_names
+
+    def __len__(self) -> int:
+        return len(self._state.parameter_names)
+
+
+class CheckpointState:
+    """Parameters, buffers, optimizer state and user properties, shared by a `Module` and an `Optimizer`.
+
+    Attributes:
+        arrays: every tensor by name. gradients: accumulated gradients by parameter name.
+        trained, parameter_names: in the module's order. properties: your own numbers and texts, saved with the state.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray], header: Mapping[str, str]) -> None:
+        if "trained" not in header or "parameters" not in header:
+            raise ModelFileError("the checkpoint holds no parameter names; write one with generate_artifacts")
+        self.arrays = arrays
+        self.gradients: dict[str, np.ndarray] = {}
+        self.trained = [name for name in header["trained"].split("\n") if name]
+        self.parameter_names = [name for name in header["parameters"].split("\n") if name]
+        self._header = {k: v for k, v in header.items() if not k.startswith("property.")}
+        self.learning_rate = float(header.get("learning_rate", "0.001"))
+        self.properties: dict[str, int | float | str] = {
+            key.removeprefix("property."): _parsed(text) for key, text in header.items() if key.startswith("property.")
+        }
+
+    @property
+    def parameters(self) -> Parameters:
+        return Parameters(self)
+
+    @classmethod
+    def load_checkpoint(cls, checkpoint_uri: Path) -> CheckpointState:
+        """Read a checkpoint.
+
+        Raises:
+            ModelFileError: missing, damaged, or not written by `generate_artifacts` or `save_checkpoint`.
+        """
+        return cls(*read_checkpoint(checkpoint_uri))
+
+    @classmethod
+    def save_checkpoint(
+        cls, state: CheckpointState, checkpoint_uri: Path, include_optimizer_state: bool = False
+    ) -> None:
+        """Write a checkpoint; an existing one is replaced when the new one is complete.
+
+        Without the optimizer's state, its tensors are written as the zeros that they start from.
+        """
+        arrays = dict(state.arrays)
+        if not include_optimizer_state:
+            for name in state.optimizer_names:
+                arrays[name] = np.zeros_like(arrays[name])
+        header = {**state._header, "learning_rate": repr(state.learning_rate)}
+        for key, value in state.properties.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+                raise ArgumentTypeError(f"property {key!r} is {value!r}, expected an int, a float or a str")
+            header[f"property.{key}"] = f"{type(value).__name__}:{value}"
+        save_checkpoint(checkpoint_uri, arrays, metadata=header, overwrite=True)
+
+    @property
+    def optimizer_names(self) -> list[str]:
+        prefixes = tuple(f"{name}." for name in self.trained)
+        known = set(self.parameter_names)
+        return [n for n in self.arrays if n == "step" or (n.startswith(prefixes) and n not in known)]
+
+
+def _parsed(text: str) -> int | float | str:
+    kind, _, value = text.partition(":")
+    return {"int": int, "float": float}.get(kind, str)(value)
+
+
+class Module:
+    """A training and an eval model over a shared state.
+
+    Args:
+        train_model_uri, eval_model_uri: files from `generate_artifacts`.
+        state: shared with the `Optimizer`.
+        device: ``"cpu"`` or ``"cuda"``.
+        session_options: an `onnxruntime.SessionOptions`.
+    """
+
+    def __init__(
+        self,
+        train_model_uri: Path,
+        state: CheckpointState,
+        eval_model_uri: Path | None = None,
+        device: str = "cpu",
+        session_options: Any = None,
+    ) -> None:
+        self.training = True
+        self._state = state
+        self._train = GradientSession(train_model_uri, providers=device, session_options=session_options)
+        self._eval_path, self._device, self._options = eval_model_uri, device, session_options
+        self._eval = None if eval_model_uri is None else GradientSession(eval_model_uri, providers=device)
+        self._reset = True
+        self._calls = 0
+        self.seed = 0
+        sessions = [self._train, *([self._eval] if self._eval else [])]
+        for session in sessions:
+            if missing := [
+                n for n in self._state_names(session) if n not in state.arrays and not n.endswith(_GRADIENT)
+            ]:
+                raise ModelFileError(f"the checkpoint is of another model; it lacks {', '.join(missing[:10])}")
+
+    def _state_names(self, session: GradientSession) -> list[str]:
+        names = {*self._state.arrays, *(f"{name}{_GRADIENT}" for name in self._state.trained)}
+        users = set(self._user_names(session))
+        return [name for name in session.input_names if name not in users and (name in names or name not in _OWN)]
+
+    def _user_names(self, session: GradientSession) -> list[str]:
+        gradients = {f"{name}{_GRADIENT}" for name in self._state.trained}
+        return [
+            name
+            for name in session.input_names
+            if name not in _OWN and name not in gradients and not self._is_state(name)
+        ]
+
+    def _is_state(self, name: str) -> bool:
+        return name in self._state.arrays
+
+    def __call__(self, *user_inputs: Any) -> Any:
+        """Run a step on a batch: the loss, or (loss, outputs...) when the model returns more.
+
+        In training mode gradients are computed and added up, and buffers (BatchNorm) are updated.
+        """
+        session = self._train if self.training else self._eval
+        if session is None:
+            raise ArgumentTypeError("the module has no eval model: give eval_model_uri")
+        names = self._user_names(session)
+        if len(user_inputs) != len(names):
+            raise ArgumentTypeError(f"the module takes {len(names)} inputs, {names}, got {len(user_inputs)}")
+        feeds = {name: np.asarray(value) for name, value in zip(names, user_inputs, strict=True)}
+        state = self._state
+        for name in session.input_names:
+            if name in feeds:
+                continue
+            if name == "lazy_reset_grad":
+                feeds[name] = np.array(self._reset)
+            elif name == "seed":
+                feeds[name] = np.array(self.seed, np.int64)
+            elif name == "step":
+                feeds[name] = np.array(self._calls, np.int64)
+            elif name.endswith(_GRADIENT) and name not in state.arrays:
+                parameter = name.removesuffix(_GRADIENT)
+                before = state.gradients.get(parameter)
+                feeds[name] = np.zeros_like(state.arrays[parameter]) if before is None else before
+            else:
+                feeds[name] = state.arrays[name]
+        results = session.run(feeds)
+        if self.training:
+            self._take_over(results)
+        outputs = [value for name, value in results.items() if not name.endswith(_UPDATED)]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _take_over(self, results: Mapping[str, np.ndarray]) -> None:
+        for name, value in results.items():
+            if not name.endswith(_UPDATED):
+                continue
+            target = name.removesuffix(_UPDATED)
+            if target.endswith(_GRADIENT) and target not in self._state.arrays:
+                self._state.gradients[target.removesuffix(_GRADIENT)] = value
+            else:
+                self._state.arrays[target] = value
+        self._reset = False
+        self._calls += 1
+
+    def train(self, mode: bool = True) -> Module:
+        """Switch to training, or with False to evaluation."""
+        self.training = mode
+        return self
+
+    def eval(self) -> Module:
+        return self.train(False)
+
+    def lazy_reset_grad(self) -> None:
+        """The next training call starts the gradients anew."""
+        self._reset = True
+
+    def input_names(self) -> list[str]:
+        session = self._train if self.training or self._eval is None else self._eval
+        return self._user_names(session)
+
+    def output_names(self) -> list[str]:
+        session = self._train if self.training or self._eval is None else self._eval
+        return [name for name in session.output_names if not name.endswith(_UPDATED)]
+
+    def _names(self, trainable_only: bool) -> list[str]:
+        return self._state.trained if trainable_only else self._state.parameter_names
+
+    def get_parameters_size(self, trainable_only: bool = True) -> int:
+        """Number of elements."""
+        return sum(self._state.arrays[name].size for name in self._names(trainable_only))
+
+    def get_contiguous_parameters(self, trainable_only: bool = False) -> Any:
+        """All parameters as one vector, an `onnxruntime.OrtValue`: what a federated client sends."""
+        from ..runtime.providers import onnxruntime
+
+        parts = [self._state.arrays[name].ravel() for name in self._names(trainable_only)]
+        dtypes = {part.dtype for part in parts}
+        if len(dtypes) > 1:
+            raise ArgumentTypeError(
+                f"the parameters have several dtypes, {sorted(map(str, dtypes))}: no vector holds them"
+            )
+        return onnxruntime().OrtValue.ortvalue_from_numpy(np.concatenate(parts))
+
+    def copy_buffer_to_parameters(self, buffer: Any, trainable_only: bool = True) -> None:
+        """Take all parameters from one vector, an OrtValue or an array: what a federated server sends back.
+
+        Raises:
+            GeometryError: another number of elements; nothing is changed.
+        """
+        vector = np.asarray(buffer.numpy() if hasattr(buffer, "numpy") else buffer).ravel()
+        names = self._names(trainable_only)
+        expected = self.get_parameters_size(trainable_only)
+        if vector.size != expected:
+            raise GeometryError(f"buffer has {vector.size} elements, expected {expected}")
+        position = 0
+        for name in names:
+            old = self._state.arrays[name]
+            self._state.arrays[name] = vector[position : position + old.size].reshape(old.shape).astype(old.dtype)
+            position += old.size
+
+    def export_model_for_inferencing(self, inference_model_uri: Path, graph_output_names: list[str]) -> None:
+        """Write the eval model cut at `graph_output_names`, the parameters inside.
+
+        Raises:
+            ArgumentTypeError: no eval model, or an output it does not have. OutputPathError: it cannot be written.
+        """
+        import onnx
+        import onnx.numpy_helper
+        import onnx_ir as ir
+        from onnx_ir.passes import common as passes
+
+        from ..files import write_atomically
+
+        if self._eval_path is None:
+            raise ArgumentTypeError("the module has no eval model: give eval_model_uri")
+        model = ir.load(self._eval_path)
+        available = {value.name: value for value in model.graph.outputs}
+        if unknown := [name for name in graph_output_names if name not in available]:
+            raise ArgumentTypeError(
+                f"graph_output_names holds {unknown}, the eval model has {sorted(map(str, available))}"
+            )
+        model.graph.outputs.clear()
+        model.graph.outputs.extend(available[name] for name in graph_output_names)
+        for value in list(model.graph.inputs):
+            if value.name in self._state.arrays:
+                value.const_value = ir.tensor(self._state.arrays[value.name], name=value.name)
+                model.graph.inputs.remove(value)
+                model.graph.initializers[value.name] = value
+        passes.RemoveUnusedNodesPass()(model)
+        used = {value for node in model.graph for value in node.inputs} | set(model.graph.outputs)
+        for value in [value for value in model.graph.inputs if value not in used]:
+            model.graph.inputs.remove(value)  # the targets
+        proto = ir.to_proto(model)
+        onnx.checker.check_model(proto, full_check=True)
+        write_atomically(inference_model_uri, proto.SerializeToString(), overwrite=True)
+
+
+class Optimizer:
+    """The optimizer model over a module's state.
+
+    Args:
+        optimizer_uri: file from `generate_artifacts`. module: whose gradients are applied.
+    """
+
+    def __init__(self, optimizer_uri: Path, module: Module) -> None:
+        self._state = module._state
+        self._session = GradientSession(optimizer_uri, providers=module._device)
+        missing = [
+            name
+            for name in self._session.input_names
+            if name != "learning_rate" and not name.endswith(_GRADIENT) and name not in self._state.arrays
+        ]
+        if missing:
+            raise ModelFileError(f"the optimizer model is of another checkpoint, which lacks {', '.join(missing[:10])}")
+
+    def step(self) -> None:
+        """Update the parameters from the accumulated gradients.
+
+        Raises:
+            ArgumentTypeError: before any training call.
+        """
+        state = self._state
+        feeds = {}
+        for name in self._session.input_names:
+            if name == "learning_rate":
+                dtype = next(iter(state.arrays[n].dtype for n in state.trained))
+                feeds[name] = np.array(state.learning_rate, dtype if dtype == np.float64 else np.float32)
+            elif name.endswith(_GRADIENT) and name not in state.arrays:
+                gradient = state.gradients.get(name.removesuffix(_GRADIENT))
+                if gradient is None:
+                    raise ArgumentTypeError("step was called before any training call: there are no gradients")
+                feeds[name] = gradient
+            else:
+                feeds[name] = state.arrays[name]
+        for name, value in self._session.run(feeds).items():
+            state.arrays[name.removesuffix(_UPDATED)] = value
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        self._state.learning_rate = float(learning_rate)
+
+    def get_learning_rate(self) -> float:
+        return self._state.learning_rate
+
+
+class LinearLRScheduler:
+    """The learning rate rises linearly over the warm-up and falls linearly to zero at the end.
+
+    Args:
+        optimizer: whose rate is set. warmup_step_count, total_step_count: in calls of `step`.
+        initial_lr: the rate after the warm-up.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_step_count: int, total_step_count: int, initial_lr: float) -> None:
+        if not 0 <= warmup_step_count <= total_step_count:
+            raise ArgumentTypeError(
+                f"warmup_step_count is {warmup_step_count}, expected a number from 0 to {total_step_count}"
+            )
+        self._optimizer, self._warmup, self._total, self._rate = (
+            optimizer,
+            warmup_step_count,
+            total_step_count,
+            initial_lr,
+        )
+        self._step = 0
+        self._apply()
+
+    def _apply(self) -> None:
+        if self._step < self._warmup:
+            factor = self._step / max(1, self._warmup)
+        else:
+            factor = max(0.0, (self._total - self._step) / max(1, self._total - self._warmup))
+        self._optimizer.set_learning_rate(self._rate * factor)
+
+    def step(self) -> None:
+        self._step += 1
+        self._apply()

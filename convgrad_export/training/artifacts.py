@@ -1,0 +1,319 @@
+"""`generate_artifacts`, as in onnxruntime-training: a training, an eval and an optimizer model, and a checkpoint.
+
+The signature and the files are those of `onnxruntime.training.artifacts` 1.19.2, so that a script changes its import.
+The models hold standard operators only and run on any onnxruntime build; the checkpoint is a safetensors file.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentTypeError
+from ..files import check_output, write_atomically
+from ..integrations.arguments import CallArguments, named_tensors
+from ..integrations.capture import buffer_outputs, flat_output_names, state_inputs
+from ..integrations.decompositions import onnx_decompositions
+from ..integrations.finishing import BASE_OPSET, check_model, finish
+from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
+from ..integrations.tracing import swapped_tensors, trace_function
+from ..integrations.translation import translate
+from .checkpoint import save_checkpoint
+from .losses import Loss, resolve_loss
+from .onnx_module import OnnxModule
+from .optimizers import SGD, AdamW, ResolvedOptimizer, resolve_optimizer
+from .randomness import SeededRandomness
+from .step import drop_input, refuse_unseeded_randomness, split_batch, split_shapes, trainable_parameters
+
+RESET, LEARNING_RATE, SEED, STEP = "lazy_reset_grad", "learning_rate", "seed", "step"
+GRADIENT = ".grad"
+
+
+class LossType(enum.Enum):
+    """onnxruntime-training's losses."""
+
+    MSELoss = "mse"
+    CrossEntropyLoss = "cross_entropy"
+    BCEWithLogitsLoss = "bce_with_logits"
+    L1Loss = "l1"
+
+
+class OptimType(enum.Enum):
+    """onnxruntime-training's optimizers; SGD is plain, AdamW has torch's defaults."""
+
+    AdamW = "adamw"
+    SGD = "sgd"
+
+
+def generate_artifacts(
+    model: torch.nn.Module | onnx.ModelProto | str | os.PathLike[str],
+    requires_grad: Sequence[str] | None = None,
+    frozen_params: Sequence[str] | None = None,
+    loss: LossType | Any | None = None,
+    optimizer: OptimType | Any | None = None,
+    artifact_directory: str | os.PathLike[str] | None = None,
+    prefix: str = "",
+    ort_format: bool = False,
+    custom_op_library: Any = None,
+    additional_output_names: Sequence[str] | None = None,
+    nominal_checkpoint: bool = False,
+    loss_input_names: Sequence[str] | None = None,
+    *,
+    args: Sequence[Any] | Tensor | None = None,
+    dynamic_shapes: Any = None,
+    opset_version: int = BASE_OPSET,
+    overwrite: bool = True,
+) -> None:
+    """Write ``training_model.onnx``, ``eval_model.onnx``, ``optimizer_model.onnx`` and ``checkpoint``.
+
+    Args:
+        model: a torch module (then `args` is needed), or an ONNX forward model, whose operators have to be among
+            `onnx_module.OPERATORS`.
+        requires_grad: parameters to train; by default those with requires_grad, or all of an ONNX model's.
+        frozen_params: parameters that stay as they are.
+        loss: `LossType`, or what `export_training_step` takes. None: the model's first output is the loss.
+        optimizer: `OptimType`, or what `export_training_step` takes. None writes no optimizer model.
+        artifact_directory: the current folder by default.
+        prefix: put before each file name.
+        additional_output_names: accepted; the forward's outputs are always returned after the loss.
+        args: example batch: the forward's arguments, then the targets. For ONNX models made up from declared shapes.
+        dynamic_shapes: as in `export_training_step`; by default the first axis of every input is the batch.
+        overwrite: as onnxruntime-training does by default; False keeps existing files.
+
+    Raises:
+        ArgumentTypeError: an option without a meaning here (`ort_format`, `custom_op_library`, `nominal_checkpoint`), a
+            name the model does not have, or a torch module without `args`.
+        UnsupportedOperatorError: an operator of the ONNX model that is not known, with its name.
+    """
+    for name, value in (
+        ("ort_format", ort_format),
+        ("custom_op_library", custom_op_library),
+        ("nominal_checkpoint", nominal_checkpoint),
+    ):
+        if value:
+            raise ArgumentTypeError(
+                f"{name} is {value!r}: not supported, the models are standard ONNX for any onnxruntime"
+            )
+    folder = Path(artifact_directory) if artifact_directory is not None else Path.cwd()
+    paths = {
+        key: check_output(folder / f"{prefix}{key}{suffix}", overwrite=overwrite)
+        for key, suffix in (
+            ("training_model", ".onnx"),
+            ("eval_model", ".onnx"),
+            ("optimizer_model", ".onnx"),
+            ("checkpoint", ""),
+        )
+    }
+    module, batch, resolved = _module_and_batch(model, loss, args, loss_input_names)
+    frozen = _frozen(module, requires_grad, frozen_params)
+    parameters = trainable_parameters(module, frozen)
+    shapes = dynamic_shapes if dynamic_shapes is not None else _batch_axes(batch)
+    training = module.training
+    programs = {
+        "training_model": _forward(module.train(), batch, resolved, shapes, parameters, opset_version),
+        "eval_model": _forward(module.eval(), batch, resolved, shapes, {}, opset_version),
+    }
+    module.train(training)
+    chosen: ResolvedOptimizer | None = None
+    if optimizer is not None:
+        chosen = resolve_optimizer(_optimizer(optimizer), parameters)
+        programs["optimizer_model"] = _optimizer_program(chosen, parameters, opset_version)
+    for key, program in programs.items():
+        proto = _model(program, opset_version)
+        write_atomically(paths[key], proto.SerializeToString(deterministic=True), overwrite=overwrite)
+    state = {spec.name: spec.value.detach() for spec in state_inputs(module)}
+    if chosen is not None:
+        for name, value in _optimizer_state(chosen, parameters).items():
+            state[name] = value
+    save_checkpoint(
+        paths["checkpoint"],
+        state,
+        metadata={
+            "trained": "\n".join(parameters),
+            "parameters": "\n".join(spec.name for spec in state_inputs(module) if spec.kind == "parameter"),
+            "learning_rate": repr(chosen.learning_rate if chosen is not None else 1e-3),
+        },
+        overwrite=overwrite,
+    )
+
+
+def _module_and_batch(
+    model: Any, loss: Any, args: Any, loss_input_names: Sequence[str] | None
+) -> tuple[torch.nn.Module, tuple[Any, ...], Loss]:
+    resolved = Loss(lambda output: output, ()) if loss is None else resolve_loss(_loss(loss))
+    if loss_input_names is not None:
+        if len(loss_input_names) != len(resolved.target_names) + 1:
+            raise ArgumentTypeError(
+                f"loss_input_names has {len(loss_input_names)} names, expected the output and "
+                f"{len(resolved.target_names)} target(s)"
+            )
+        resolved = Loss(resolved.function, tuple(loss_input_names[1:]))
+    if isinstance(model, torch.nn.Module):
+        if args is None:
+            raise ArgumentTypeError("args is missing: a torch module needs an example batch, the targets last")
+        return model, (args,) if isinstance(args, Tensor) else tuple(args), resolved
+    module = OnnxModule(model)
+    if args is None:
+        inputs = module.example_inputs()
+        with torch.no_grad():
+            output = module(*inputs)
+        args = (*inputs, *(_target_like(output, resolved) for _ in resolved.target_names))
+    return module, tuple(args), resolved
+
+
+def _target_like(output: Any, loss: Loss) -> Tensor:
+    """An example target: class indices for cross entropy, values like the output's otherwise."""
+    first = output[0] if isinstance(output, (tuple, list)) else output
+    if loss.function is resolve_loss("cross_entropy").function:
+        return torch.zeros([first.shape[0], *first.shape[2:]], dtype=torch.int64)
+    return torch.zeros_like(first)
+
+
+def _loss(loss: Any) -> Any:
+    return loss.value if isinstance(loss, LossType) else loss
+
+
+def _optimizer(optimizer: Any) -> Any:
+    if isinstance(optimizer, OptimType):
+        return AdamW() if optimizer is OptimType.AdamW else SGD()
+    return optimizer
+
+
+def _frozen(
+    module: torch.nn.Module, requires_grad: Sequence[str] | None, frozen_params: Sequence[str] | None
+) -> list[str]:
+    names = [name for name, _ in module.named_parameters()]
+    for option, given in (("requires_grad", requires_grad), ("frozen_params", frozen_params)):
+        if unknown := [name for name in given or () if name not in names]:
+            raise ArgumentTypeError(f"{option} names no parameter of the model: {', '.join(unknown)}")
+    if both := set(requires_grad or ()) & set(frozen_params or ()):
+        raise ArgumentTypeError(f"requires_grad and frozen_params both name {', '.join(sorted(both))}")
+    frozen = list(frozen_params or ())
+    if requires_grad is not None:
+        frozen += [name for name in names if name not in requires_grad]
+    return frozen
+
+
+def _batch_axes(batch: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple({0: "batch"} if isinstance(value, Tensor) and value.dim() else None for value in batch)
+
+
+def _forward(
+    module: torch.nn.Module,
+    batch: tuple[Any, ...],
+    loss: Loss,
+    dynamic_shapes: Any,
+    parameters: Mapping[str, Tensor],
+    opset: int,
+) -> CapturedProgram:
+    """Loss and outputs; with parameters to train also their gradients, added to what was there before."""
+    inputs, targets = split_batch(module, batch, loss)
+    arguments = CallArguments(module, inputs, None)
+    state = state_inputs(module)
+    own_shapes, target_shapes = split_shapes(arguments, loss, dynamic_shapes)
+    users = arguments.inputs(state, own_shapes)
+    labels = named_tensors(dict(zip(loss.target_names, targets, strict=True)), target_shapes, (*state, *users))
+    training = bool(parameters)
+    counters = (
+        GraphInput(SEED, "user", torch.tensor(0, dtype=torch.int64)),
+        GraphInput(STEP, "user", torch.tensor(0, dtype=torch.int64)),
+    )
+    reset = (GraphInput(RESET, "user", torch.tensor(True)),) if training else ()
+    sums = tuple(
+        GraphInput(f"{name}{GRADIENT}", "buffer", torch.zeros_like(tensor.detach()))
+        for name, tensor in parameters.items()
+    )
+    specs = (*users, *labels, *counters, *reset, *state, *sums)
+
+    def traced(values: Mapping[str, Tensor]) -> list[TracedOutput]:
+        leaves = {name: values[name].detach().requires_grad_() for name in parameters}
+        tensors = {s.name: leaves.get(s.name, values[s.name].detach()) for s in state if s.kind == "parameter"}
+        tensors.update({s.name: values[s.name].clone() for s in state if s.kind == "buffer"})
+        zero = torch.zeros((), dtype=torch.int64)
+        random = SeededRandomness(values.get(SEED, zero), values.get(STEP, zero))
+        with swapped_tensors(module, state, tensors), random:
+            result = arguments.call(module, values)
+            first = (
+                result
+                if loss.target_names or isinstance(result, Tensor)
+                else torch.utils._pytree.tree_leaves(result)[0]
+            )
+            value = loss.call(first, *(values[s.name] for s in labels)).reshape(())
+        outputs = [TracedOutput(GraphOutput("loss", "value"), value.detach())]
+        flat = torch.utils._pytree.tree_leaves(result)
+        names = flat_output_names(result, flat)
+        outputs += [TracedOutput(GraphOutput(n, "output"), t.detach()) for n, t in zip(names, flat, strict=True)]
+        if not training:
+            return outputs
+        gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            new = torch.zeros_like(leaf) if gradient is None else gradient
+            before = values[f"{name}{GRADIENT}"]
+            total = torch.where(values[RESET], torch.zeros_like(before), before) + new
+            outputs.append(TracedOutput(GraphOutput(f"{name}{GRADIENT}.updated", "buffer", f"{name}{GRADIENT}"), total))
+        return outputs + buffer_outputs(state, tensors)
+
+    program = trace_function(traced, specs, decompositions=onnx_decompositions(opset))
+    refuse_unseeded_randomness(program)
+    for name in (SEED, STEP):
+        drop_input(program, name)
+    return program
+
+
+def _optimizer_state(optimizer: ResolvedOptimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {STEP: torch.zeros((), dtype=torch.int64)}
+    for name, tensor in parameters.items():
+        if name in optimizer.rules:
+            initial = optimizer.rules[name].optimizer.initial_state(tensor.detach())
+            state.update({f"{name}.{key}": value for key, value in initial.items()})
+    return state
+
+
+def _optimizer_program(optimizer: ResolvedOptimizer, parameters: Mapping[str, Tensor], opset: int) -> CapturedProgram:
+    """Gradients in, new parameters and state out."""
+    state = _optimizer_state(optimizer, parameters)
+    double = any(tensor.dtype == torch.float64 for tensor in parameters.values())
+    rate = torch.tensor(optimizer.learning_rate, dtype=torch.float64 if double else torch.float32)
+    specs = [GraphInput(LEARNING_RATE, "user", rate)]
+    for name, tensor in parameters.items():
+        specs.append(GraphInput(name, "parameter", tensor.detach()))
+        specs.append(GraphInput(f"{name}{GRADIENT}", "buffer", torch.zeros_like(tensor.detach())))
+    specs += [GraphInput(name, "buffer", value) for name, value in state.items()]
+
+    def traced(values: Mapping[str, Tensor]) -> list[TracedOutput]:
+        step = values[STEP] + 1
+        outputs = [TracedOutput(GraphOutput(f"{STEP}.updated", "buffer", STEP), step)]
+        with torch.no_grad():
+            for name in parameters:
+                rule = optimizer.rules.get(name)
+                if rule is None:
+                    continue
+                old = {key: values[f"{name}.{key}"] for key in rule.optimizer.initial_state(values[name])}
+                scaled = values[LEARNING_RATE].to(values[name].dtype) * rule.learning_rate_scale
+                new, new_state = rule.optimizer.update(
+                    values[name], values[f"{name}{GRADIENT}"], old, scaled, step.to(torch.float64)
+                )
+                outputs.append(TracedOutput(GraphOutput(f"{name}.updated", "buffer", name), new))
+                for key, tensor in new_state.items():
+                    outputs.append(
+                        TracedOutput(GraphOutput(f"{name}.{key}.updated", "buffer", f"{name}.{key}"), tensor)
+                    )
+        return outputs
+
+    return trace_function(traced, specs, decompositions=onnx_decompositions(opset))
+
+
+def _model(program: CapturedProgram, opset: int) -> onnx.ModelProto:
+    as_inputs: Callable[[GraphInput], bool] = lambda spec: spec.kind != "constant"  # noqa: E731
+    model = finish(translate(program, opset=opset, as_inputs=as_inputs).model, opset=opset)
+    proto = ir.to_proto(model)
+    check_model(proto)
+    return proto

@@ -1,0 +1,252 @@
+"""onnxruntime-training's interface: artifacts, CheckpointState, Module, Optimizer."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import convgrad_export as cg
+from convgrad_export.training import artifacts
+from convgrad_export.training.api import CheckpointState, LinearLRScheduler, Module, Optimizer
+
+from .parity import batches, small_network
+
+
+def network() -> nn.Module:
+    return small_network(torch.float32)
+
+
+def write(folder: Path, model: nn.Module | None = None, **options) -> None:
+    options = {"loss": artifacts.LossType.CrossEntropyLoss, "optimizer": artifacts.OptimType.AdamW, **options}
+    if not isinstance(model, (onnx.ModelProto, str, Path)):
+        options.setdefault("args", batches(1, torch.float32)[0])
+    artifacts.generate_artifacts(model or network(), artifact_directory=folder, **options)
+
+
+def load(folder: Path) -> tuple[CheckpointState, Module, Optimizer]:
+    state = CheckpointState.load_checkpoint(folder / "checkpoint")
+    module = Module(folder / "training_model.onnx", state, folder / "eval_model.onnx")
+    return state, module, Optimizer(folder / "optimizer_model.onnx", module)
+
+
+def assert_same_parameters(state: CheckpointState, module: nn.Module, rtol: float = 1e-4) -> None:
+    for name, value in module.state_dict().items():
+        np.testing.assert_allclose(state.arrays[name], value.numpy(), rtol=rtol, atol=1e-5, err_msg=name)
+
+
+def test_a_script_trains_as_pytorch_does(tmp_path: Path) -> None:
+    write(tmp_path)
+    state, module, optimizer = load(tmp_path)
+    optimizer.set_learning_rate(0.01)
+    eager = network()
+    reference = torch.optim.AdamW(eager.parameters(), lr=0.01)
+    for x, y in batches(5, torch.float32):
+        module.train()
+        loss, output = module(x.numpy(), y.numpy())
+        optimizer.step()
+        module.lazy_reset_grad()
+        expected = functional.cross_entropy(eager(x), y)
+        reference.zero_grad()
+        expected.backward()
+        reference.step()
+        assert loss == pytest.approx(expected.item(), rel=1e-4)
+        assert output.shape == (6, 5)
+    assert_same_parameters(state, eager, rtol=1e-3)
+    x, y = batches(1, torch.float32)[0]
+    loss, scores = module.eval()(x.numpy(), y.numpy())
+    with torch.no_grad():
+        np.testing.assert_allclose(scores, eager.eval()(x).numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_accumulate_until_they_are_reset(tmp_path: Path) -> None:
+    write(tmp_path, optimizer=artifacts.OptimType.SGD)
+    state, module, optimizer = load(tmp_path)
+    eager, data = network(), batches(2, torch.float32)
+    for x, y in data:
+        module(x.numpy(), y.numpy())
+        functional.cross_entropy(eager(x), y).backward()
+    name = "3.weight"
+    np.testing.assert_allclose(state.parameters[name].grad, eager.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+    optimizer.set_learning_rate(0.1)
+    optimizer.step()
+    torch.optim.SGD(eager.parameters(), lr=0.1).step()
+    assert_same_parameters(state, eager)
+    module.lazy_reset_grad()
+    eager.zero_grad()
+    x, y = data[0]
+    module(x.numpy(), y.numpy())
+    functional.cross_entropy(eager(x), y).backward()
+    np.testing.assert_allclose(state.parameters[name].grad, eager.get_parameter(name).grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+def test_checkpoints_keep_parameters_properties_and_the_optimizer(with_state: bool, tmp_path: Path) -> None:
+    write(tmp_path)
+    state, module, optimizer = load(tmp_path)
+    x, y = (value.numpy() for value in batches(1, torch.float32)[0])
+    module(x, y)
+    optimizer.step()
+    state.properties |= {"epoch": 3, "best": 0.5, "run": "first: try"}
+    CheckpointState.save_checkpoint(state, tmp_path / "checkpoint", include_optimizer_state=with_state)
+    again, module2, optimizer2 = load(tmp_path)
+    assert again.properties == {"epoch": 3, "best": 0.5, "run": "first: try"}
+    assert bool(again.arrays["3.weight.exp_avg"].any()) == with_state
+    for name in state.parameter_names:
+        np.testing.assert_array_equal(again.arrays[name], state.arrays[name])
+    for m, o in ((module, optimizer), (module2, optimizer2)):
+        m.lazy_reset_grad()
+        m(x, y)
+        o.step()
+    assert np.array_equal(again.arrays["3.weight"], state.arrays["3.weight"]) == with_state
+
+
+def test_parameters_move_as_one_vector(tmp_path: Path) -> None:
+    write(tmp_path, frozen_params=["0.weight"])
+    state, module, _ = load(tmp_path)
+    count = sum(p.numel() for p in network().parameters())
+    assert module.get_parameters_size(False) == count
+    assert module.get_parameters_size() == count - 36
+    vector = module.get_contiguous_parameters(trainable_only=True)
+    assert vector.shape() == [count - 36]
+    module.copy_buffer_to_parameters(vector.numpy() * 2)
+    np.testing.assert_array_equal(state.arrays["7.bias"], 2 * network()[7].bias.detach().numpy())
+    np.testing.assert_array_equal(state.arrays["0.weight"], network()[0].weight.detach().numpy())
+    with pytest.raises(cg.GeometryError, match="elements"):
+        module.copy_buffer_to_parameters(np.zeros(3, np.float32))
+    assert not state.parameters["0.weight"].requires_grad
+    assert {name for name, _ in state.parameters} == {name for name, _ in network().named_parameters()}
+    state.parameters["7.bias"].data = np.ones(5, np.float32)
+    assert state.arrays["7.bias"].sum() == 5
+    with pytest.raises(cg.GeometryError, match="assigned"):
+        state.parameters["7.bias"].data = np.ones(6, np.float32)
+
+
+def test_the_inference_model_holds_the_trained_parameters(tmp_path: Path) -> None:
+    write(tmp_path)
+    state, module, optimizer = load(tmp_path)
+    x, y = (value.numpy() for value in batches(1, torch.float32)[0])
+    module(x, y)
+    optimizer.step()
+    module.export_model_for_inferencing(tmp_path / "inference.onnx", ["output"])
+    session = cg.GradientSession(tmp_path / "inference.onnx")
+    assert session.input_names == ("input",)
+    eager = network()
+    eager.load_state_dict({name: torch.from_numpy(state.arrays[name]) for name in eager.state_dict()})
+    with torch.no_grad():
+        expected = eager.eval()(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(session.run({"input": x})["output"], expected, rtol=1e-3, atol=1e-5)
+    with pytest.raises(cg.ArgumentTypeError, match="logits"):
+        module.export_model_for_inferencing(tmp_path / "other.onnx", ["logits"])
+
+
+def test_an_onnx_forward_model_is_trained(tmp_path: Path) -> None:
+    eager = nn.Sequential(*network()[:5], nn.AvgPool2d(2), nn.Flatten(), nn.Dropout(0.0), nn.Linear(16, 5)).train()
+    for index, layer in enumerate(eager):
+        eager.add_module(str(index), layer)
+    path = tmp_path / "forward.onnx"
+    inference = copy.deepcopy(eager).eval()
+    cg.export(inference, (torch.randn(2, 1, 8, 8),), path, dynamic_shapes=({0: "batch"},), verify=False)
+    artifacts.generate_artifacts(
+        str(path),
+        loss=artifacts.LossType.CrossEntropyLoss,
+        optimizer=artifacts.OptimType.SGD,
+        artifact_directory=tmp_path,
+    )
+    state, module, optimizer = load(tmp_path)
+    assert set(state.parameter_names) == {name for name, _ in eager.named_parameters()}
+    optimizer.set_learning_rate(0.1)
+    reference = torch.optim.SGD(eager.parameters(), lr=0.1)
+    for x, y in batches(3, torch.float32):
+        loss = module(x.numpy(), y.numpy())[0]
+        optimizer.step()
+        module.lazy_reset_grad()
+        reference.zero_grad()
+        expected = functional.cross_entropy(eager(x), y)
+        expected.backward()
+        reference.step()
+        assert loss == pytest.approx(expected.item(), rel=1e-4)
+    for name in state.parameter_names:
+        np.testing.assert_allclose(state.arrays[name], eager.get_parameter(name).detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_unknown_operators_of_an_onnx_model_are_named(tmp_path: Path) -> None:
+    model = cg.build_model("conv2d_input", input_shape=(1, 1, 4, 4), weight_shape=(1, 1, 3, 3), lowering="input.col2im")
+    with pytest.raises(cg.UnsupportedOperatorError, match="Col2Im"):
+        write(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ort_format": True}, "ort_format"),
+        ({"requires_grad": ["nothing"]}, "nothing"),
+        ({"requires_grad": ["7.bias"], "frozen_params": ["7.bias"]}, "both"),
+        ({"args": None}, "args is missing"),
+        ({"loss_input_names": ["a"]}, "loss_input_names"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(cg.ConvGradError, match=message):
+        write(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_calls_are_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    _, module, optimizer = load(tmp_path)
+    with pytest.raises(cg.ArgumentTypeError, match="before any training call"):
+        optimizer.step()
+    with pytest.raises(cg.ArgumentTypeError, match="takes 2 inputs"):
+        module(np.zeros((1, 1, 8, 8), np.float32))
+    assert module.input_names() == ["input", "target"]
+    assert module.output_names() == ["loss", "output"]
+    state = CheckpointState.load_checkpoint(tmp_path / "checkpoint")
+    with pytest.raises(cg.ArgumentTypeError, match="no eval model"):
+        Module(tmp_path / "training_model.onnx", state).eval()(1, 2)
+    state.properties["bad"] = [1]  # type: ignore[assignment]
+    with pytest.raises(cg.ArgumentTypeError, match="bad"):
+        CheckpointState.save_checkpoint(state, tmp_path / "other")
+
+
+def test_the_linear_schedule_rises_and_falls(tmp_path: Path) -> None:
+    write(tmp_path)
+    _, _, optimizer = load(tmp_path)
+    scheduler = LinearLRScheduler(optimizer, 2, 6, 1.0)
+    rates = []
+    for _ in range(7):
+        rates.append(optimizer.get_learning_rate())
+        scheduler.step()
+    assert rates == [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_the_interface_runs_without_torch(tmp_path: Path) -> None:
+    write(tmp_path)
+    code = f"""
+import sys
+sys.modules["torch"] = None
+import numpy as np
+from pathlib import Path
+from convgrad_export.training.api import CheckpointState, Module, Optimizer
+folder = Path({str(tmp_path)!r})
+state = CheckpointState.load_checkpoint(folder / "checkpoint")
+module = Module(folder / "training_model.onnx", state, folder / "eval_model.onnx")
+optimizer = Optimizer(folder / "optimizer_model.onnx", module)
+optimizer.set_learning_rate(0.01)
+x, y = np.random.default_rng(0).standard_normal((6, 1, 8, 8), dtype=np.float32), np.arange(6) % 5
+losses = []
+for _ in range(20):
+    losses.append(float(module(x, y)[0]))
+    optimizer.step()
+    module.lazy_reset_grad()
+assert losses[-1] < losses[0], losses
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
