@@ -7,8 +7,6 @@ passes below are linear.
 
 from __future__ import annotations
 
-import logging
-
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
@@ -18,6 +16,7 @@ from convgrad_export.errors import ArgumentTypeError, ConvGradError
 from convgrad_export.integrations.opset_downgrade import downgrade
 
 BASE_OPSET, MIN_OPSET, MAX_OPSET = 18, 13, 23
+_SHARED_CONSTANT_BYTES = 65536
 
 
 def check_opset(opset: int) -> None:
@@ -35,20 +34,24 @@ def finish(model: ir.Model, *, opset: int = BASE_OPSET) -> ir.Model:
     check_opset(opset)
     from onnxscript.optimizer import _constant_folding
 
-    # Its note that outputs are left alone is no news here.
-    logging.getLogger("onnx_ir.passes.common.initializer_deduplication").setLevel(logging.ERROR)
+    # Parameters keep their names and stay what they are: a folded Transpose would be a nameless copy.
+    parameters = {name for name in model.graph.initializers if not name.startswith("constant_")}
     ir.passes.Sequential(
         passes.InlinePass(),
         _constant_folding.FoldConstantsPass(
             shape_inference=False,
             input_size_limit=_constant_folding.DEFAULT_CONSTANT_FOLD_INPUT_SIZE_LIMIT,
             output_size_limit=_constant_folding.DEFAULT_CONSTANT_FOLD_OUTPUT_SIZE_LIMIT,
-            should_fold=lambda node: None,
+            should_fold=lambda node: (
+                False if any(v is not None and v.name in parameters for v in node.inputs) else None
+            ),
         ),
         passes.IdentityEliminationPass(),
         passes.RemoveUnusedNodesPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        passes.DeduplicateInitializersPass(),
+    )(model)
+    _share_equal_constants(model, parameters)
+    ir.passes.Sequential(
         passes.CommonSubexpressionEliminationPass(),
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedFunctionsPass(),
@@ -56,6 +59,7 @@ def finish(model: ir.Model, *, opset: int = BASE_OPSET) -> ir.Model:
         passes.OutputFixPass(),
         passes.NameFixPass(),
     )(model)
+    _transpose_in_gemm(model)
     model.opset_imports.setdefault("", BASE_OPSET)
     if opset < BASE_OPSET:
         downgrade(model, opset)
@@ -65,6 +69,38 @@ def finish(model: ir.Model, *, opset: int = BASE_OPSET) -> ir.Model:
     model.ir_version = ir_version(opset)
     _strip_metadata(model)
     return model
+
+
+def _share_equal_constants(model: ir.Model, parameters: set[str]) -> None:
+    """One initializer for equal constants. Parameters stay apart: fresh scales and variances are all ones."""
+    first: dict[tuple[object, ...], ir.Value] = {}
+    for name, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        if name in parameters or tensor is None or tensor.nbytes > _SHARED_CONSTANT_BYTES or value.is_graph_output():
+            continue
+        kept = first.setdefault((tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()), value)
+        if kept is not value:
+            value.replace_all_uses_with(kept)
+            del model.graph.initializers[name]
+
+
+def _transpose_in_gemm(model: ir.Model) -> None:
+    """Gemm reads a transposed matrix itself: a Linear layer is one node with PyTorch's own weight."""
+    for node in list(model.graph):
+        if node.op_type != "Gemm":
+            continue
+        for index, name in ((0, "transA"), (1, "transB")):
+            value = node.inputs[index]
+            source = value.producer() if value is not None else None
+            if source is None or source.op_type != "Transpose" or source.inputs[0] is None:
+                continue
+            perm = source.attributes.get("perm")
+            if perm is not None and list(perm.as_ints()) != [1, 0]:
+                continue
+            old = node.attributes.get(name)
+            node.replace_input_with(index, source.inputs[0])
+            node.attributes[name] = ir.AttrInt64(name, 1 - (old.as_int() if old is not None else 0))
+    passes.RemoveUnusedNodesPass()(model)
 
 
 def _upgrade(model: ir.Model, opset: int) -> None:

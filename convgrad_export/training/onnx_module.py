@@ -1,7 +1,7 @@
 """An ONNX forward model as a torch module, for the operators that convolutional classifiers and U-Nets are made of.
 
-onnxruntime-training took forward models in this form. Floating-point initializers become parameters, except the
-statistics of BatchNormalization, which become buffers.
+onnxruntime-training took forward models in this form. Weights, biases and scales become parameters, the statistics of
+BatchNormalization buffers; every other initializer is a constant.
 """
 
 from __future__ import annotations
@@ -96,10 +96,12 @@ def _gemm(node: str, a: Attributes, x: Tensor, w: Tensor, c: Tensor | None = Non
 
 
 def _integers(value: Any) -> list[int]:
-    return [int(v) for v in (value.tolist() if isinstance(value, Tensor) else value)]
+    return [int(v) for v in np.asarray(value).reshape(-1)]
 
 
-def _reshape(node: str, a: Attributes, x: Tensor, shape: Any) -> Tensor:
+def _reshape(node: str, a: Attributes, x: Any, shape: Any) -> Any:
+    if isinstance(x, list):
+        return x  # sizes are a list already
     wanted = shape if isinstance(shape, list) else _integers(shape)
     keep = not a.get("allowzero", 0)
     sizes = [x.shape[axis] if keep and isinstance(n, int) and n == 0 else n for axis, n in enumerate(wanted)]
@@ -112,15 +114,15 @@ def _shape(node: str, a: Attributes, x: Tensor) -> list[Any]:
 
 
 def _concat(node: str, a: Attributes, *inputs: Any) -> Any:
-    if any(isinstance(value, list) for value in inputs):
+    if not any(isinstance(value, Tensor) for value in inputs):
         return [size for value in inputs for size in (value if isinstance(value, list) else _integers(value))]
     return torch.cat(inputs, a["axis"])
 
 
 def _gather(node: str, a: Attributes, x: Any, index: Tensor) -> Any:
     if isinstance(x, list):
-        return [x[i] for i in _integers(index.reshape(-1))]
-    if index.dim() == 0:
+        return [x[i] for i in _integers(index)]
+    if isinstance(index, np.ndarray) and index.ndim == 0:
         return x.select(a.get("axis", 0), int(index))
     raise UnsupportedOperatorError(f"{node}: Gather with several indices is not supported")
 
@@ -139,7 +141,9 @@ def _clip(node: str, a: Attributes, x: Tensor, low: Tensor | None = None, high: 
     return torch.clamp(x, None if low is None else float(low), None if high is None else float(high))
 
 
-def _squeeze(node: str, a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
+def _squeeze(node: str, a: Attributes, x: Any, axes: Tensor | None = None) -> Any:
+    if isinstance(x, list):
+        return x  # a list of one size stands for the size
     chosen = _integers(axes) if axes is not None else list(a.get("axes", ()))
     return x.squeeze(chosen) if chosen else x.squeeze()
 
@@ -198,6 +202,16 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "ReduceMean": _reduce_mean,
 }
 _STATISTICS = ("BatchNormalization",)
+_TAKES_SIZES = ("Reshape", "Squeeze", "Unsqueeze", "ReduceMean", "Gather", "Concat", "Clip")
+
+
+def _weights(node: Any) -> list[str]:
+    """Inputs of a node that training changes."""
+    if node.op_type in ("Conv", "ConvTranspose", "PRelu"):
+        return list(node.input[1:])
+    if node.op_type == "BatchNormalization":
+        return list(node.input[1:3])
+    return list(node.input) if node.op_type in ("Gemm", "MatMul", "Add", "Mul") else []
 
 
 class OnnxModule(nn.Module):
@@ -230,18 +244,24 @@ class OnnxModule(nn.Module):
             )
         self._graph = model.graph
         self._where: dict[str, str] = {}
+        # Constants stay outside of the module: what is a buffer would be traced, and sizes have to be numbers.
+        self._constants: dict[str, np.ndarray] = {}
         statistics = {n for node in model.graph.node if node.op_type in _STATISTICS for n in node.input[3:5]}
+        weights = {n for node in model.graph.node for n in _weights(node)}
         for initializer in model.graph.initializer:
-            value = torch.from_numpy(np.array(onnx.numpy_helper.to_array(initializer)))
-            trainable = value.is_floating_point() and initializer.name not in statistics
-            self._register(initializer.name, value, trainable, persistent=value.is_floating_point())
-        held = set(self._where)
+            array = np.array(onnx.numpy_helper.to_array(initializer))
+            name = initializer.name
+            if array.ndim and array.dtype.kind == "f" and name in weights | statistics:
+                self._register(name, torch.from_numpy(array), name not in statistics)
+            else:
+                self._constants[name] = array
+        held = {*self._where, *self._constants}
         self._inputs = [value for value in model.graph.input if value.name not in held]
         self._outputs = [value.name for value in model.graph.output]
         # forward(*inputs) named after the graph's inputs: the exported step's inputs get these names
         self.forward = _named_forward(self, [value.name for value in self._inputs])
 
-    def _register(self, name: str, value: Tensor, trainable: bool, persistent: bool) -> None:
+    def _register(self, name: str, value: Tensor, trainable: bool) -> None:
         """Under its own name, dots included: submodules hold the parts."""
         *parents, leaf = name.split(".")
         place: nn.Module = self
@@ -253,7 +273,7 @@ class OnnxModule(nn.Module):
         if trainable:
             place.register_parameter(leaf, nn.Parameter(value))
         else:
-            place.register_buffer(leaf, value, persistent=persistent)
+            place.register_buffer(leaf, value)
         self._where[name] = ".".join([*parents, leaf])
 
     def example_inputs(self) -> tuple[Tensor, ...]:
@@ -273,7 +293,7 @@ class OnnxModule(nn.Module):
         return tuple(result)
 
     def run(self, *inputs: Tensor) -> Any:
-        values: dict[str, Any] = {"": None}
+        values: dict[str, Any] = {"": None, **self._constants}
         values.update(zip((value.name for value in self._inputs), inputs, strict=True))
         for name, where in self._where.items():
             place, _, leaf = where.rpartition(".")
@@ -288,7 +308,7 @@ class OnnxModule(nn.Module):
     def _node(self, node: Any, a: Attributes, inputs: list[Any]) -> Any:
         where = f"{node.op_type} {node.name}".strip()
         if node.op_type == "Constant":
-            return torch.from_numpy(np.array(onnx.numpy_helper.to_array(a["value"])))
+            return np.array(onnx.numpy_helper.to_array(a["value"]))
         if node.op_type == "Dropout":
             ratio = float(inputs[1]) if len(inputs) > 1 and inputs[1] is not None else float(a.get("ratio", 0.5))
             return functional.dropout(inputs[0], ratio, self.training)
@@ -298,6 +318,8 @@ class OnnxModule(nn.Module):
             return functional.batch_norm(
                 x, mean, variance, scale, bias, self.training, momentum, a.get("epsilon", 1e-5)
             )
+        if node.op_type not in _TAKES_SIZES:
+            inputs = [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in inputs]
         return OPERATORS[node.op_type](where, a, *inputs)
 
 
