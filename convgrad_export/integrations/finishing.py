@@ -17,6 +17,7 @@ from convgrad_export.integrations.opset_downgrade import downgrade
 
 BASE_OPSET, MIN_OPSET, MAX_OPSET = 18, 13, 23
 _SHARED_CONSTANT_BYTES = 65536
+_LARGEST_FOLDED = 4096
 
 
 def check_opset(opset: int) -> None:
@@ -41,7 +42,7 @@ def finish(model: ir.Model, *, opset: int = BASE_OPSET) -> ir.Model:
         _constant_folding.FoldConstantsPass(
             shape_inference=False,
             input_size_limit=_constant_folding.DEFAULT_CONSTANT_FOLD_INPUT_SIZE_LIMIT,
-            output_size_limit=_constant_folding.DEFAULT_CONSTANT_FOLD_OUTPUT_SIZE_LIMIT,
+            output_size_limit=_LARGEST_FOLDED,  # an index table is computed when the model is loaded
             should_fold=lambda node: (
                 False if any(v is not None and v.name in parameters for v in node.inputs) else None
             ),

@@ -1,0 +1,141 @@
+"""`convgrad export`: a network's gradients, or a recipe around it, as an ONNX file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ArgumentTypeError
+from . import options
+
+
+def register(app: typer.Typer) -> None:
+    app.command("export")(export)
+
+
+def export(
+    module: Annotated[str, typer.Argument(help="package.module:Name, a torch.nn.Module or what makes one.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    input_shape: Annotated[str, typer.Option(help="Of the first argument: N,C,H,W.")] = "1,3,224,224",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="saliency, gradcam, integrated-gradients, fgsm, pgd, guided-diffusion or forces; without one the "
+            "gradients named by --wrt are exported."
+        ),
+    ] = None,
+    wrt: Annotated[str, typer.Option(help="inputs, parameters, or names of them or of layers, by commas.")] = "inputs",
+    of: Annotated[str, typer.Option(help="sum, vjp, or a class index: what is differentiated.")] = "sum",
+    target: Annotated[int | None, typer.Option(help="Class of a recipe; the best one by default.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer of gradcam.")] = None,
+    steps: Annotated[int, typer.Option(help="Points of integrated-gradients.")] = 16,
+    epsilon: Annotated[float, typer.Option(help="Of fgsm and pgd.")] = 8 / 255,
+    step_size: Annotated[float, typer.Option(help="Of pgd.")] = 2 / 255,
+    scale: Annotated[float, typer.Option(help="Of guided-diffusion.")] = 1.0,
+    weights: Annotated[Path | None, typer.Option(help="A .safetensors file with the state_dict.")] = None,
+    dynamic: Annotated[str, typer.Option(help="Of batch, height, width; by commas; empty for none.")] = "batch",
+    train_mode: Annotated[bool, typer.Option("--train-mode", help="Export in training mode.")] = False,
+    opset: options.Opset = 18,
+    lowering: Annotated[str, typer.Option(help="auto, or a name that `convgrad lowerings` lists.")] = "auto",
+    verify: Annotated[bool, typer.Option(help="Compare with float64 eager before writing.")] = True,
+    seed: Annotated[int, typer.Option(help="Of random weights and the example input.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Export gradients of a network by its dotted name, verified, with a report."""
+    import torch
+
+    from ..integrations import onnx_export
+    from ..integrations.saving import check_path
+    from ..recipes.by_name import RecipeOptions, prepare
+    from ..training.run import load_module
+
+    check_path(output, overwrite)
+    torch.manual_seed(seed)
+    sys.path.insert(0, "")  # as `python -m` does, so that a file in the current folder is found
+    network = load_module(module).train(train_mode)
+    if weights is not None:
+        _load_weights(network, weights)
+    x = torch.rand(options.integers(input_shape, "--input-shape"))
+    common: dict[str, Any] = {
+        "opset_version": opset,
+        "lowering": lowering,
+        "verify": verify,
+        "overwrite": overwrite,
+        "progress": False if as_json else None,
+    }
+    sizes = _dynamic_axes(dynamic, x.dim())
+    if recipe is not None:
+        choice = RecipeOptions(target, layer, steps, epsilon, step_size, scale)
+        prepared = prepare(recipe, network, x, choice)
+        shapes = tuple(
+            (sizes if value.dim() == x.dim() else {k: v for k, v in sizes.items() if k == 0}) or None
+            if batched
+            else None
+            for value, batched in zip(prepared.args, prepared.batched, strict=True)
+        )
+        report = onnx_export.export(prepared.module, prepared.args, output, dynamic_shapes=shapes, **common)
+    else:
+        names = [name for name in wrt.split(",") if name]
+        scalar: Any = int(of) if of.lstrip("-").isdigit() else of
+        report = onnx_export.export_gradient(
+            network, (x,), output, wrt=names, of=scalar, dynamic_shapes=(sizes or None,), **common
+        )
+    if as_json:
+        options.print_json(report.to_dict())
+    else:
+        _print(report)
+
+
+def _dynamic_axes(text: str, rank: int) -> dict[int, str]:
+    axes = {"batch": 0, "height": rank - 2, "width": rank - 1}
+    names = [name for name in text.split(",") if name]
+    if unknown := [name for name in names if name not in axes]:
+        raise ArgumentTypeError(f"--dynamic names {', '.join(unknown)}, expected batch, height or width")
+    return {axes[name]: name for name in names}
+
+
+def _load_weights(network: Any, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from ..errors import ModelFileError
+
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ModelFileError(f"--weights {path} cannot be read as safetensors: {error}") from error
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelFileError(f"--weights {path} does not fit the network: {error}") from error
+
+
+def _print(report: Any) -> None:
+    from rich.table import Table
+
+    summary = report.to_dict()
+    table = Table(title=f"{report.path}: opset {report.opset}, {sum(report.operators.values())} nodes")
+    table.add_column("")
+    table.add_column("", overflow="fold")
+    for title, values in (("inputs", report.inputs), ("outputs", report.outputs)):
+        shown = [f"{name} ({', '.join(map(str, shape))})" for name, shape in values.items()]
+        more = f"\nand {len(shown) - 6} more" if len(shown) > 6 else ""
+        table.add_row(title, "\n".join(shown[:6]) + more)
+    table.add_row("operators", ", ".join(f"{name} {count}" for name, count in report.operators.items()))
+    chosen: dict[str, int] = {}
+    for entry in summary["lowerings"]:
+        chosen[entry["lowering"]] = chosen.get(entry["lowering"], 0) + entry["count"]
+    table.add_row("lowerings", ", ".join(f"{name} {count}" for name, count in chosen.items()) or "-")
+    table.add_row("bytes", ", ".join(f"{name} {size:,}" for name, size in report.sizes.items()))
+    table.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()))
+    if report.errors:
+        name = max(report.errors, key=lambda key: report.errors[key].relative / report.errors[key].bound)
+        worst = report.errors[name]
+        table.add_row("verified", f"worst relative error {worst.relative:.1e} ({name}), bound {worst.bound:.1e}")
+    for note in report.notes:
+        table.add_row("note", note)
+    options.print_table(table)

@@ -1,0 +1,64 @@
+"""Adversarial examples, for testing a network's robustness where it is deployed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import ArgumentTypeError
+
+
+def _loss_gradient(network: nn.Module, x: Tensor, label: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        # the sum, so that a picture's gradient does not depend on the batch it is in
+        (gradient,) = torch.autograd.grad(functional.cross_entropy(network(leaf), label, reduction="sum"), leaf)
+    return gradient
+
+
+def _positive(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ArgumentTypeError(f"{name} is {value!r}, expected a number above 0")
+    return float(value)
+
+
+class FGSM(nn.Module):
+    """Fast gradient sign method (Goodfellow et al., arXiv:1412.6572, section 4).
+
+    Args:
+        network: (N, C, *I) to logits (N, classes). epsilon: largest change of an element.
+        low, high: range of valid pictures.
+
+    forward(x, label), label int64 (N,), gives the attacked picture, shape of x.
+    """
+
+    def __init__(self, network: nn.Module, epsilon: float = 8 / 255, low: float = 0.0, high: float = 1.0) -> None:
+        super().__init__()
+        self.network, self.epsilon, self.low, self.high = network, _positive("epsilon", epsilon), low, high
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        step = self.epsilon * _loss_gradient(self.network, x, label).sign()
+        return (x + step).clamp(self.low, self.high)
+
+
+class PGD(nn.Module):
+    """One step of projected gradient descent (Madry et al., arXiv:1706.06083, section 2.1); call it repeatedly.
+
+    Args:
+        network, low, high: as for `FGSM`. epsilon: radius of the ball around the original. step: size of one step.
+
+    forward(x, original, label) gives the next picture, projected into the ball around `original`.
+    """
+
+    def __init__(
+        self, network: nn.Module, epsilon: float = 8 / 255, step: float = 2 / 255, low: float = 0.0, high: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.network, self.epsilon, self.step = network, _positive("epsilon", epsilon), _positive("step", step)
+        self.low, self.high = low, high
+
+    def forward(self, x: Tensor, original: Tensor, label: Tensor) -> Tensor:
+        moved = x + self.step * _loss_gradient(self.network, x, label).sign()
+        near = original + (moved - original).clamp(-self.epsilon, self.epsilon)
+        return near.clamp(self.low, self.high)

@@ -1,0 +1,94 @@
+"""Which parts of a picture a prediction rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentTypeError
+from .scores import class_score, input_gradient
+
+
+class Saliency(nn.Module):
+    """Largest gradient magnitude over the colours (Simonyan et al., arXiv:1312.6034, section 3).
+
+    Args:
+        network: (N, C, *I) to (N, classes). target: class index; None takes the best class of each picture.
+
+    forward(x) gives shape (N, *I).
+    """
+
+    def __init__(self, network: nn.Module, target: int | None = None) -> None:
+        super().__init__()
+        self.network, self.target = network, target
+
+    def forward(self, x: Tensor) -> Tensor:
+        return input_gradient(self.network, x, self.target).abs().amax(1)
+
+
+class GradCAM(nn.Module):
+    """Class activation map of one layer (Selvaraju et al., arXiv:1610.02391, equations 1 and 2).
+
+    Args:
+        network: (N, C, H, W) to (N, classes). layer: name of a submodule whose output is (N, K, h, w).
+        target: as for `Saliency`. resize: enlarge the map to the picture, bilinearly.
+
+    forward(x) gives shape (N, H, W), or (N, h, w) without `resize`.
+
+    Raises:
+        ArgumentTypeError: no such layer.
+    """
+
+    def __init__(self, network: nn.Module, layer: str, target: int | None = None, resize: bool = True) -> None:
+        super().__init__()
+        names: Mapping[str, nn.Module] = dict(network.named_modules())
+        if layer not in names or not layer:
+            known = ", ".join(name for name in list(names)[1:13])
+            raise ArgumentTypeError(f"layer is {layer!r}, which the network does not have; its first ones: {known}")
+        self.network, self.layer, self.target, self.resize = network, layer, target, resize
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            kept.append(output if output.requires_grad else output.detach().requires_grad_())
+            return kept[-1].clone()  # an in-place ReLU after it would change the kept one
+
+        handle = self.network.get_submodule(self.layer).register_forward_hook(keep)
+        try:
+            with torch.enable_grad():
+                score = class_score(self.network(x), self.target)
+                (gradient,) = torch.autograd.grad(score, kept[-1])
+        finally:
+            handle.remove()
+        weights = gradient.mean((2, 3), keepdim=True)
+        cam = torch.relu((weights * kept[-1].detach()).sum(1, keepdim=True))
+        if self.resize:
+            cam = nn.functional.interpolate(cam, size=x.shape[2:], mode="bilinear", align_corners=False)
+        return cam[:, 0]
+
+
+class IntegratedGradients(nn.Module):
+    """Gradients summed along the line from a baseline (Sundararajan et al., arXiv:1703.01365, equation 3).
+
+    Args:
+        network, target: as for `Saliency`; a fixed target makes the attributions add up to the score's change.
+        steps: points on the line, midpoint rule. All are one batch, so memory grows with them.
+
+    forward(x, baseline) gives the attribution of each input element, shape of x.
+    """
+
+    def __init__(self, network: nn.Module, target: int | None = None, steps: int = 16) -> None:
+        super().__init__()
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ArgumentTypeError(f"steps is {steps!r}, expected an integer of at least 1")
+        self.network, self.target, self.steps = network, target, steps
+
+    def forward(self, x: Tensor, baseline: Tensor) -> Tensor:
+        along = (torch.arange(self.steps, dtype=x.dtype, device=x.device) + 0.5) / self.steps
+        along = along.reshape([self.steps, *[1] * x.dim()])
+        points = baseline + along * (x - baseline)  # (steps, N, C, ...)
+        gradients = input_gradient(self.network, points.flatten(0, 1), self.target)
+        return (x - baseline) * gradients.unflatten(0, (self.steps, x.shape[0])).mean(0)

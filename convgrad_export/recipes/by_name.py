@@ -1,0 +1,106 @@
+"""Recipes by the names of the command line, with the example arguments that each needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentTypeError
+from .attack import FGSM, PGD
+from .attribution import GradCAM, IntegratedGradients, Saliency
+from .diffusion import GuidedDiffusionStep
+from .forces import Forces
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """Options of the command line; each recipe takes what it knows."""
+
+    target: int | None = None
+    layer: str | None = None
+    steps: int = 16
+    epsilon: float = 8 / 255
+    step_size: float = 2 / 255
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A module to export, its example arguments, and which of them have the batch as their first axis."""
+
+    module: nn.Module
+    args: tuple[Tensor, ...]
+    batched: tuple[bool, ...]
+
+
+def _labels(network: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scores = network(x)
+    if not isinstance(scores, Tensor) or scores.dim() != 2:
+        raise ArgumentTypeError("the recipe needs a classifier: an output of shape (batch, classes)")
+    return scores.argmax(1)
+
+
+def _saliency(network: nn.Module, x: Tensor, o: RecipeOptions) -> Prepared:
+    return Prepared(Saliency(network, o.target), (x,), (True,))
+
+
+def _gradcam(network: nn.Module, x: Tensor, o: RecipeOptions) -> Prepared:
+    if o.layer is None:
+        raise ArgumentTypeError("gradcam needs a layer: --layer NAME, as in dict(module.named_modules())")
+    return Prepared(GradCAM(network, o.layer, o.target), (x,), (True,))
+
+
+def _integrated(network: nn.Module, x: Tensor, o: RecipeOptions) -> Prepared:
+    return Prepared(IntegratedGradients(network, o.target, o.steps), (x, torch.zeros_like(x)), (True, True))
+
+
+def _fgsm(network: nn.Module, x: Tensor, o: RecipeOptions) -> Prepared:
+    return Prepared(FGSM(network, o.epsilon), (x, _labels(network, x)), (True, True))
+
+
+def _pgd(network: nn.Module, x: Tensor, o: RecipeOptions) -> Prepared:
+    return Prepared(PGD(network, o.epsilon, o.step_size), (x, x.clone(), _labels(network, x)), (True, True, True))
+
+
+def _forces(network: nn.Module, x: Tensor, o: RecipeOptions) -> Prepared:
+    return Prepared(Forces(network), (x,), (True,))
+
+
+class _BlurDenoiser(nn.Module):
+    """Noise as what a 5x5 mean takes away: a denoiser for trying guidance out without trained weights."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return x - nn.functional.avg_pool2d(nn.functional.pad(x, (2, 2, 2, 2), mode="reflect"), 5, 1)
+
+
+def _guided(network: nn.Module, x: Tensor, o: RecipeOptions) -> Prepared:
+    module = GuidedDiffusionStep(_BlurDenoiser(), network, o.scale)
+    timestep = torch.full([x.shape[0]], 500)
+    args = (x, timestep, torch.tensor(0.5), torch.tensor(0.6), _labels(network, x))
+    return Prepared(module, args, (True, True, False, False, True))
+
+
+RECIPES: Mapping[str, Callable[[nn.Module, Tensor, RecipeOptions], Prepared]] = {
+    "saliency": _saliency,
+    "gradcam": _gradcam,
+    "integrated-gradients": _integrated,
+    "fgsm": _fgsm,
+    "pgd": _pgd,
+    "guided-diffusion": _guided,
+    "forces": _forces,
+}
+
+
+def prepare(recipe: str, network: nn.Module, x: Tensor, options: RecipeOptions) -> Prepared:
+    """A recipe around a network, in evaluation mode.
+
+    Raises:
+        ArgumentTypeError: an unknown recipe, a missing option, or a network that does not fit.
+    """
+    if recipe not in RECIPES:
+        raise ArgumentTypeError(f"recipe is {recipe!r}, expected one of: {', '.join(RECIPES)}")
+    return RECIPES[recipe](network.eval(), x, options)

@@ -1,0 +1,27 @@
+"""Energies and the forces that follow from them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Forces(nn.Module):
+    """Energy and force, the negative gradient of the energy with respect to the input.
+
+    Args:
+        energy: x to an energy for each sample, any shape; the sum is differentiated, so samples do not mix.
+
+    forward(x) gives (energy, force of x's shape).
+    """
+
+    def __init__(self, energy: nn.Module) -> None:
+        super().__init__()
+        self.energy = energy
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            energy = self.energy(leaf)
+            (gradient,) = torch.autograd.grad(energy.sum(), leaf)
+        return energy.detach(), -gradient

@@ -1,0 +1,96 @@
+"""`convgrad export`: a network by its dotted name, a recipe, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import convgrad_export as cg
+from convgrad_export.cli import main
+
+
+class Small(nn.Sequential):
+    """A classifier with a strided convolution."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+        )
+
+
+NAME = f"{__name__}:Small"
+SHAPE = ["--input-shape", "2,3,16,17"]
+
+
+def test_gradients_of_inputs_and_parameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "small.onnx"
+    arguments = ["export", NAME, "-o", str(path), *SHAPE, "--wrt", "inputs,parameters", "--of", "3", "--json"]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["outputs"])[:2] == ["value", "input.grad"]
+    assert "0.weight.grad" in report["outputs"]
+    assert report["inputs"] == {"input": ["batch", 3, 16, 17]}
+    assert report["errors"]
+    assert {entry["gradient"] for entry in report["lowerings"]} == {"input", "weight", "bias"}
+    assert cg.GradientSession(path).run({"input": np.ones((5, 3, 16, 17), np.float32)})["input.grad"].shape[0] == 5
+    assert main(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_a_recipe_with_saved_weights_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(5)
+    network = Small()
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    path = tmp_path / "cam.onnx"
+    weights = ["--weights", str(tmp_path / "weights.safetensors")]
+    recipe = [
+        "--recipe",
+        "gradcam",
+        "--layer",
+        "0",
+        "--target",
+        "1",
+        "--dynamic",
+        "batch,height,width",
+        "--opset",
+        "17",
+    ]
+    assert main(["export", NAME, "-o", str(path), *SHAPE, *weights, *recipe]) == 0
+    text = capsys.readouterr().out
+    assert "verified" in text
+    assert "opset 17" in text
+    from convgrad_export.recipes import GradCAM
+
+    x = torch.rand(1, 3, 20, 21)
+    got = cg.GradientSession(path).run({"x": x})["output"]
+    torch.testing.assert_close(got, GradCAM(network.eval(), "0", 1)(x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "expected package.module:Name"),
+        ([NAME, "--recipe", "dream"], "expected one of: saliency"),
+        ([NAME, "--recipe", "gradcam"], "--layer"),
+        ([NAME, "--wrt", "layer9"], "layer9"),
+        ([NAME, "--of", "99"], "class 99"),
+        ([NAME, "--dynamic", "depth"], "depth"),
+        ([NAME, "--opset", "9"], "13 to 23"),
+        ([NAME, "--weights", "none.safetensors"], "cannot be read"),
+        ([NAME, "--input-shape", "a,b"], "integers"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_writes_nothing(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = [] if "--input-shape" in arguments else SHAPE
+    assert main(["export", *arguments, *shape, "-o", str(tmp_path / "out.onnx")]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,153 @@
+"""Each recipe: its defining property in eager float64, and its export against eager."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import convgrad_export as cg
+from convgrad_export.recipes import FGSM, PGD, Forces, GradCAM, GuidedDiffusionStep, IntegratedGradients, Saliency
+from convgrad_export.recipes.by_name import RECIPES, RecipeOptions, prepare
+
+
+def classifier(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return (
+        nn.Sequential(
+            nn.Conv2d(3, 6, 3, stride=2, padding=1),
+            nn.BatchNorm2d(6),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(6, 8, 3, padding=1),
+            nn.Tanh(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 4),
+        )
+        .to(dtype)
+        .eval()
+    )
+
+
+def pictures(dtype: torch.dtype = torch.float32, count: int = 3) -> Tensor:
+    return torch.rand(count, 3, 12, 14, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def test_saliency_is_the_largest_partial_derivative() -> None:
+    network, x = classifier(torch.float64), pictures(torch.float64)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda one: network(one[None])[0, 2]))(x)
+    torch.testing.assert_close(Saliency(network, 2)(x), jacobian.abs().amax(1))
+
+
+def test_gradcam_is_the_weighted_activation() -> None:
+    network, x = classifier(torch.float64), pictures(torch.float64)
+    activation = network[:4](x).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(network[4:](activation)[:, 1].sum(), activation)
+    expected = torch.relu((gradient.mean((2, 3), keepdim=True) * activation).sum(1))
+    torch.testing.assert_close(GradCAM(network, "3", 1, resize=False)(x), expected.detach())
+    assert GradCAM(network, "3", 1)(x).shape == (3, 12, 14)
+
+
+def test_gradcam_before_an_in_place_relu_sees_the_activation_itself() -> None:
+    network, x = classifier(torch.float64), pictures(torch.float64)
+    activation = network[:2](x).detach().requires_grad_()
+    rest = nn.Sequential(nn.ReLU(), *network[3:])
+    (gradient,) = torch.autograd.grad(rest(activation)[:, 1].sum(), activation)
+    expected = torch.relu((gradient.mean((2, 3), keepdim=True) * activation).sum(1))
+    torch.testing.assert_close(GradCAM(network, "1", 1, resize=False)(x), expected.detach())
+
+
+def test_integrated_gradients_add_up_to_the_change_of_the_score() -> None:
+    network, x = classifier(torch.float64), pictures(torch.float64)
+    baseline = torch.zeros_like(x)
+    attribution = IntegratedGradients(network, 0, steps=256)(x, baseline)
+    change = (network(x) - network(baseline))[:, 0]
+    torch.testing.assert_close(attribution.sum((1, 2, 3)), change, rtol=1e-3, atol=1e-5)
+
+
+def test_attacks_raise_the_loss_and_stay_in_their_bounds() -> None:
+    network, x = classifier(), pictures()
+    label = network(x).argmax(1)
+    loss = functional.cross_entropy(network(x), label)
+    attacked = FGSM(network, 0.05)(x, label)
+    assert functional.cross_entropy(network(attacked), label) > loss
+    assert (attacked - x).abs().max() <= 0.05 + 1e-6
+    assert attacked.min() >= 0
+    assert attacked.max() <= 1
+    step, moved = PGD(network, 0.05, 0.02), x
+    for _ in range(5):
+        moved = step(moved, x, label)
+        assert (moved - x).abs().max() <= 0.05 + 1e-6
+    assert functional.cross_entropy(network(moved), label) > loss
+    torch.testing.assert_close(FGSM(network, 0.05)(x[:1], label[:1]), attacked[:1])  # whatever the batch
+
+
+def test_guidance_raises_the_probability_of_the_class() -> None:
+    network, x = classifier(), pictures()
+    label = torch.tensor([1, 2, 3])
+
+    class Denoiser(nn.Module):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return 0.1 * x * (timestep / 1000)[:, None, None, None]
+
+    arguments = (x, torch.full([3], 500), torch.tensor(0.5), torch.tensor(0.7), label)
+
+    def probability(scale: float) -> Tensor:
+        return torch.log_softmax(network(GuidedDiffusionStep(Denoiser(), network, scale)(*arguments)), 1).gather(
+            1, label[:, None]
+        )
+
+    assert (probability(5.0) > probability(0.0)).all()
+    # without guidance it is the DDIM step itself (Song et al., arXiv:2010.02502, equation 12 with sigma 0)
+    noise = 0.1 * x * 0.5
+    clean = (x - 0.5**0.5 * noise) / 0.5**0.5
+    torch.testing.assert_close(
+        GuidedDiffusionStep(Denoiser(), network, 0.0)(*arguments), 0.7**0.5 * clean + 0.3**0.5 * noise
+    )
+
+
+def test_forces_are_the_negative_gradient() -> None:
+    network, x = classifier(torch.float64), pictures(torch.float64, 1)
+    energy, force = Forces(network)(x)
+    direction = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    h = 1e-6
+    slope = (network(x + h * direction).sum() - network(x - h * direction).sum()) / (2 * h)
+    assert energy.shape == (1, 4)
+    torch.testing.assert_close(-(force * direction).sum(), slope, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_exports_and_agrees_with_eager_at_other_sizes(recipe: str) -> None:
+    prepared = prepare(recipe, classifier(), pictures(), RecipeOptions(target=None, layer="3", steps=4))
+    shapes = tuple(
+        ({0: "batch", 2: "height", 3: "width"} if value.dim() == 4 else {0: "batch"}) if batched else None
+        for value, batched in zip(prepared.args, prepared.batched, strict=True)
+    )
+    report = cg.export(prepared.module, prepared.args, dynamic_shapes=shapes)
+    assert report.verified
+    assert {name for sizes in report.verified_sizes for name in sizes} == {"batch", "height", "width"}
+    session = cg.GradientSession(report.model)
+    results = session.run({n: v.numpy() for n, v in zip(session.input_names, prepared.args, strict=True)})
+    expected = prepared.module(*prepared.args)
+    for got, want in zip(results.values(), expected if isinstance(expected, tuple) else (expected,), strict=True):
+        np.testing.assert_allclose(got, want.detach().numpy(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GradCAM(classifier(), "nothing"), "does not have"),
+        (lambda: IntegratedGradients(classifier(), steps=0), "at least 1"),
+        (lambda: FGSM(classifier(), 0.0), "above 0"),
+        (lambda: Saliency(classifier(), 9)(pictures()), "has 4"),
+        (lambda: Saliency(nn.Flatten(0), 0)(pictures()), "expected"),
+        (lambda: prepare("dream", classifier(), pictures(), RecipeOptions()), "expected one of"),
+        (lambda: prepare("gradcam", classifier(), pictures(), RecipeOptions()), "--layer"),
+        (lambda: prepare("fgsm", nn.Conv2d(3, 4, 1), pictures(), RecipeOptions()), "classifier"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message: str) -> None:
+    with pytest.raises(cg.ConvGradError, match=message):
+        make()
