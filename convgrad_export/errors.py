@@ -73,3 +73,11 @@ class ProviderError(ConvGradError, RuntimeError):
 
 class MissingDependencyError(ConvGradError, ImportError):
     """An optional package is needed for what was asked; the message names the extra that installs it."""
+
+
+class ServingConfigError(ConvGradError, ValueError):
+    """A setting of a served model that does not fit the model, or does not fit what the repository already holds."""
+
+
+class ServerError(ConvGradError, RuntimeError):
+    """An inference server that cannot be found, does not start, or has ended."""

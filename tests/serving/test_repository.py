@@ -1,0 +1,310 @@
+"""Model repositories: what the configuration says, extending, refusals; nothing half-written."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import convgrad_export as cg
+from convgrad_export.serving import repository as repository_module
+from convgrad_export.serving.options import ServingOptions
+from convgrad_export.serving.repository import add_model
+from convgrad_export.serving.signature import read_signature
+
+from . import models
+
+pytest.importorskip("tritonclient.grpc", reason="tritonclient and grpcio are not installed (extra serving)")
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+
+def config_of(repository: Path, name: str) -> pb.ModelConfig:
+    return text_format.Parse((repository / name / "config.pbtxt").read_text(), pb.ModelConfig())
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_batched_model_gets_shapes_batching_and_its_files(tmp_path: Path) -> None:
+    model = models.gradient_model(tmp_path / "grad.onnx")
+    options = ServingOptions(
+        backend="python", max_batch_size=16, preferred_batch_sizes=(8, 4), queue_delay_us=900, instances=2, threads=3
+    )
+    entry = add_model(model, tmp_path / "repo", options)
+    assert (entry.name, entry.version, entry.extended, entry.dynamic_batching) == ("grad", 1, False, True)
+    config = config_of(tmp_path / "repo", "grad")
+    assert (config.name, config.backend, config.max_batch_size) == ("grad", "python", 16)
+    assert [(t.name, t.data_type, list(t.dims)) for t in config.input] == [("x", pb.TYPE_FP32, [2, 6])]
+    assert [(t.name, t.data_type, list(t.dims)) for t in config.output] == [("y", pb.TYPE_FP32, [2, 8])]
+    assert list(config.dynamic_batching.preferred_batch_size) == [4, 8]
+    assert config.dynamic_batching.max_queue_delay_microseconds == 900
+    assert [(g.count, g.kind) for g in config.instance_group] == [(2, pb.ModelInstanceGroup.KIND_CPU)]
+    assert config.parameters["intra_op_thread_count"].string_value == "3"
+    files = snapshot(tmp_path / "repo")
+    assert set(files) == {
+        "grad/config.pbtxt",
+        *(f"grad/1/{n}" for n in ("model.onnx", "model.py", "model-settings.json")),
+    }
+    assert files["grad/1/model.onnx"] == model.read_bytes()
+    compile(files["grad/1/model.py"], "model.py", "exec")
+    settings = json.loads(files["grad/1/model-settings.json"])
+    assert settings["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 2, 6]}]
+    assert settings["parameters"]["version"] == "1"
+
+
+def test_the_onnxruntime_backend_needs_no_python_file(tmp_path: Path) -> None:
+    model = models.gradient_model(tmp_path / "grad.onnx")
+    options = ServingOptions(graph_optimization="basic", device="gpu", versions=0)
+    entry = add_model(model, tmp_path / "repo", options, name="other.name-2")
+    config = config_of(tmp_path / "repo", "other.name-2")
+    assert (config.backend, config.platform) == ("onnxruntime", "onnxruntime_onnx")
+    assert config.default_model_filename == "model.onnx"
+    assert config.optimization.graph.level == -1
+    assert config.version_policy.HasField("all")
+    assert config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
+    assert not any(file.endswith(".py") for file in entry.files)
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        (TensorProto.FLOAT16, "FP16"),
+        (TensorProto.BFLOAT16, "BF16"),
+        (TensorProto.DOUBLE, "FP64"),
+        (TensorProto.INT64, "INT64"),
+        (TensorProto.UINT8, "UINT8"),
+    ],
+)
+def test_element_types(code: int, name: str, tmp_path: Path) -> None:
+    entry = add_model(models.typed_model(tmp_path / "m.onnx", code), tmp_path / "repo")
+    config = config_of(tmp_path / "repo", "m")
+    assert config.input[0].data_type == pb.DataType.Value(f"TYPE_{name}")
+    assert (config.max_batch_size, list(config.output[0].dims)) == (8, [-1])
+    # the size of "height" is not known, so nothing could be run, and nothing is merged on trust
+    assert not entry.dynamic_batching
+    assert "--size" in entry.notes[0]
+
+
+def test_a_weight_gradient_is_never_merged(tmp_path: Path) -> None:
+    model = models.weight_gradient(tmp_path / "w.onnx")
+    entry = add_model(model, tmp_path / "repo")
+    assert (entry.max_batch_size, entry.dynamic_batching) == (0, False)
+    assert "grad_weight" in entry.notes[0]
+    config = config_of(tmp_path / "repo", "w")
+    assert not config.HasField("dynamic_batching")
+    assert list(config.input[0].dims) == [-1, 3, 8]
+    for options, message in (
+        (ServingOptions(max_batch_size=4), "dynamic"),
+        (ServingOptions(dynamic_batching=True), "merged"),
+    ):
+        with pytest.raises(cg.ServingConfigError, match=message):
+            add_model(model, tmp_path / "other", options)
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_rows_that_see_one_another_are_not_merged(tmp_path: Path) -> None:
+    model = models.mean_model(tmp_path / "mean.onnx")
+    entry = add_model(model, tmp_path / "repo")
+    assert (entry.max_batch_size, entry.dynamic_batching) == (8, False)
+    assert "output y of a row changes" in entry.notes[0]
+    with pytest.raises(cg.ServingConfigError, match="Leave dynamic batching off"):
+        add_model(model, tmp_path / "repo", ServingOptions(dynamic_batching=True), name="merged")
+    assert [path.name for path in (tmp_path / "repo").iterdir()] == ["mean"]
+
+
+def test_a_model_with_a_fixed_batch_is_served_with_full_shapes_and_scalars_are_reshaped(tmp_path: Path) -> None:
+    add_model(models.classifier(tmp_path / "fixed.onnx", batch=4), tmp_path / "repo")
+    config = config_of(tmp_path / "repo", "fixed")
+    assert (config.max_batch_size, list(config.input[0].dims)) == (0, [4, 3])
+    add_model(models.classifier(tmp_path / "any.onnx"), tmp_path / "repo")
+    best = config_of(tmp_path / "repo", "any").output[1]
+    assert (best.name, list(best.dims), best.HasField("reshape"), list(best.reshape.shape)) == ("best", [1], True, [])
+
+
+def test_labels(tmp_path: Path) -> None:
+    model = models.classifier(tmp_path / "c.onnx")
+    labels = tmp_path / "names.txt"
+    labels.write_text("cat\ndog\n")
+    options = ServingOptions(labels=labels, label_output="scores")
+    with pytest.raises(cg.ServingConfigError, match="names 2 classes, but scores has 3"):
+        add_model(model, tmp_path / "repo", options)
+    labels.write_text("cat\ndog\nowl\n")
+    with pytest.raises(cg.ServingConfigError, match="name it, one of scores, best"):
+        add_model(model, tmp_path / "repo", ServingOptions(labels=labels))
+    with pytest.raises(cg.ServingConfigError, match="label_output is 'y'"):
+        add_model(model, tmp_path / "repo", ServingOptions(labels=labels, label_output="y"))
+    add_model(model, tmp_path / "repo", options)
+    assert config_of(tmp_path / "repo", "c").output[0].label_filename == "names.txt"
+    assert (tmp_path / "repo" / "c" / "names.txt").read_text() == "cat\ndog\nowl\n"
+    labels.write_text("cat\ndog\nfox\n")
+    with pytest.raises(cg.ServingConfigError, match="labels"):
+        add_model(model, tmp_path / "repo", options)
+    add_model(model, tmp_path / "repo", options, update_config=True)
+    assert (tmp_path / "repo" / "c" / "names.txt").read_text() == "cat\ndog\nfox\n"
+
+
+def test_warm_up_samples(tmp_path: Path) -> None:
+    model = models.gradient_model(tmp_path / "g.onnx")
+    add_model(model, tmp_path / "repo", ServingOptions(warmup="random"))
+    (sample,) = config_of(tmp_path / "repo", "g").model_warmup
+    assert (sample.batch_size, list(sample.inputs["x"].dims), sample.inputs["x"].random_data) == (1, [2, 6], True)
+    data = np.arange(36, dtype=np.float32).reshape(3, 2, 6)
+    np.savez(tmp_path / "data.npz", x=data)
+    add_model(model, tmp_path / "repo", ServingOptions(warmup=tmp_path / "data.npz"), name="h")
+    (sample,) = config_of(tmp_path / "repo", "h").model_warmup
+    assert sample.batch_size == 3
+    file = tmp_path / "repo" / "h" / "warmup" / sample.inputs["x"].input_data_file
+    assert file.read_bytes() == data.tobytes()
+    typed = models.typed_model(tmp_path / "t.onnx", TensorProto.INT32)
+    with pytest.raises(cg.ServingConfigError, match="height"):
+        add_model(typed, tmp_path / "repo", ServingOptions(warmup="zero"))
+    entry = add_model(typed, tmp_path / "repo", ServingOptions(warmup="random", sizes={"height": 5}))
+    (sample,) = config_of(tmp_path / "repo", "t").model_warmup
+    assert sample.inputs["x"].zero_data  # a random integer is seldom a valid class
+    assert entry.dynamic_batching
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"z": np.zeros((1, 2, 6), np.float32)}, "one array for each"),
+        ({"x": np.zeros((1, 2, 6))}, "float64, expected float32"),
+        ({"x": np.zeros((1, 2, 7), np.float32)}, "expected x"),
+        ({"x": np.zeros((9, 2, 6), np.float32)}, "9 rows"),
+        (None, "can be read"),
+    ],
+)
+def test_warm_up_data_that_does_not_fit(arrays: dict | None, message: str, tmp_path: Path) -> None:
+    model = models.gradient_model(tmp_path / "g.onnx")
+    (tmp_path / "d.npz").write_bytes(b"PK no archive")
+    if arrays is not None:
+        np.savez(tmp_path / "d.npz", **arrays)
+    with pytest.raises(cg.ServingConfigError, match=message):
+        add_model(model, tmp_path / "repo", ServingOptions(warmup=tmp_path / "d.npz"))
+    assert not list((tmp_path / "repo").iterdir())
+
+
+def test_the_next_version_leaves_everything_else_as_it_was(tmp_path: Path) -> None:
+    repository = tmp_path / "repo"
+    add_model(models.gradient_model(tmp_path / "grad.onnx"), repository)
+    add_model(models.mean_model(tmp_path / "mean.onnx"), repository)
+    before = snapshot(repository)
+    (repository / "grad" / "7").mkdir()  # a version that someone else put there
+    entry = add_model(models.gradient_model(tmp_path / "grad.onnx", scale=2.0), repository)
+    assert (entry.version, entry.extended) == (8, True)
+    after = snapshot(repository)
+    assert {key: after[key] for key in before} == before
+    assert json.loads(after["grad/8/model-settings.json"])["parameters"]["version"] == "8"
+    assert {key for key in after if key not in before} == {"grad/8/model.onnx", "grad/8/model-settings.json"}
+
+
+def test_a_version_that_takes_other_requests_or_settings_is_refused(tmp_path: Path) -> None:
+    repository = tmp_path / "repo"
+    grad = models.gradient_model(tmp_path / "grad.onnx")
+    add_model(grad, repository)
+    before = snapshot(repository)
+    with pytest.raises(cg.ServingConfigError, match="another --name"):
+        add_model(models.mean_model(tmp_path / "mean.onnx"), repository, name="grad")
+    with pytest.raises(cg.ServingConfigError, match=r"instance_group.*--update-config"):
+        add_model(grad, repository, ServingOptions(instances=4))
+    assert snapshot(repository) == before
+    entry = add_model(grad, repository, ServingOptions(instances=4), update_config=True)
+    assert entry.version == 2
+    assert config_of(repository, "grad").instance_group[0].count == 4
+    (repository / "grad" / "config.pbtxt").write_text("max_batch_size: many")
+    with pytest.raises(cg.ModelFileError, match="not a Triton model configuration"):
+        add_model(grad, repository)
+
+
+def test_external_data_is_carried_along(tmp_path: Path) -> None:
+    model = models.external(tmp_path / "big.onnx")
+    assert read_signature(model).external_files == ("weights/w.bin",)
+    entry = add_model(model, tmp_path / "repo")
+    assert "big/1/weights/w.bin" in entry.files
+    x = np.ones((2, 2, 6), np.float32)
+    expected = cg.GradientSession(model).run({"x": x})["y"]
+    shutil.rmtree(tmp_path / "weights")
+    assert np.array_equal(cg.GradientSession(Path(entry.folder) / "model.onnx").run({"x": x})["y"], expected)
+    with pytest.raises(cg.ModelFileError, match=r"weights/w\.bin"):
+        add_model(model, tmp_path / "repo")
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.gradient_model(tmp_path / "grad.onnx")
+    repository = tmp_path / "repo"
+    add_model(model, repository)
+    before = snapshot(repository)
+
+    def disk_full(*_: object) -> dict:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(repository_module, "_mlserver_tensor", disk_full)
+    for name in ("grad", "new"):
+        with pytest.raises(cg.OutputPathError, match="No space left"):
+            add_model(model, repository, name=name)
+    assert snapshot(repository) == before
+    assert [path.name for path in repository.iterdir()] == ["grad"]
+    assert sorted(path.name for path in (repository / "grad").iterdir()) == ["1", "config.pbtxt"]
+
+
+def test_versions_added_at_once_get_different_numbers(tmp_path: Path) -> None:
+    model = models.gradient_model(tmp_path / "grad.onnx")
+    add_model(model, tmp_path / "repo")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        entries = list(pool.map(lambda _: add_model(model, tmp_path / "repo"), range(8)))
+    assert sorted(entry.version for entry in entries) == list(range(2, 10))
+    assert all((Path(entry.folder) / "model.onnx").read_bytes() == model.read_bytes() for entry in entries)
+
+
+def test_models_that_cannot_be_served(tmp_path: Path) -> None:
+    text = helper.make_tensor_value_info("s", TensorProto.STRING, [1])
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["s"], ["t"])],
+        "g",
+        [text],
+        [helper.make_tensor_value_info("t", TensorProto.STRING, [1])],
+    )
+    onnx.save(helper.make_model(graph), tmp_path / "text.onnx")
+    with pytest.raises(cg.DTypeError, match="s is a"):
+        add_model(tmp_path / "text.onnx", tmp_path / "repo")
+    (tmp_path / "cut.onnx").write_bytes(models.gradient_model(tmp_path / "g.onnx").read_bytes()[:60])
+    with pytest.raises(cg.ModelFileError, match="truncated"):
+        add_model(tmp_path / "cut.onnx", tmp_path / "repo")
+    with pytest.raises(cg.ModelFileError, match="does not exist"):
+        add_model(tmp_path / "none.onnx", tmp_path / "repo")
+    with pytest.raises(cg.OutputPathError, match="is a file"):
+        add_model(tmp_path / "g.onnx", tmp_path / "cut.onnx")
+    with pytest.raises(cg.OutputPathError, match="does not exist"):
+        add_model(tmp_path / "g.onnx", tmp_path / "a" / "b")
+    for name in ("../up", "", ".hidden", "a/b", "a b"):
+        with pytest.raises(cg.ServingConfigError, match="model name"):
+            add_model(tmp_path / "g.onnx", tmp_path / "repo", name=name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "tensorrt"}, "onnxruntime, python"),
+        ({"device": "tpu"}, "cpu, gpu"),
+        ({"max_batch_size": -1}, "at least 0"),
+        ({"instances": 0}, "at least 1"),
+        ({"threads": 0}, "at least 1"),
+        ({"graph_optimization": "O3"}, "all, extended"),
+        ({"max_batch_size": 4, "preferred_batch_sizes": (8,)}, "exceeds"),
+        ({"dynamic_batching": False, "preferred_batch_sizes": (8,)}, "leave one out"),
+        ({"label_output": "y"}, "no labels file"),
+        ({"sizes": {"height": 0}}, "size of height"),
+    ],
+)
+def test_options_out_of_range(arguments: dict, message: str) -> None:
+    with pytest.raises(cg.ServingConfigError, match=message):
+        ServingOptions(**arguments)
