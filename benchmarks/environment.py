@@ -1,53 +1,5 @@
 """What a result must say about where it was measured."""
 
-from __future__ import annotations
+from convgrad_export.bench.environment import environment
 
-import platform
-import subprocess
-import sys
-from importlib import metadata
-from pathlib import Path
-
-PACKAGES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnx-ir", "numpy")
-
-
-def environment() -> dict[str, object]:
-    """CPU, core count, versions, commit and the command line."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "cpu": _cpu_name(),
-        "cores": _cores(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": _commit(),
-        "command": " ".join(["python", *sys.argv]),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        return platform.processor() or "unknown"
-    return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
-
-
-def _commit() -> str | None:
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or None
+__all__ = ["environment"]

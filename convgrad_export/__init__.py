@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import (
     ArgumentTypeError,
+    BenchmarkError,
     CaptureError,
     ConstantGradientError,
     ConvGradError,
@@ -64,6 +65,7 @@ _MODULES = {"functions": "functions", "torchscript": "integrations.torchscript"}
 
 __all__ = [
     "ArgumentTypeError",
+    "BenchmarkError",
     "CaptureError",
     "ConstantGradientError",
     "ConvGradError",

@@ -71,6 +71,10 @@ class ProviderError(ConvGradError, RuntimeError):
     """An execution provider was asked for that this onnxruntime cannot give."""
 
 
+class BenchmarkError(ConvGradError, ValueError):
+    """A benchmark that cannot run as asked, or a file that holds no benchmark results."""
+
+
 class MissingDependencyError(ConvGradError, ImportError):
     """An optional package is needed for what was asked; the message names the extra that installs it."""
 

@@ -1,0 +1,200 @@
+"""What is timed on a layer: every applicable lowering, PyTorch, the forward operator, and a GEMM as the roofline."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..emit.onnx import GradientRequest, emit_model
+from ..errors import MissingDependencyError
+from ..geometry import ConvGeometry
+from ..lowering import Lowering, candidates
+from ..lowering.kernels import CPU
+from ..selection.policy import choose
+from .sampling import FORWARD, INPUT, WEIGHT
+
+TORCH, ORT_FORWARD, CONV_GRAD, GEMM = "torch", "onnxruntime", "ort_training", "gemm"
+_GEMM_SIDE = 1024
+GEMM_MULTIPLICATIONS = _GEMM_SIDE**3
+
+
+@dataclass(frozen=True)
+class Call:
+    """One way to compute the result: `run` computes it, `result` computes it as an array of its own."""
+
+    run: Callable[[], object]
+    result: Callable[[], np.ndarray]
+    error_factor: float = 1.0
+
+
+def operands(geometry: ConvGeometry, seed: int = 0) -> dict[str, np.ndarray]:
+    """float32 operands in [-0.5, 0.5), in PyTorch's memory, which is aligned for every kernel."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"input": geometry.input_shape, "weight": geometry.weight_shape, "grad_output": geometry.output_shape}
+    return {name: (torch.rand(shape, generator=generator) - 0.5).numpy() for name, shape in shapes.items()}
+
+
+def session(model: bytes, threads: int, *, arena: bool = True) -> Any:
+    """An onnxruntime session whose threads spin during a run, as users' do, but not between runs."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            "onnxruntime is not installed, and the benchmark times it: pip install 'convgrad-export[onnxruntime]'"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = arena
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def onnx_call(model: bytes, feeds: Mapping[str, np.ndarray], threads: int, *, arena: bool = True) -> Call:
+    """A model on onnxruntime: inputs are read in place, the output is allocated in every run, as in eager PyTorch."""
+    import onnxruntime
+
+    runner = session(model, threads, arena=arena)
+    values = {value.name: onnxruntime.OrtValue.ortvalue_from_numpy(feeds[value.name]) for value in runner.get_inputs()}
+    return Call(
+        lambda: runner.run_with_ort_values(None, values),
+        lambda: np.array(runner.run_with_ort_values(None, values)[0].numpy()),
+    )
+
+
+def lowering_call(
+    lowering: Lowering, geometry: ConvGeometry, feeds: Mapping[str, np.ndarray], threads: int, *, arena: bool = True
+) -> Call:
+    """One lowering of the catalogue, built for any batch size, as `build_model` does by default."""
+    request = GradientRequest(geometry.with_batch("batch"), {lowering.gradient: lowering}, "float32")
+    model = ir.to_proto(emit_model(request, "gradient")).SerializeToString()
+    call = onnx_call(model, feeds, threads, arena=arena)
+    return Call(call.run, call.result, lowering.error_factor)
+
+
+def applicable(operation: str, geometry: ConvGeometry) -> list[Lowering]:
+    """The lowerings that can compute this gradient of this geometry in float32 on the CPU."""
+    return [entry for entry in candidates(operation) if entry.why_not(geometry) is None]
+
+
+def forward_call(geometry: ConvGeometry, feeds: Mapping[str, np.ndarray], threads: int) -> Call:
+    """The forward operator as one ONNX node, its weight an input as in training."""
+    from onnx import TensorProto, helper
+
+    g = geometry
+    attributes: dict[str, Any] = {
+        "strides": list(g.stride),
+        "pads": [*g.begin, *(hi for _, hi in g.pads)],
+        "dilations": list(g.dilation),
+        "group": g.groups,
+    }
+    if g.transposed:
+        attributes["output_padding"] = list(g.output_padding)
+    node = helper.make_node("ConvTranspose" if g.transposed else "Conv", ["input", "weight"], ["output"], **attributes)
+    inputs = [
+        helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", *g.input_shape[1:]]),
+        helper.make_tensor_value_info("weight", TensorProto.FLOAT, g.weight_shape),
+    ]
+    outputs = [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", *g.output_shape[1:]])]
+    graph = helper.make_graph([node], "forward", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    return onnx_call(model.SerializeToString(), feeds, threads)
+
+
+def gemm_call(threads: int) -> Call:
+    """onnxruntime's MatMul of two square matrices: the speed that no formula made of GEMMs can pass."""
+    from onnx import TensorProto, helper
+
+    shape = (_GEMM_SIDE, _GEMM_SIDE)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("a", "b", "c")]
+    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "gemm", values[:2], values[2:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.random(shape, np.float32) for name in ("a", "b")}
+    return onnx_call(model.SerializeToString(), feeds, threads)
+
+
+def torch_call(operation: str, geometry: ConvGeometry, feeds: Mapping[str, np.ndarray]) -> Call:
+    """PyTorch eager: torch.nn.grad, or aten.convolution_backward where torch.nn.grad has no such convolution.
+
+    Uneven padding, which PyTorch's operator lacks, is applied to the input before the clock starts, and the padding's
+    share of the input gradient is cut off as a view: what a training step of such a layer costs at least.
+    """
+    import torch
+    from torch.nn import functional, grad
+
+    g = geometry
+    data, weight = torch.from_numpy(feeds["input"]), torch.from_numpy(feeds["weight"])
+    begin = list(g.begin)
+    inner: tuple[Any, ...] = (...,)
+    if any(lo != hi for lo, hi in g.pads):
+        data = functional.pad(data, [amount for pair in reversed(g.pads) for amount in pair])
+        inner = (..., *(slice(lo, lo + size) for (lo, _), size in zip(g.pads, g.input_size, strict=True)))
+        begin = [0] * g.rank
+    arguments = (list(g.stride), begin, list(g.dilation))
+
+    if operation == FORWARD:
+
+        def run() -> torch.Tensor:
+            with torch.no_grad():
+                return torch.convolution(data, weight, None, *arguments, g.transposed, list(g.output_padding), g.groups)
+
+        return Call(run, lambda: run().numpy())
+    grad_output = torch.from_numpy(feeds["grad_output"])
+    if g.transposed:
+        mask = [operation == INPUT, operation == WEIGHT, False]
+
+        def run() -> torch.Tensor:
+            results = torch.ops.aten.convolution_backward(
+                grad_output, data, weight, None, *arguments, True, list(g.output_padding), g.groups, mask
+            )
+            return results[mask.index(True)]
+    elif operation == INPUT:
+        function = getattr(grad, f"conv{g.rank}d_input")
+        size = tuple(data.shape)
+
+        def run() -> torch.Tensor:
+            return function(size, weight, grad_output, *arguments, g.groups)[inner]
+    else:
+        function = getattr(grad, f"conv{g.rank}d_weight")
+        size = tuple(weight.shape)
+
+        def run() -> torch.Tensor:
+            return function(data, size, grad_output, *arguments, g.groups)
+
+    return Call(run, lambda: np.ascontiguousarray(run().numpy()))
+
+
+def choices(operation: str, geometry: ConvGeometry, threads: int) -> dict[str, str | None]:
+    """Names of the lowerings that stand for a rule: the policy's, the tuned one, and the textbook's.
+
+    ``tuned`` is None where the tuning cache has not measured the layer. The textbook form is the convolution over
+    swapped axes (weight) or the transposed convolution (input) that other exporters and onnx-ad emit.
+    """
+    if operation == FORWARD:
+        return {}
+    textbook = {INPUT: "input.conv" if geometry.transposed else "input.conv_transpose", WEIGHT: "weight.swapped_conv"}
+    return {
+        "policy": choose(operation, geometry).name,
+        "policy_8": choose(operation, geometry, max_error_factor=8.0).name,
+        "tuned": _tuned(operation, geometry, threads),
+        "textbook": textbook[operation],
+    }
+
+
+def _tuned(operation: str, geometry: ConvGeometry, threads: int) -> str | None:
+    try:
+        tuned = importlib.import_module("convgrad_export.selection.tuned")
+    except ImportError:  # a version without the tuning cache
+        return None
+    if not tuned.is_measured(operation, geometry, "float32", CPU, threads):
+        return None
+    rule: dict[str, Any] = {"lowering": tuned.TUNED, "threads": threads}
+    return choose(operation, geometry, **rule).name

@@ -1,0 +1,162 @@
+"""Driving a benchmark: a measuring process for each thread count, results saved after every measurement."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ..errors import BenchmarkError
+from . import memory
+from .plan import Item
+from .results import Results
+from .sampling import FORWARD
+from .subprocess_lines import Child
+
+Progress: TypeAlias = Callable[[int, int, str], None]
+
+_PER_PROCESS = 150  # measurements; then a fresh one, in case a process slows down with age
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        rounds, seconds: of each measurement, as in `timing.alternate`.
+        time_limit: seconds after which no further measurement starts; None for no limit.
+        ort_training: a Python that has onnxruntime-training, or None.
+        memory: measure peak memory instead of time, and add it to the records.
+        retry_disturbed: measure again what the file has from disturbed rounds only.
+    """
+
+    rounds: int = 7
+    seconds: float = 2.0
+    time_limit: float | None = None
+    ort_training: str | None = None
+    memory: bool = False
+    retry_disturbed: bool = False
+
+
+@dataclass
+class Outcome:
+    """Counts of measurements: made now, found in the file, left for want of time, and failed with the reason."""
+
+    made: int = 0
+    known: int = 0
+    left: int = 0
+    failed: dict[str, str] | None = None
+
+
+def run(
+    items: Sequence[Item],
+    results: Results,
+    output: Path,
+    settings: Settings,
+    commit: str | None,
+    progress: Progress = lambda done, total, text: None,
+) -> Outcome:
+    """Measure what the file lacks.
+
+    Args:
+        items: in order. results: gains the records, and is written to `output` after each.
+        commit: recorded with each measurement. progress: called with (done, total, what comes next).
+
+    Raises:
+        BenchmarkError: the measuring process, or the peer's, cannot be started.
+    """
+    started = time.monotonic()
+    outcome = Outcome(failed={})
+    assert outcome.failed is not None
+    todo = []
+    for item in items:
+        if _known(results, item, settings):
+            results.records[item.key]["uses"] = _merged_uses(results.records[item.key]["uses"], item.uses)
+            outcome.known += 1
+        else:
+            todo.append(item)
+    child: Child | None = None
+    served, threads = 0, None
+    try:
+        for index, item in enumerate(todo):
+            if settings.time_limit is not None and time.monotonic() - started > settings.time_limit:
+                outcome.left = len(todo) - index
+                break
+            progress(outcome.known + index, len(items), f"{item.uses[0][0]}/{item.uses[0][1]} {item.operation}")
+            if child is None or threads != item.threads or served >= _PER_PROCESS:
+                if child is not None:
+                    child.close()
+                child, served, threads = _start(settings), 0, item.threads
+                results.environment["ort_training"] = child.greeting["ort_training"] or results.environment.get(
+                    "ort_training"
+                )
+            served += 1
+            try:
+                answer = child.ask(_request(item, settings))
+            except BenchmarkError as error:  # it died: the next measurement gets a new process
+                child.close()
+                child, answer = None, {"error": str(error)}
+            if "error" in answer:
+                outcome.failed[item.key] = answer["error"]
+                continue
+            _add(results, item, answer, commit)
+            outcome.made += 1
+            results.save(output)
+        progress(len(items) - outcome.left, len(items), "")
+    finally:
+        if child is not None:
+            child.close()
+    results.save(output)
+    return outcome
+
+
+def _known(results: Results, item: Item, settings: Settings) -> bool:
+    record = results.records.get(item.key)
+    if settings.memory:
+        return item.operation == FORWARD or (record is not None and "memory" in record)
+    if record is None or "times" not in record:
+        return False
+    rounds = record.get("rounds", {"kept": 1, "disturbed": 0})
+    return not (settings.retry_disturbed and rounds["disturbed"] >= rounds["kept"])
+
+
+def _merged_uses(old: Sequence[Any], new: Sequence[Any]) -> list[list[Any]]:
+    found = {(use[0], use[1]): list(use) for use in (*old, *new)}
+    return list(found.values())
+
+
+def _start(settings: Settings) -> Child:
+    command = [sys.executable, "-m", "convgrad_export.bench.worker"]
+    if settings.ort_training and not settings.memory:
+        command.append(settings.ort_training)
+    environment = {**os.environ, **(memory.ENVIRONMENT if settings.memory else {})}
+    return Child(command, "the measuring process", environment)
+
+
+def _request(item: Item, settings: Settings) -> dict[str, Any]:
+    return {
+        "kind": "memory" if settings.memory else "time",
+        "operation": item.operation,
+        "geometry": item.geometry.to_dict(),
+        "threads": item.threads,
+        "rounds": settings.rounds,
+        "seconds": settings.seconds,
+    }
+
+
+def _add(results: Results, item: Item, answer: dict[str, Any], commit: str | None) -> None:
+    record = results.records.get(item.key, {})
+    record |= {
+        "operation": item.operation,
+        "batch": item.geometry.batch,
+        "threads": item.threads,
+        "geometry": item.geometry.to_dict(),
+        "uses": _merged_uses(record.get("uses", ()), item.uses),
+    }
+    if "times" in answer:
+        record["commit"] = commit
+    results.records[item.key] = record | answer

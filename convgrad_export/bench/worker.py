@@ -1,0 +1,53 @@
+"""The process that measures: `python -m convgrad_export.bench.worker [ort-training-python]`.
+
+The parent draws the progress bar and writes files while this process waits, so that nothing but the contenders runs
+during a measurement. Each line of standard input is a request; each is answered by one line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from ..errors import ConvGradError
+from ..geometry import ConvGeometry
+from .measure import measure
+from .memory import measure_memory
+from .peer import OrtTraining
+
+
+def answer(request: dict[str, Any], peer: OrtTraining | None) -> dict[str, Any]:
+    """What one request asks for: ``kind`` is ``"time"`` or ``"memory"``."""
+    arguments = dict(request["geometry"])
+    geometry = ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
+    operation, threads = request["operation"], request["threads"]
+    if request["kind"] == "memory":
+        return {"memory": measure_memory(operation, geometry, threads)}
+    return measure(operation, geometry, threads, rounds=request["rounds"], seconds=request["seconds"], peer=peer)
+
+
+def main(arguments: list[str]) -> int:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)  # kernels may print to standard output
+    os.dup2(2, 1)
+    peer = OrtTraining(arguments[0]) if arguments else None
+    print(json.dumps({"ort_training": peer.version if peer else None}), file=answers)
+    try:
+        for line in sys.stdin:
+            try:
+                result = answer(json.loads(line), peer)
+            except ConvGradError as error:
+                result = {"error": str(error)}
+            print(json.dumps(result), file=answers)
+    finally:
+        if peer is not None:
+            peer.close()
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConvGradError as error:
+        sys.exit(f"convgrad bench: {error}")

@@ -1,0 +1,75 @@
+"""`convgrad bench` on one tiny layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from convgrad_export.bench.results import load
+from convgrad_export.cli import main
+
+TINY = ["--layers", "efficientnet_b0/stage1.0.squeeze", "--batch", "1", "--rounds", "3", "--seconds", "0.05"]
+
+
+def test_a_layer_is_measured_resumed_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "r.json"
+    command = ["bench", *TINY, "--output", str(output), "--gradients", "weight"]
+    assert main([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["measured"], report["known"], report["left"], report["failed"]) == (1, 0, 0, {})
+    assert report["summary"][0]["layers"] == 1
+    assert report["summary"][0]["torch"] > 0
+    (record,) = load(output).records.values()
+    assert record["uses"] == [["efficientnet_b0", "stage1.0.squeeze", 1]]
+
+    assert main(command) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main([*command, "--resume", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["measured"], report["known"]) == (0, 1)
+
+    assert main(["bench", "--report", str(output)]) == 0
+    assert "geometric means over distinct layers" in capsys.readouterr().out
+    assert main(["bench", "--report", str(output), "--markdown"]) == 0
+    assert "| weight gradient | 1 |" in capsys.readouterr().out
+
+
+def test_plots_go_beside_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    from ..bench.records import example
+
+    example().save(tmp_path / "r.json")
+    command = ["bench", "--report", str(tmp_path / "r.json"), "--plots", str(tmp_path / "plots")]
+    assert main(command) == 0
+    assert (tmp_path / "plots" / "r_batch8_threads1.png").is_file()
+    assert main(command) == 2
+    assert main([*command, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--networks", "alexnet"], "networks holds ['alexnet'], expected names from resnet18"),
+        (["--batch", "1,x"], "batch is '1,x', expected integers separated by commas"),
+        (["--threads", "0"], "threads is (0,), expected integers of at least 1"),
+        (["--gradients", "bias"], "operations is ('bias',)"),
+        (["--report", "missing.json"], "result file missing.json cannot be read"),
+        (["--markdown"], "expected them together with --report FILE"),
+        ([*TINY, "--ort-training-python", "/no/such/python"], "cannot run /no/such/python"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *options]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
