@@ -15,7 +15,8 @@ from .errors import ArgumentTypeError, GeometryError, UnsupportedLoweringError
 from .geometry import ConvGeometry
 from .lowering import CPU, candidates
 from .operators import CONVOLUTION_BACKWARD, Operator, operator
-from .selection.policy import AUTO, choose
+from .selection.policy import AUTO, choose, is_way
+from .selection.tuned import TUNED, is_measured, is_tuned
 
 if TYPE_CHECKING:
     import onnx
@@ -42,6 +43,7 @@ def build_model(
     lowering: str = AUTO,
     provider: str = CPU,
     max_error_factor: float = 1.0,
+    max_workspace: int | None = None,
     inline: bool = True,
 ) -> onnx.ModelProto:
     """One gradient operator as an ONNX model of standard operators.
@@ -61,10 +63,12 @@ def build_model(
         dtype: float32, float64, float16 or bfloat16, by name or as a numpy or torch dtype.
         dynamic: any of ``"batch"``, ``"channels"``, ``"space"``, ``"kernel"``.
         opset_version: of the standard operators, 13 to 23; 15 or newer for a canonical function.
-        lowering: ``"auto"`` or a name from `lowerings`.
+        lowering: ``"auto"``, ``"tuned"`` for the fastest in the tuning cache (``"tuned:PATH"`` names the file), or a
+            name from `lowerings`.
         provider: the onnxruntime execution provider the model is meant for.
         max_error_factor: what ``"auto"`` may take, in units of the direct form's error bound; 1 keeps to direct forms,
             8 admits every Winograd form.
+        max_workspace: most bytes of intermediate tensors at the batch of `input_shape`; None for no limit.
         inline: False keeps the canonical function as a ``convgrad`` function node.
 
     Raises:
@@ -87,6 +91,11 @@ def build_model(
             raise UnsupportedLoweringError(
                 f"lowering is {lowering!r} with dynamic {tuple(dims)}: a lowering is built for fixed sizes, expected "
                 f"'auto' for the canonical function"
+            )
+        if max_workspace is not None:
+            raise UnsupportedLoweringError(
+                f"max_workspace is {max_workspace} with dynamic {tuple(dims)}: the canonical function's intermediate "
+                f"tensors have no fixed size, expected None"
             )
         return emit_dynamic_model(
             op, name, opset, dims, input_shape, weight_shape, inline=as_bool(inline, "inline"), **attributes
@@ -116,10 +125,11 @@ def build_model(
             provider=provider,
             opset=opset,
             max_error_factor=max_error_factor,
+            max_workspace=max_workspace,
         )
         for gradient in gradients
     }
-    if lowering != AUTO and all(entry.name != lowering for entry in chosen.values()):
+    if not is_way(lowering) and all(entry.name != lowering for entry in chosen.values()):
         raise UnsupportedLoweringError(
             f"lowering is {lowering!r}, which gives none of {op.name}'s gradients ({', '.join(gradients)}). "
             f"Lowerings that do: {', '.join(x.name for g in gradients for x in candidates(g))}"
@@ -134,6 +144,8 @@ def build_model(
             "convgrad.dtype": name,
         }
     )
+    if is_tuned(lowering):
+        model.metadata_props["convgrad.selection"] = TUNED
     import onnx_ir
 
     return onnx_ir.to_proto(model)
@@ -149,6 +161,7 @@ class LoweringInfo:
         summary: what the formula does. when: which convolutions it is for.
         why_not: why it does not apply to the geometry asked about; None when it does, or when none was given.
         chosen: it is what ``"auto"`` takes for that geometry.
+        tuned: it is what ``"tuned"`` takes; False everywhere when the tuning cache has not measured the geometry.
     """
 
     name: str
@@ -157,6 +170,7 @@ class LoweringInfo:
     when: str
     why_not: str | None = None
     chosen: bool = False
+    tuned: bool = False
 
 
 def lowerings(
@@ -198,6 +212,11 @@ def lowerings(
         names=("input_shape", "weight_shape"),
     )
     chosen = {choose(g, geometry, name, provider=provider, opset=opset).name for g in op.gradients}
+    tuned = {
+        choose(g, geometry, name, lowering=TUNED, provider=provider, opset=opset).name
+        for g in op.gradients
+        if is_measured(g, geometry, name, provider)
+    }
     return [
         LoweringInfo(
             entry.name,
@@ -206,6 +225,7 @@ def lowerings(
             entry.when,
             entry.why_not(geometry, name, provider, opset),
             entry.name in chosen,
+            entry.name in tuned,
         )
         for entry in entries
     ]

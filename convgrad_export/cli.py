@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from .commands import bench, build, check, export, lowerings, serve, serve_repo, train
+from .commands import bench, build, check, export, lowerings, serve, serve_repo, train, tune
 from .errors import ConvGradError
 
 
@@ -23,7 +23,7 @@ def _application() -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    for command in (build, check, export, lowerings, bench, serve, serve_repo, train):
+    for command in (build, check, export, lowerings, bench, serve, serve_repo, train, tune):
         command.register(app)
     app.callback()(_common_options)
     return app

@@ -59,6 +59,10 @@ class ModelFileError(ConvGradError, ValueError):
     """A file that is missing, truncated, foreign, or unsafe to load."""
 
 
+class TuningCacheError(ConvGradError, ValueError):
+    """A tuning cache that is damaged, edited by hand, or not a tuning cache."""
+
+
 class OutputExistsError(ConvGradError, FileExistsError):
     """The output path exists already and overwriting was not asked for."""
 
@@ -85,3 +89,7 @@ class ServingConfigError(ConvGradError, ValueError):
 
 class ServerError(ConvGradError, RuntimeError):
     """An inference server that cannot be found, does not start, or has ended."""
+
+
+class TuningWarning(UserWarning):
+    """``lowering="tuned"`` took the fixed policy's choice, because the cache holds no usable measurement."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import OutputExistsError, OutputPathError
@@ -50,3 +52,12 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
             temporary.unlink(missing_ok=True)
         raise OutputPathError(f"cannot write {target}: {error.strerror or error}") from error
     return target
+
+
+def digest(root: Path, paths: Iterable[Path]) -> str:
+    """Hexadecimal SHA-256 of files, by path relative to `root` and content."""
+    total = hashlib.sha256()
+    for path in paths:
+        total.update(path.relative_to(root).as_posix().encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()

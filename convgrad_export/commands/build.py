@@ -32,8 +32,11 @@ def build(
     dtype: options.DType = "float32",
     dynamic: Annotated[str, typer.Option(help="Of batch, channels, space, kernel; separated by commas.")] = "batch",
     opset: options.Opset = 18,
-    lowering: Annotated[str, typer.Option(help="auto, or a name that `convgrad lowerings` lists.")] = "auto",
+    lowering: Annotated[str, typer.Option(help="auto, tuned, or a name that `convgrad lowerings` lists.")] = "auto",
     max_error_factor: Annotated[float, typer.Option(help="What auto may take; 1 keeps to direct forms.")] = 1.0,
+    max_workspace: Annotated[
+        int | None, typer.Option(help="Most bytes of intermediate tensors, at the batch of --input-shape.")
+    ] = None,
     keep_function: Annotated[bool, typer.Option("--keep-function", help="Keep the convgrad function node.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     as_json: options.Json = False,
@@ -58,6 +61,7 @@ def build(
         opset_version=opset,
         lowering=lowering,
         max_error_factor=max_error_factor,
+        max_workspace=max_workspace,
         inline=not keep_function,
     )
     data = model.SerializeToString(deterministic=True)

@@ -29,7 +29,7 @@ def lowerings(
     provider: Annotated[str, typer.Option(help="Execution provider the graph is for.")] = "CPUExecutionProvider",
     as_json: options.Json = False,
 ) -> None:
-    """List the lowerings of an operator; with shapes, which apply, why not, and which one auto takes."""
+    """List the lowerings of an operator; with shapes, which apply, why not, and which one auto and tuned take."""
     from ..build import lowerings as catalogue
 
     arguments = options.geometry_arguments(
@@ -47,5 +47,6 @@ def lowerings(
         table.add_column(heading, overflow="fold")
     for entry in entries:
         state = "chosen" if entry.chosen else "applies" if entry.why_not is None else f"no: {entry.why_not}"
+        state += ", tuned" if entry.tuned else ""
         table.add_row(entry.name, entry.when, state if asked else entry.summary)
     options.print_table(table)

@@ -10,11 +10,11 @@ from onnxscript import opset18 as op
 
 from convgrad_export import dtypes
 from convgrad_export.emit.onnx import GradientRequest, record_gradients
-from convgrad_export.errors import DTypeError, UnsupportedLoweringError
+from convgrad_export.errors import DTypeError
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.integrations import dynamic_convolution as dynamic
-from convgrad_export.lowering import CPU, CUDA, LOWERINGS
-from convgrad_export.selection.policy import AUTO, choose
+from convgrad_export.lowering import CPU, CUDA
+from convgrad_export.selection.policy import AUTO, check_name, choose
 
 GRADIENTS = ("input", "weight", "bias")
 
@@ -32,16 +32,14 @@ class ConvolutionBackwardTranslation:
     """Makes the translation function, `function`; `choices` lists what it chose, in the order of the calls.
 
     Args:
-        lowering: "auto" for the fixed policy, or a catalogue name, which then has to apply to every convolution of
-            the model whose spatial sizes are known.
+        lowering: "auto" for the fixed policy, "tuned" for the tuning cache, or a catalogue name, which then has to
+            apply to every convolution of the model whose spatial sizes are known.
         provider: The execution provider to choose for.
         opset: The opset the model will have; lowerings that need a newer one are not chosen.
     """
 
     def __init__(self, lowering: str = AUTO, provider: str = CPU, opset: int = 18) -> None:
-        if lowering != AUTO and lowering not in LOWERINGS:
-            raise UnsupportedLoweringError(f"lowering {lowering!r} is none of: {AUTO}, {', '.join(LOWERINGS)}")
-        self._lowering, self._provider, self._opset = lowering, provider, opset
+        self._lowering, self._provider, self._opset = check_name(lowering), provider, opset
         self.choices: list[LoweringChoice] = []
 
         # torch.onnx reads the signature of a function; it accepts no callable object.

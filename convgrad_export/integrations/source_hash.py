@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
+
+from ..files import digest
 
 # Everything that decides what a rewritten graph looks like.
 _FOLDERS = ("emit", "functions", "integrations", "lowering", "selection")
@@ -18,8 +19,4 @@ def source_hash() -> str:
     paths = [root / name for name in _FILES]
     for folder in _FOLDERS:
         paths += sorted((root / folder).rglob("*.py"))
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.relative_to(root).as_posix().encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return digest(root, paths)

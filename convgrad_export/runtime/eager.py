@@ -19,7 +19,7 @@ from ..geometry import ConvGeometry
 from ..selection.policy import AUTO, choose
 from . import tensors
 from .providers import CPU, CUDA, Providers, resolve
-from .session_cache import cached_session
+from .session_cache import cached_session, thread_count
 
 Ints: TypeAlias = "int | Sequence[int]"
 Padding: TypeAlias = "int | str | Sequence[int] | Sequence[tuple[int, int]]"
@@ -33,7 +33,7 @@ _INPUT_DOC = """torch.nn.grad.conv{rank}d_input on onnxruntime: the gradient wit
         stride, dilation: one integer, or one per spatial axis.
         padding: zeros on each side, an integer or one per axis; also (begin, end) pairs, "same" or "valid".
         groups: number of groups.
-        lowering: "auto", or a name from `convgrad_export.lowerings("conv{rank}d_input")`.
+        lowering: "auto", "tuned", or a name from `convgrad_export.lowerings("conv{rank}d_input")`.
         providers: onnxruntime execution providers; None follows the tensors' device.
 
     Returns:
@@ -196,7 +196,7 @@ def convolution_backward(
         bias_sizes: [M], or None.
         stride, padding, dilation, transposed, output_padding, groups: of the forward call.
         output_mask: which of (grad_input, grad_weight, grad_bias) to compute.
-        lowering: "auto", or a catalogue name; it applies to its own gradient, the policy chooses the others.
+        lowering: "auto", "tuned", or a catalogue name; it applies to its own gradient, the policy chooses the others.
         providers: onnxruntime execution providers; None follows the tensors' device.
 
     Returns:
@@ -254,8 +254,10 @@ def compute(
     default = CUDA if tensors.is_torch(grad_output) and grad_output.device.type == "cuda" else CPU
     wanted = resolve(providers, default)
     dtype = dtypes.name_of(tensors.type_name(grad_output))
+    threads = thread_count()
     chosen = {
-        gradient: choose(gradient, geometry, dtype, lowering=lowering, provider=wanted[0][0]) for gradient in gradients
+        gradient: choose(gradient, geometry, dtype, lowering=lowering, provider=wanted[0][0], threads=threads)
+        for gradient in gradients
     }
     session = cached_session(geometry, chosen, dtype, wanted)
     feeds = {name: _as_array(operands[name]) for name in session.input_names}

@@ -31,7 +31,7 @@ def cached_session(
 
     The thread count is torch's own when torch is loaded (torch.set_num_threads is obeyed), else onnxruntime's default.
     """
-    threads = _thread_count()
+    threads = thread_count()
     any_batch = geometry.with_batch("batch")
     names = tuple((gradient, lowering.name) for gradient, lowering in lowerings.items())
     settings = tuple((name, tuple(sorted((k, str(v)) for k, v in options.items()))) for name, options in providers)
@@ -59,6 +59,7 @@ def session_count() -> int:
     return len(_sessions)
 
 
-def _thread_count() -> int | None:
+def thread_count() -> int | None:
+    """Of the eager functions' sessions: torch's own when torch is loaded, None for onnxruntime's default."""
     torch = sys.modules.get("torch")
     return None if torch is None else int(torch.get_num_threads())

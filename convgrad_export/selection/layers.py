@@ -1,0 +1,166 @@
+"""The convolutions of a model file, a folder of them, a saved program or a module: what there is to tune."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArgumentTypeError, CaptureError, GeometryError, ModelFileError
+from ..geometry import ConvGeometry
+from ..operators import operator
+
+BOTH = ("input", "weight")
+
+
+@dataclass(frozen=True)
+class LayerToTune:
+    """One distinct convolution.
+
+    Attributes:
+        name: of the first place it was found at: a module path or a file name.
+        geometry: its batch an integer. gradients: which of ``"input"`` and ``"weight"`` to measure.
+        dtype: of its tensors; None where the target does not say. count: how often it was found.
+    """
+
+    name: str
+    geometry: ConvGeometry
+    gradients: tuple[str, ...] = BOTH
+    dtype: str | None = None
+    count: int = 1
+
+
+def model_layers(path: Path, batch: int | None = None) -> list[LayerToTune]:
+    """The convolutions of models that `build_model` wrote, from their metadata.
+
+    Args:
+        path: an ``.onnx`` file, or a folder that is searched for them. batch: to measure at, in place of the file's.
+
+    Raises:
+        ModelFileError: nothing there, not an ONNX model, or no metadata of ours.
+    """
+    if path.is_dir():
+        files = sorted(path.rglob("*.onnx"))
+        if not files:
+            raise ModelFileError(f"{path} holds no .onnx file")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise ModelFileError(f"{path} does not exist")
+    found = []
+    for file in files:
+        layer = _model_layer(file)
+        if layer is not None:
+            found.append(layer)
+        elif file == path:
+            raise ModelFileError(f"{path} is dynamic in every dimension and names no sizes: there is no layer to tune")
+    if not found:
+        raise ModelFileError(f"the models in {path} name no sizes: there is no layer to tune")
+    return merged(layer if batch is None else at_batch(layer, batch) for layer in found)
+
+
+def _model_layer(file: Path) -> LayerToTune | None:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+    except (DecodeError, ValueError, OSError) as error:
+        raise ModelFileError(f"{file} is not an ONNX model, or is truncated: {error}") from error
+    metadata = {item.key: item.value for item in model.metadata_props}
+    if missing := [key for key in ("convgrad.op", "convgrad.geometry", "convgrad.dtype") if key not in metadata]:
+        raise ModelFileError(
+            f"{file} was not made by convgrad build: its metadata lacks {', '.join(missing)}. To tune a whole network, "
+            f"give its module (package.module:Name) and input shape"
+        )
+    try:
+        arguments = json.loads(metadata["convgrad.geometry"])
+        if "input_shape" not in arguments:
+            return None
+        geometry = ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelFileError(f"{file}: its convgrad.geometry is damaged: {error}") from error
+    gradients = tuple(name for name in operator(metadata["convgrad.op"]).gradients if name in BOTH)
+    return LayerToTune(file.stem, geometry, gradients, metadata["convgrad.dtype"])
+
+
+def module_layers(module: Any, args: Sequence[Any]) -> list[LayerToTune]:
+    """The convolutions that one forward call of a torch module runs, wherever in its code they are called.
+
+    Args:
+        module: a `torch.nn.Module`, run once without gradients. args: its positional arguments.
+
+    Raises:
+        CaptureError: the forward call fails. GeometryError: it runs no convolution.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from .. import dtypes
+
+    found: list[LayerToTune] = []
+    path: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.convolution.default:
+                found.append(_call_layer(path[-1] if path else "", args, dtypes.name_of(args[0].dtype)))
+            return func(*args, **(kwargs or {}))
+
+    hooks = []
+    for name, child in module.named_modules():
+        hooks.append(child.register_forward_pre_hook(lambda *_, name=name: path.append(name)))
+        hooks.append(child.register_forward_hook(lambda *_: path.pop() and None))
+    try:
+        with torch.no_grad(), Record():
+            module(*args)
+    except Exception as error:  # the user's own code can raise anything
+        shapes = ", ".join(str(tuple(value.shape)) for value in args if hasattr(value, "shape"))
+        raise CaptureError(
+            f"{type(module).__name__} cannot run on inputs of shape {shapes}: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        raise GeometryError(f"{type(module).__name__} runs no convolution: there is nothing to tune")
+    return merged(found)
+
+
+def _call_layer(name: str, args: Sequence[Any], dtype: str) -> LayerToTune:
+    value, weight, _, stride, padding, dilation, transposed, output_padding, groups = args
+    geometry = ConvGeometry.from_forward(
+        tuple(value.shape),
+        tuple(weight.shape),
+        list(stride),
+        list(padding),
+        list(dilation),
+        groups,
+        transposed=bool(transposed),
+        output_padding=list(output_padding) if transposed else 0,
+    )
+    return LayerToTune(name or "convolution", geometry, dtype=dtype)
+
+
+def at_batch(layer: LayerToTune, batch: int) -> LayerToTune:
+    if isinstance(batch, bool) or not isinstance(batch, int):
+        raise ArgumentTypeError(f"batch is {batch!r} ({type(batch).__name__}), expected an integer")
+    if batch < 1:
+        raise GeometryError(f"batch is {batch}, expected at least 1")
+    return replace(layer, geometry=layer.geometry.with_batch(batch))
+
+
+def merged(layers: Iterable[LayerToTune]) -> list[LayerToTune]:
+    """Layers of equal geometry and dtype once, with their counts and gradients added."""
+    result: dict[Any, LayerToTune] = {}
+    for layer in layers:
+        key = (layer.geometry, layer.dtype)
+        known = result.get(key)
+        if known is None:
+            result[key] = layer
+            continue
+        gradients = tuple(name for name in BOTH if name in known.gradients or name in layer.gradients)
+        result[key] = replace(known, gradients=gradients, count=known.count + layer.count)
+    return list(result.values())

@@ -1,0 +1,113 @@
+"""One emitted gradient on onnxruntime, for timing: operands bound once, nothing in a call but the run itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from .. import dtypes
+from ..emit.onnx import GradientRequest, emit_model
+from ..errors import MissingDependencyError
+from ..geometry import ConvGeometry
+from ..lowering import CPU, CUDA, LOWERINGS
+
+
+class Runner:
+    """A session for one lowering at any batch size.
+
+    Args:
+        name: of the lowering. geometry: its batch does not matter. threads: of the intra-op pool.
+
+    Raises:
+        MissingDependencyError: no onnxruntime. Whatever onnxruntime raises for a graph that it cannot load.
+    """
+
+    def __init__(
+        self, name: str, geometry: ConvGeometry, dtype: str = "float32", provider: str = CPU, threads: int = 1
+    ) -> None:
+        lowering = LOWERINGS[name]
+        self.gradient = lowering.gradient
+        request = GradientRequest(geometry.with_batch("batch"), {self.gradient: lowering}, dtype, provider=provider)
+        model = ir.to_proto(emit_model(request, "candidate"))
+        self._device = "cuda" if provider == CUDA else "cpu"
+        self._session = open_session(model.SerializeToString(), provider, threads)
+        self._names = [value.name for value in self._session.get_inputs()]
+        self._binding: Any = None
+
+    def bind(self, values: Mapping[str, Any]) -> None:
+        """Take operands (from `place`) for the calls that follow."""
+        self._binding = self._session.io_binding()
+        for name in self._names:
+            self._binding.bind_ortvalue_input(name, values[name])
+        self._binding.bind_output(f"grad_{self.gradient}", self._device)
+
+    def run(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+    def result(self) -> np.ndarray:
+        """Of the latest run."""
+        self.run()
+        return np.asarray(self._binding.copy_outputs_to_cpu()[0])
+
+    def timed(self, repeats: int) -> float:
+        """Milliseconds of one call, over `repeats` calls."""
+        start = time.perf_counter()
+        for _ in range(repeats):
+            self._session.run_with_iobinding(self._binding)
+        return (time.perf_counter() - start) * 1e3 / repeats
+
+
+def open_session(model: bytes, provider: str, threads: int) -> Any:
+    """An onnxruntime session whose threads stop spinning after a call: they would take a core from the next session."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            "onnxruntime is not installed, and tuning measures it: pip install 'convgrad-export[onnxruntime]'"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(model, options, providers=[provider])
+
+
+def place(operands: Mapping[str, np.ndarray], dtype: str, provider: str) -> dict[str, Any]:
+    """Operands as onnxruntime values in `dtype` on the provider's device."""
+    import onnxruntime
+
+    device = "cuda" if provider == CUDA else "cpu"
+    placed = {}
+    for name, array in operands.items():
+        converted = np.ascontiguousarray(array, dtypes.numpy_dtype(dtype))
+        if dtype == "bfloat16":  # numpy has no such type of its own: hand the bits over
+            placed[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
+                converted.view(np.uint16), dtypes.onnx_code(dtype)
+            )
+        else:
+            placed[name] = onnxruntime.OrtValue.ortvalue_from_numpy(converted, device, 0)
+    return placed
+
+
+def stolen_ticks() -> int:
+    """CPU time, in clock ticks, that the host gave to other machines since boot; 0 where the kernel does not say."""
+    try:
+        return int(Path("/proc/stat").read_text().splitlines()[0].split()[8])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def available_bytes() -> int | None:
+    """Memory that can be taken without swapping; None where the kernel does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    except (OSError, IndexError, ValueError):
+        pass
+    return None

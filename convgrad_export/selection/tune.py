@@ -1,0 +1,266 @@
+"""`convgrad_export.tune`: measure a network's convolution gradients on this machine and keep the result."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import dtypes
+from ..errors import ArgumentTypeError, GeometryError, UnsupportedLoweringError
+from ..geometry import ConvGeometry
+from ..lowering import CPU, CUDA
+from . import cache as store
+from .autotune import MEMORY, TuningSettings, candidate_names, tune_gradient
+from .cache import TuningRecord
+from .layers import BOTH, LayerToTune, at_batch, merged, model_layers, module_layers
+from .policy import AUTO, DIRECT, choose
+from .tuned import TUNED
+
+_PROVIDERS = {"cpu": CPU, "cuda": CUDA, CPU: CPU, CUDA: CUDA}
+_LONGEST, _SHORTEST = 5.0, 0.25  # seconds for one gradient of one layer
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class TunedGradient:
+    """What tuning found for one gradient of one layer.
+
+    Attributes:
+        layer: name. count: layers of that geometry. gradient: ``"input"`` or ``"weight"``. geometry: in words.
+        dtype: element type. auto, auto_ms: the fixed policy's choice and its milliseconds.
+        tuned, tuned_ms: what ``lowering="tuned"`` takes from now on.
+        timings: milliseconds (minimum) of every lowering measured. refused: why others were not.
+        cached: the record was in the cache already.
+    """
+
+    layer: str
+    count: int
+    gradient: str
+    geometry: str
+    dtype: str
+    auto: str
+    auto_ms: float
+    tuned: str
+    tuned_ms: float
+    timings: dict[str, float]
+    refused: dict[str, str]
+    cached: bool
+
+
+@dataclass(frozen=True)
+class TuningReport:
+    """What `tune` did.
+
+    Attributes:
+        cache: the file that holds the measurements. threads: of the measurement.
+        gradients: one entry for each gradient of each distinct layer.
+        skipped: names of layers and gradients that the budget had no time for.
+        seconds: it took.
+    """
+
+    cache: Path
+    threads: int
+    gradients: tuple[TunedGradient, ...]
+    skipped: tuple[str, ...]
+    seconds: float
+
+    @property
+    def auto_ms(self) -> float:
+        """Milliseconds of all layers' gradients, each as often as the network has it, by the fixed policy."""
+        return sum(entry.auto_ms * entry.count for entry in self.gradients)
+
+    @property
+    def tuned_ms(self) -> float:
+        """The same with the tuned choices."""
+        return sum(entry.tuned_ms * entry.count for entry in self.gradients)
+
+    def to_dict(self) -> dict[str, Any]:
+        totals = {"auto_ms": self.auto_ms, "tuned_ms": self.tuned_ms}
+        return {**asdict(self), "cache": str(self.cache), **totals}
+
+
+def tune(
+    target: Any,
+    *,
+    input_shape: Sequence[int] | None = None,
+    args: Sequence[Any] | None = None,
+    batch: int | None = None,
+    gradients: Sequence[str] = BOTH,
+    dtype: Any = None,
+    provider: str = CPU,
+    threads: int | None = None,
+    budget: float = 60.0,
+    max_error_factor: float = DIRECT,
+    max_workspace: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    again: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> TuningReport:
+    """Measure the lowerings of every convolution gradient of `target` and keep the times for ``lowering="tuned"``.
+
+    Args:
+        target: a `torch.nn.Module`, a path of an ``.onnx`` file that `build_model` made or of a folder of them, a
+            `ConvGeometry`, or a sequence of those.
+        input_shape: of a module's single argument (random data). args: a module's arguments, in place of it.
+        batch: to measure at, in place of the target's own.
+        gradients: which of ``"input"`` and ``"weight"``.
+        dtype: of the tensors; None takes what the target says, float32 where it says nothing.
+        provider: the onnxruntime execution provider, ``"cpu"`` and ``"cuda"`` for short. threads: of onnxruntime's
+            intra-op pool; None for its default.
+        budget: seconds for everything, shared among the layers. What it has no time for is listed as skipped; calling
+            again goes on from there.
+        max_error_factor, max_workspace: limits on what is measured, as in `build_model`. They apply again when the
+            cache is used.
+        cache: the file; None for CONVGRAD_TUNING_CACHE, or the user's cache folder.
+        again: measure also what the cache holds already.
+        seed: of the data.
+        progress: called with (done, total, name) before each gradient.
+
+    Raises:
+        ArgumentTypeError, GeometryError, DTypeError: an argument that is none of the above. ModelFileError: a model
+            that is not ours. CaptureError: the module cannot run. TuningCacheError: the file there is not an intact
+            tuning cache; nothing is measured then. UnsupportedLoweringError: no lowering stays within the limits.
+    """
+    started = time.monotonic()
+    layers = _layers(target, input_shape, args)
+    if batch is not None:
+        layers = merged(at_batch(layer, batch) for layer in layers)
+    wanted = _gradients(gradients)
+    if provider not in _PROVIDERS:
+        raise UnsupportedLoweringError(f"provider is {provider!r}, expected one of: {', '.join(_PROVIDERS)}")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise ArgumentTypeError(f"threads is {threads!r}, expected a positive integer or None")
+    if not isinstance(budget, int | float) or isinstance(budget, bool) or not budget > 0:
+        raise ArgumentTypeError(f"budget is {budget!r}, expected a positive number of seconds")
+    path = store.cache_path(cache)
+    known = {record.key: record for record in store.load(path)}
+    work = [(layer, gradient) for layer in layers for gradient in layer.gradients if gradient in wanted]
+    if not work:
+        raise GeometryError(f"gradients is {wanted}, and the target has none of them")
+    results: list[TunedGradient] = []
+    skipped: list[str] = []
+    settings = TuningSettings("float32", _PROVIDERS[provider], threads, max_error_factor, max_workspace, _LONGEST, seed)
+    given = None if dtype is None else dtypes.name_of(dtype)
+    for index, (layer, gradient) in enumerate(work):
+        element = given or layer.dtype or "float32"
+        left = budget - (time.monotonic() - started)
+        share = max(_SHORTEST, min(_LONGEST, left / (len(work) - index)))
+        mine = TuningSettings(**{**vars(settings), "dtype": element, "seconds": share})
+        record = None if again else _held(known, gradient, layer.geometry, mine)
+        cached = record is not None
+        if record is None:
+            if left <= 0:
+                skipped.append(f"{layer.name} {gradient}")
+                continue
+            if progress is not None:
+                progress(index, len(work), f"{layer.name} {gradient}")
+            record = tune_gradient(gradient, layer.geometry, mine)
+            store.save(path, [record])
+            known[record.key] = record
+        if not record.timings:
+            skipped.append(f"{layer.name} {gradient}: {'; '.join(f'{k}: {v}' for k, v in record.refused.items())}")
+            continue
+        results.append(_summary(layer, gradient, record, mine, path, cached))
+    if progress is not None:
+        progress(len(work), len(work), "")
+    return TuningReport(path, settings.thread_count, tuple(results), tuple(skipped), time.monotonic() - started)
+
+
+def _layers(target: Any, input_shape: Sequence[int] | None, args: Sequence[Any] | None) -> list[LayerToTune]:
+    if isinstance(target, ConvGeometry):
+        target = [target]
+    if isinstance(target, str | os.PathLike):
+        return model_layers(Path(target))
+    if callable(getattr(target, "named_modules", None)):
+        if (input_shape is None) == (args is None):
+            raise GeometryError("a module needs its input_shape, or its args: expected exactly one of them")
+        if args is None:
+            args = (_example(target, input_shape),)
+        return module_layers(target, args)
+    if isinstance(target, Iterable):
+        geometries = list(target)
+        if geometries and all(isinstance(entry, ConvGeometry) for entry in geometries):
+            return merged(LayerToTune(entry.describe(), _with_integers(entry)) for entry in geometries)
+    raise ArgumentTypeError(
+        f"target is a {type(target).__name__}, expected a torch.nn.Module, a path of a model or folder, or ConvGeometry"
+    )
+
+
+def _with_integers(geometry: ConvGeometry) -> ConvGeometry:
+    if not geometry.is_static or not isinstance(geometry.batch, int):
+        raise GeometryError(f"{geometry.describe()} has open sizes, expected integers: give the batch to measure at")
+    return geometry
+
+
+def _example(module: Any, input_shape: Sequence[int] | None) -> Any:
+    import torch
+
+    from ..arguments import as_shape
+
+    parameter = next(iter(module.parameters()), torch.zeros(()))
+    generator = torch.Generator().manual_seed(0)
+    shape = as_shape(input_shape, "input_shape")
+    return torch.rand(shape, generator=generator).to(parameter.device, parameter.dtype)
+
+
+def _gradients(gradients: Sequence[str]) -> tuple[str, ...]:
+    given = (gradients,) if isinstance(gradients, str) else tuple(gradients)
+    if not given or any(name not in BOTH for name in given):
+        raise GeometryError(f"gradients is {given}, expected 'input', 'weight' or both")
+    return given
+
+
+def _held(
+    known: dict[str, TuningRecord], gradient: str, geometry: ConvGeometry, settings: TuningSettings
+) -> TuningRecord | None:
+    """The record of exactly this batch and thread count, when it covers what may be asked of it."""
+    found = store.matching(known.values(), gradient, geometry, settings.dtype, settings.provider, settings.thread_count)
+    for record in found:
+        if (record.threads, record.geometry) != (settings.thread_count, geometry) or not record.timings:
+            continue
+        covered = {timing.lowering for timing in record.timings}
+        covered |= {name for name, reason in record.refused.items() if not reason.startswith(MEMORY)}
+        if covered.issuperset(candidate_names(gradient, geometry, settings)):
+            return record
+    return None
+
+
+def _summary(
+    layer: LayerToTune, gradient: str, record: TuningRecord, settings: TuningSettings, path: Path, cached: bool
+) -> TunedGradient:
+    def chosen(lowering: str) -> str:
+        return choose(
+            gradient,
+            layer.geometry,
+            settings.dtype,
+            lowering=lowering,
+            provider=settings.provider,
+            max_error_factor=settings.max_error_factor,
+            max_workspace=settings.max_workspace,
+            threads=settings.thread_count,
+        ).name
+
+    times = {timing.lowering: timing.min_ms for timing in record.timings}
+    auto, tuned = chosen(AUTO), chosen(f"{TUNED}:{path}")
+    tuned_ms = times.get(tuned, math.nan)
+    return TunedGradient(
+        layer.name,
+        layer.count,
+        gradient,
+        layer.geometry.describe(),
+        settings.dtype,
+        auto,
+        times.get(auto, tuned_ms),  # the policy's choice was refused
+        tuned,
+        tuned_ms,
+        times,
+        record.refused,
+        cached,
+    )

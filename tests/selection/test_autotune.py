@@ -1,0 +1,281 @@
+"""Measuring lowerings: what is refused, what bounds the time, what `convgrad tune` prints and keeps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import convgrad_export as cg
+from convgrad_export.cli import main
+from convgrad_export.geometry import ConvGeometry
+from convgrad_export.lowering import LOWERINGS, catalogue
+from convgrad_export.selection import autotune, cache, graph_walk, tuned
+from convgrad_export.selection.autotune import TuningSettings, tune_gradient
+from convgrad_export.selection.policy import choose
+from tests.cases import CASES, ConvCase
+
+GEOMETRY = ConvGeometry.from_forward((3, 8, 9, 10), (6, 8, 3, 3), padding=1)
+QUICK = TuningSettings(threads=1, seconds=0.2)
+
+
+def stopped() -> float:
+    """A clock by which no time passes: the number of rounds ends a measurement, however busy the machine is."""
+    return 0.0
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "tuning.json"
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(path))
+    monkeypatch.setattr(tuned, "_said", set())
+    return path
+
+
+def wrong(name: str, monkeypatch: pytest.MonkeyPatch, spoil) -> None:
+    """Replace a catalogue entry by one whose result `spoil` alters."""
+    entry = LOWERINGS[name]
+
+    def body(op, g, grad_output, operand):
+        return spoil(op, g, entry.body(op, g, grad_output, operand))
+
+    monkeypatch.setitem(catalogue.LOWERINGS, name, replace(entry, body=body))
+    graph_walk.steps.cache_clear()
+
+
+@pytest.mark.parametrize("gradient", ["input", "weight"])
+def test_every_direct_lowering_is_measured(gradient: str) -> None:
+    record = tune_gradient(gradient, GEOMETRY, QUICK, clock=stopped)
+    applicable = {
+        name
+        for name, entry in LOWERINGS.items()
+        if entry.gradient == gradient and entry.why_not(GEOMETRY) is None and entry.error_factor == 1
+    }
+    assert {timing.lowering for timing in record.timings} == applicable
+    assert record.refused == {}
+    assert [t.min_ms for t in record.timings] == sorted(t.min_ms for t in record.timings)
+    assert all(0 < t.min_ms <= t.median_ms for t in record.timings)
+    assert record.threads == 1
+
+
+def test_winograd_is_measured_when_its_error_is_allowed() -> None:
+    names = {
+        t.lowering
+        for t in tune_gradient("weight", GEOMETRY, replace(QUICK, max_error_factor=8.0), clock=stopped).timings
+    }
+    assert {"weight.winograd4", "weight.winograd6"} <= names
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_other_dtypes_are_measured(dtype: str) -> None:
+    record = tune_gradient("weight", GEOMETRY, replace(QUICK, dtype=dtype), clock=stopped)
+    assert "weight.matmul_taps" in {t.lowering for t in record.timings}
+    assert record.refused == {}
+
+
+@pytest.mark.parametrize("name", ["mixed1d", "mixed3d", "depthwise_multiplier", "transposed2d", "only_padding_is_read"])
+@pytest.mark.parametrize("gradient", ["input", "weight"])
+def test_right_lowerings_are_not_refused(name: str, gradient: str) -> None:
+    case: ConvCase = next(case for case in CASES if case.name == name)
+    record = tune_gradient(gradient, case.geometry, QUICK, clock=stopped)
+    assert {k: v for k, v in record.refused.items() if "no time" not in v} == {}
+    assert record.timings
+
+
+def test_a_wrong_lowering_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_element(op, g, value):
+        first = op.Slice(value, *(op.Constant(value_ints=[bound]) for bound in (0, 1, 0)))
+        rest = op.Slice(value, *(op.Constant(value_ints=[bound]) for bound in (1, g.weight_shape[0], 0)))
+        return op.Concat(op.Add(first, op.Constant(value_floats=[0.05])), rest, axis=0)
+
+    wrong("weight.im2col", monkeypatch, one_element)
+    record = tune_gradient("weight", GEOMETRY, QUICK, clock=stopped)
+    assert "its result is wrong" in record.refused["weight.im2col"]
+    assert "weight.im2col" not in {t.lowering for t in record.timings}
+    assert record.timings
+
+
+def test_a_lowering_that_is_wrong_only_at_larger_batches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = LOWERINGS["weight.swapped_conv"]
+
+    def drops_third_sample(op, g, grad_output, operand):
+        start, stop, axis = (op.Constant(value_ints=[bound]) for bound in (0, 2, 0))
+        return original.body(op, g, op.Slice(grad_output, start, stop, axis), op.Slice(operand, start, stop, axis))
+
+    monkeypatch.setitem(catalogue.LOWERINGS, "weight.swapped_conv", replace(original, body=drops_third_sample))
+    graph_walk.steps.cache_clear()
+    refused = tune_gradient("weight", GEOMETRY, QUICK, clock=stopped).refused
+    assert "differs from" in refused["weight.swapped_conv"]
+
+
+def test_a_lowering_that_onnxruntime_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reshaped(op, g, value):
+        return op.Reshape(value, op.Constant(value_ints=[7, -1]))
+
+    wrong("weight.im2col", monkeypatch, reshaped)
+    monkeypatch.setattr(autotune, "workspace_bytes", lambda *arguments: 0)
+    assert (
+        "onnxruntime cannot run it" in tune_gradient("weight", GEOMETRY, QUICK, clock=stopped).refused["weight.im2col"]
+    )
+
+
+def test_the_memory_limit_keeps_candidates_out() -> None:
+    need = graph_walk.workspace_bytes("weight.im2col", GEOMETRY)
+    record = tune_gradient("weight", GEOMETRY, replace(QUICK, max_workspace=need - 1), clock=stopped)
+    assert "needs more memory" in record.refused["weight.im2col"]
+    assert all(t.workspace_bytes < need for t in record.timings)
+
+
+def test_time_that_is_used_up_leaves_the_policys_choice_measured() -> None:
+    ticks = itertools.count(step=10.0)
+    record = tune_gradient("weight", GEOMETRY, replace(QUICK, seconds=5.0), clock=lambda: next(ticks))
+    assert [t.lowering for t in record.timings] == [choose("weight", GEOMETRY).name]
+    assert set(record.refused.values()) == {"no time was left to measure it"}
+
+
+def test_the_budget_bounds_the_whole_run(own_cache: Path) -> None:
+    layers = [ConvGeometry.from_forward((2, 8, 20 + n, 20), (8, 8, 3, 3), padding=1) for n in range(60)]
+    started = time.monotonic()
+    report = cg.tune(layers, budget=1.0, threads=1)
+    assert time.monotonic() - started < 20
+    assert report.skipped
+    assert len(report.gradients) + len(report.skipped) == 120
+    assert len(cache.load(own_cache)) == len(report.gradients)
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")
+        self.twice = torch.nn.Conv2d(8, 8, 3, padding=1)
+        self.up = torch.nn.ConvTranspose2d(8, 4, 4, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.twice(self.twice(self.stem(x)))
+        return torch.nn.functional.conv2d(self.up(x), torch.ones(1, 4, 1, 1))
+
+
+def test_a_module_is_tuned_layer_by_layer_and_the_cache_answers_next_time(own_cache: Path) -> None:
+    report = cg.tune(Net(), input_shape=(2, 3, 8, 8), budget=20, threads=1)
+    names = [(entry.layer, entry.count) for entry in report.gradients if entry.gradient == "input"]
+    assert names == [("stem", 1), ("twice", 2), ("up", 1), ("convolution", 1)]
+    assert "input (2, 3, 10, 10)" in report.gradients[0].geometry  # reflection padding comes before the convolution
+    assert not any(entry.cached for entry in report.gradients)
+    before = own_cache.read_bytes()
+    second = cg.tune(Net(), input_shape=(2, 3, 8, 8), budget=20, threads=1)
+    assert all(entry.cached for entry in second.gradients)
+    assert own_cache.read_bytes() == before
+    assert [(e.tuned, e.timings) for e in second.gradients] == [(e.tuned, e.timings) for e in report.gradients]
+    for entry in report.gradients:
+        assert entry.tuned_ms == entry.timings[entry.tuned] <= 1.03 * min(entry.timings.values())
+        assert entry.auto_ms == entry.timings[entry.auto]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"target": 3}, cg.ArgumentTypeError, "target is a int"),
+        ({"target": GEOMETRY.with_batch("n")}, cg.GeometryError, "open sizes"),
+        ({"target": GEOMETRY, "budget": 0}, cg.ArgumentTypeError, "budget is 0"),
+        ({"target": GEOMETRY, "threads": 0}, cg.ArgumentTypeError, "threads is 0"),
+        ({"target": GEOMETRY, "gradients": ("bias",)}, cg.GeometryError, "gradients is"),
+        ({"target": GEOMETRY, "provider": "tpu"}, cg.UnsupportedLoweringError, "provider is 'tpu'"),
+        ({"target": GEOMETRY, "batch": 0}, cg.GeometryError, "batch is 0"),
+        ({"target": GEOMETRY, "dtype": "int8"}, cg.DTypeError, "dtype is int8"),
+        ({"target": "missing.onnx"}, cg.ModelFileError, "does not exist"),
+        ({"target": Net()}, cg.GeometryError, "exactly one of them"),
+        ({"target": Net(), "input_shape": (1, 5, 8, 8)}, cg.CaptureError, "cannot run on inputs of shape .*5 channels"),
+        ({"target": torch.nn.ReLU(), "input_shape": (1, 5)}, cg.GeometryError, "runs no convolution"),
+        ({"target": GEOMETRY, "max_workspace": 1}, cg.UnsupportedLoweringError, "max_workspace is 1"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_error(arguments: dict, error: type, message: str, own_cache: Path) -> None:
+    target = arguments.pop("target")
+    with pytest.raises(error, match=message):
+        cg.tune(target, **arguments)
+    assert not own_cache.exists()
+
+
+def build(path: Path, operator: str = "conv2d_weight", **options) -> Path:
+    shapes = {"input_shape": (2, 4, 9, 9), "weight_shape": (6, 4, 3, 3)}
+    path.write_bytes(cg.build_model(operator, **{**shapes, **options}).SerializeToString())
+    return path
+
+
+def test_the_command_tunes_models_and_shows_a_table(
+    tmp_path: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    build(models / "weight.onnx")
+    build(models / "input.onnx", "conv2d_input", dtype="float64")
+    build(
+        models / "dynamic.onnx", dynamic=("batch", "channels", "space", "kernel"), input_shape=None, weight_shape=None
+    )
+    assert main(["tune", str(models), "--threads", "1", "--budget", "5"]) == 0
+    shown = capsys.readouterr().out
+    assert "all layers:" in shown
+    assert f"{own_cache}: 2 measured" in shown.replace("\n", "")
+    assert main(["tune", str(models), "--threads", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(e["layer"], e["gradient"], e["dtype"]) for e in report["gradients"]] == [
+        ("input", "input", "float64"),
+        ("weight", "weight", "float32"),
+    ]
+    assert all(entry["cached"] for entry in report["gradients"])
+    other = tmp_path / "other.json"
+    arguments = ["--threads", "1", "--batch", "3", "--cache", str(other), "--json"]
+    assert main(["tune", str(models / "weight.onnx"), *arguments]) == 0
+    assert [record.geometry.batch for record in cache.load(other)] == [3]
+
+
+def test_the_command_tunes_a_module_by_name(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tuned_net.py").write_text("import torch\ndef Net():\n    return torch.nn.Conv1d(2, 4, 3)\n")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["tune", "tuned_net:Net", "--shape", "2,2,12", "--gradients", "weight", "--threads", "1", "--json"]
+    assert main(arguments) == 0
+    assert len(json.loads(capsys.readouterr().out)["gradients"]) == 1
+
+
+def test_lowerings_shows_the_tuned_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = ["--input-shape", "3,8,9,10", "--weight-shape", "6,8,3,3", "--padding", "1"]
+    cg.tune(GEOMETRY, gradients=("weight",))
+    assert main(["lowerings", "conv2d_weight", *shapes, "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)["lowerings"]
+    chosen = [entry["name"] for entry in entries if entry["tuned"]]
+    assert chosen == [choose("weight", GEOMETRY, lowering="tuned").name]
+    assert main(["lowerings", "conv2d_weight", *shapes]) == 0
+    assert "tuned" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tune", "missing.onnx"], "does not exist"),
+        (["tune", "torch.nn:Conv2d"], "--shape is missing"),
+        (["tune", "missing.onnx", "--shape", "1,2,3"], "use --batch"),
+        (["tune", "nowhere:Net", "--shape", "1,2,3"], "cannot be imported"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_of_someone_else_is_refused_with_advice(tmp_path: Path) -> None:
+    path = build(tmp_path / "m.onnx")
+    import onnx
+
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    onnx.save(model, path)
+    with pytest.raises(cg.ModelFileError, match=r"was not made by convgrad build.*give its module"):
+        cg.tune(path)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(cg.ModelFileError, match="not an ONNX model"):
+        cg.tune(path)
