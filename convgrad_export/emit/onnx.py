@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from .. import dtypes
 from ..geometry import ConvGeometry
-from ..lowering import CPU, Lowering, compute_dtype
+from ..lowering import CPU, Lowering, widened
 
 # The IR version an opset came with; newer would shut out older runtimes for nothing.
 _IR_VERSION = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 11, 25: 12}
@@ -120,17 +120,46 @@ def operand_names(gradients: Mapping[str, Any]) -> list[str]:
 
 
 def record_gradients(ops: Any, request: GradientRequest, operands: Mapping[str, Any]) -> dict[str, Any]:
-    """Record every lowering of `request`; half types are widened once at the inputs and rounded once at the outputs."""
-    computed = compute_dtype(request.dtype, request.provider)
-    if computed != request.dtype:
-        code = dtypes.onnx_code(computed)
-        operands = {key: ops.Cast(value, to=code) for key, value in operands.items()}
+    """Record every lowering of `request`, each in the type it computes in, with Casts at its border where that differs."""
+    converted: dict[tuple[str, str], Any] = {}
+
+    def operand(name: str, computed: str) -> Any:
+        if computed == request.dtype or name not in operands:
+            return operands.get(name)
+        if (name, computed) not in converted:
+            converted[name, computed] = ops.Cast(operands[name], to=dtypes.onnx_code(computed))
+        return converted[name, computed]
+
     results = {}
     for gradient, lowering in request.lowerings.items():
-        operand = {"input": "weight", "weight": "input", "bias": ""}[gradient]
-        value = lowering.build(ops, request.geometry, operands["grad_output"], operands.get(operand))
+        computed = lowering.computes_in(request.dtype, request.provider)
+        other = {"input": "weight", "weight": "input", "bias": ""}[gradient]
+        absent = widened(computed, request.provider, request.opset)
+        recorder = WideningOps(ops, computed, absent) if absent else ops
+        value = lowering.build(recorder, request.geometry, operand("grad_output", computed), operand(other, computed))
         results[gradient] = ops.Cast(value, to=dtypes.onnx_code(request.dtype)) if computed != request.dtype else value
     return results
+
+
+class WideningOps:
+    """Records into `ops`, some operators in float32 between Casts: those that have no kernel in the half type `dtype`."""
+
+    _VALUE_INPUTS: Mapping[str, int] = {"Pad": 1}  # the others read values only
+
+    def __init__(self, ops: Any, dtype: str, operators: frozenset[str]) -> None:
+        self._ops, self._code, self._operators = ops, dtypes.onnx_code(dtype), operators
+
+    def __getattr__(self, op_type: str) -> Callable[..., Any]:
+        record: Callable[..., Any] = getattr(self._ops, op_type)
+        if op_type not in self._operators:
+            return record
+
+        def record_widened(*inputs: Any, **attributes: Any) -> Any:
+            count = self._VALUE_INPUTS.get(op_type, len(inputs))
+            wide = [self._ops.Cast(value, to=dtypes.onnx_code("float32")) for value in inputs[:count]]
+            return self._ops.Cast(record(*wide, *inputs[count:], **attributes), to=self._code)
+
+        return record_widened
 
 
 def ir_version(opset: int) -> int:

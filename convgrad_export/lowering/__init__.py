@@ -1,6 +1,18 @@
 """Formulas for convolution gradients and the catalogue that lists them."""
 
 from .catalogue import GRADIENTS, LOWERINGS, Lowering, by_name, candidates
-from .kernels import CPU, CUDA, compute_dtype
+from .kernels import CPU, CUDA, compute_dtype, cuda_kernel, preferred_opset, widened
 
-__all__ = ["CPU", "CUDA", "GRADIENTS", "LOWERINGS", "Lowering", "by_name", "candidates", "compute_dtype"]
+__all__ = [
+    "CPU",
+    "CUDA",
+    "GRADIENTS",
+    "LOWERINGS",
+    "Lowering",
+    "by_name",
+    "candidates",
+    "compute_dtype",
+    "cuda_kernel",
+    "preferred_opset",
+    "widened",
+]

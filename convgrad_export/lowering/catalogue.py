@@ -38,6 +38,8 @@ class Lowering:
         min_opset: first standard opset that has all its operators.
         error_factor: its error bound in units of the direct form's; 1 for every direct form.
         float32_only: it holds float32 constants, so it cannot compute in another type.
+        sums_once: every result is one sum inside one operator, so that a half type loses nothing but the final rounding
+            where the operator accumulates in float32; everything else it does to values is to move them.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Lowering:
     min_opset: int = 13
     error_factor: float = 1.0
     float32_only: bool = False
+    sums_once: bool = False
 
     @property
     def summary(self) -> str:
@@ -64,13 +67,18 @@ class Lowering:
             return "the convolution is transposed" if geometry.transposed else "the convolution is not transposed"
         if opset < self.min_opset:
             return f"opset {opset} lacks an operator of it, it needs {self.min_opset}"
-        if self.float32_only and (computed := compute_dtype(dtype, provider)) != "float32":
+        computed = self.computes_in(dtype, provider)
+        if self.float32_only and computed != "float32":
             return f"its constants are float32, and {dtype} is computed in {computed}"
         if provider == CUDA and "ConvTranspose" in self.operators and self.name == "input.conv_transpose":
             uneven = next(((lo, hi) for lo, hi in geometry.pads if lo != hi), None)
             if uneven:
                 return f"a ConvTranspose with uneven pads {uneven} leaves the CUDA provider (onnxruntime#11312)"
-        return self.condition(self._plain(geometry)) or missing_kernel(self.operators, dtype, provider)
+        return self.condition(self._plain(geometry)) or missing_kernel(self.operators, computed, provider, opset)
+
+    def computes_in(self, dtype: str, provider: str = CPU) -> str:
+        """Element type of its arithmetic for tensors of `dtype` on `provider`."""
+        return compute_dtype(dtype, provider, self.sums_once)
 
     def build(self, op: Ops, geometry: ConvGeometry, grad_output: Value, operand: Value = None) -> Value:
         """Record the formula. `operand` is the weight (input gradient) or the input (weight gradient)."""
@@ -105,6 +113,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             operators=_CONV_TRANSPOSE,
             transposed=False,
             when="any plain convolution",
+            sums_once=True,
         ),
         Lowering(
             name="input.conv_transpose_crop",
@@ -113,6 +122,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             operators=_CONV_TRANSPOSE,
             transposed=False,
             when="any plain convolution",
+            sums_once=True,
         ),
         Lowering(
             name="input.flipped_conv",
@@ -122,6 +132,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             operators=_CONV,
             transposed=False,
             when="stride 1",
+            sums_once=True,
         ),
         Lowering(
             name="input.phase_conv",
@@ -131,6 +142,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             operators=_CONV,
             transposed=False,
             when="stride above 1, at most 64 phases",
+            sums_once=True,
         ),
         Lowering(
             name="input.col2im",
@@ -156,6 +168,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             condition=input_matmul.pixel_shuffle_why_not,
             transposed=False,
             when="kernel no larger than the stride, also in float64",
+            sums_once=True,
         ),
         Lowering(
             name="input.conv",
@@ -164,6 +177,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             operators=_CONV,
             transposed=True,
             when="any transposed convolution",
+            sums_once=True,
         ),
         Lowering(
             name="input.im2col",
@@ -171,6 +185,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             body=transposed_input.im2col,
             transposed=True,
             when="any transposed convolution, also in float64",
+            sums_once=True,
         ),
         *(
             Lowering(
@@ -186,7 +201,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             for gradient, bodies in (("input", winograd.INPUT_BODIES), ("weight", winograd.WEIGHT_BODIES))
             for tile in cook_toom.TILES
         ),
-        Lowering(name="weight.swapped_conv", gradient="weight", body=weight_grad.swapped_conv, operators=_CONV),
+        Lowering(name="weight.swapped_conv", gradient="weight", body=weight_grad.swapped_conv, operators=_CONV, sums_once=True),
         Lowering(
             name="weight.flipped_conv",
             gradient="weight",
@@ -194,16 +209,18 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             condition=weight_grad.flipped_conv_why_not,
             operators=_CONV,
             when="stride 1",
+            sums_once=True,
         ),
-        Lowering(name="weight.im2col", gradient="weight", body=weight_grad.im2col, when=_ALSO_FLOAT64),
+        Lowering(name="weight.im2col", gradient="weight", body=weight_grad.im2col, when=_ALSO_FLOAT64, sums_once=True),
         Lowering(
             name="weight.shifted_matmul",
             gradient="weight",
             body=weight_shifted.shifted_matmul,
             condition=weight_shifted.shifted_matmul_why_not,
             when="two or three spatial axes, stride 1 except on the last, also in float64",
+            sums_once=True,
         ),
-        Lowering(name="weight.matmul_taps", gradient="weight", body=weight_grad.matmul_taps, when=_ALSO_FLOAT64),
+        Lowering(name="weight.matmul_taps", gradient="weight", body=weight_grad.matmul_taps, when=_ALSO_FLOAT64, sums_once=True),
         Lowering(
             name="weight.depthwise_taps",
             gradient="weight",
@@ -218,7 +235,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             condition=depthwise.weight_rows_why_not,
             when="one input channel a group, also in float64",
         ),
-        Lowering(name="bias.reduce_sum", gradient="bias", body=weight_grad.reduce_sum, when=_ALSO_FLOAT64),
+        Lowering(name="bias.reduce_sum", gradient="bias", body=weight_grad.reduce_sum, when=_ALSO_FLOAT64, sums_once=True),
     ]
 )
 

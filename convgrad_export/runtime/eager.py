@@ -254,9 +254,12 @@ def compute(
     default = CUDA if tensors.is_torch(grad_output) and grad_output.device.type == "cuda" else CPU
     wanted = resolve(providers, default)
     dtype = dtypes.name_of(tensors.type_name(grad_output))
-    threads = thread_count()
+    provider, threads = wanted[0][0], thread_count()
+    opset = preferred_opset(dtype, provider)
     chosen = {
-        gradient: choose(gradient, geometry, dtype, lowering=lowering, provider=wanted[0][0], threads=threads)
+        gradient: choose(
+            gradient, geometry, dtype, lowering=lowering, provider=provider, opset=opset, threads=threads
+        )
         for gradient in gradients
     }
     session = cached_session(geometry, chosen, dtype, wanted)

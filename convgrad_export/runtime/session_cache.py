@@ -11,7 +11,7 @@ from typing import Any
 
 from ..emit.onnx import GradientRequest, emit_model
 from ..geometry import ConvGeometry
-from ..lowering import Lowering
+from ..lowering import Lowering, preferred_opset
 from .session import GradientSession
 
 # A session of one operator holds its graph and an arena that grows to its largest run.
@@ -40,7 +40,9 @@ def cached_session(
         if key in _sessions:
             _sessions.move_to_end(key)
             return _sessions[key]
-    model = emit_model(GradientRequest(any_batch, lowerings, dtype, provider=providers[0][0]), "convolution_backward")
+    provider = providers[0][0]
+    request = GradientRequest(any_batch, lowerings, dtype, preferred_opset(dtype, provider), provider)
+    model = emit_model(request, "convolution_backward")
     session = GradientSession(model, list(providers), threads=threads)
     with _lock:
         _sessions[key] = session

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ..errors import ArgumentTypeError, UnsupportedLoweringError
 from ..geometry import ConvGeometry
-from ..lowering import CPU, CUDA, LOWERINGS, Lowering, by_name, candidates
+from ..lowering import CPU, CUDA, LOWERINGS, Lowering, by_name, candidates, cuda_kernel
 from .graph_walk import workspace_bytes
 from .tuned import TUNED, is_tuned, tuned_name
 
@@ -27,11 +27,9 @@ _ANY_INPUT = ("input.conv_transpose", "input.conv_transpose_crop", "input.pixel_
 _ANY_WEIGHT = ("weight.matmul_taps",)
 
 
-def _input_preferences(g: ConvGeometry, provider: str, constant_weight: bool) -> tuple[str, ...]:
+def _input_preferences(g: ConvGeometry, constant_weight: bool) -> tuple[str, ...]:
     if g.transposed:
         return ("input.conv", "input.im2col")
-    if provider == CUDA:
-        return _ANY_INPUT
     unit_stride = all(s == 1 for s in g.stride)
     if unit_stride and g.is_pointwise:
         return ("input.flipped_conv", *_ANY_INPUT)
@@ -43,10 +41,8 @@ def _input_preferences(g: ConvGeometry, provider: str, constant_weight: bool) ->
     return _ANY_INPUT
 
 
-def _weight_preferences(g: ConvGeometry, provider: str) -> tuple[str, ...]:
+def _weight_preferences(g: ConvGeometry) -> tuple[str, ...]:
     unit_stride = all(s == 1 for s in g.stride)
-    if provider == CUDA:
-        return ("weight.depthwise_taps", *_ANY_WEIGHT) if g.is_depthwise else _ANY_WEIGHT
     if g.is_depthwise:
         if max(g.kernel_size) >= 5 or (unit_stride and g.output_size[-1] <= 28):
             return ("weight.depthwise_rows",)
@@ -57,6 +53,24 @@ def _weight_preferences(g: ConvGeometry, provider: str) -> tuple[str, ...]:
         if g.groups > 1:
             return ("weight.shifted_matmul", "weight.im2col")
         return ("weight.im2col",) if unit_stride else ("weight.swapped_conv", "weight.im2col")
+    return _ANY_WEIGHT
+
+
+def _cuda_preferences(gradient: str, g: ConvGeometry, dtype: str, opset: int) -> tuple[str, ...]:
+    """Forms whose every node stays on the CUDA provider; which of them is faster has not been measured.
+
+    ConvTranspose is cuDNN's own backward-data call. It has no bfloat16 kernel, so at stride 1 a Conv goes first where that
+    one has (opset 22).
+    """
+    if gradient == "input":
+        if g.transposed:
+            return ("input.conv", "input.im2col")
+        half_conv = cuda_kernel("Conv", dtype, opset) and not cuda_kernel("ConvTranspose", dtype, opset)
+        return ("input.flipped_conv", *_ANY_INPUT) if half_conv else _ANY_INPUT
+    if g.is_depthwise:
+        return ("weight.depthwise_taps", *_ANY_WEIGHT)
+    if not g.is_pointwise and min(g.in_channels_per_group, g.out_channels_per_group) < _FEW_CHANNELS:
+        return ("weight.im2col", *_ANY_WEIGHT)  # one GEMM with a longer side than a tap's
     return _ANY_WEIGHT
 
 
@@ -170,10 +184,13 @@ def _automatic(
     why_not: Callable[[str], str | None],
 ) -> str:
     """The first preference that nothing speaks against, then any other entry of the catalogue."""
-    if gradient == "input":
-        preferences = _input_preferences(geometry, provider, constant_weight)
+    plain = geometry.adjoint() if gradient == "weight" and geometry.transposed else geometry
+    if provider == CUDA:
+        preferences = _cuda_preferences(gradient, plain, dtype, opset)
+    elif gradient == "input":
+        preferences = _input_preferences(plain, constant_weight)
     else:
-        preferences = _weight_preferences(geometry.adjoint() if geometry.transposed else geometry, provider)
+        preferences = _weight_preferences(plain)
     if max_error_factor > DIRECT:
         preferences = (*_reduced_arithmetic(gradient, geometry, max_error_factor), *preferences)
     others = [entry.name for entry in candidates(gradient) if entry.error_factor == DIRECT]
