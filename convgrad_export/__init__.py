@@ -46,6 +46,7 @@ _LAZY: dict[str, str | None] = {
     "conv3d_weight": "runtime.eager",
     "convolution_backward": "runtime.eager",
     "GradientSession": "runtime.session",
+    "CudaOptions": "runtime.cuda_options",
     "ConvGeometry": "geometry",
     "build_model": "build",
     "lowerings": "build",

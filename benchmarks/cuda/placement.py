@@ -4,9 +4,9 @@
     python -m benchmarks.cuda.placement --registry
 
 Run it with a Python that has onnxruntime-gpu. Where no GPU is found it builds stand-ins for the CUDA libraries
-(`benchmarks.cuda.stand_in`), which make the provider start and compute nothing: onnxruntime places nodes before it runs any.
-Prints each node that left the CUDA provider and exits with 1 if there is one. ``--registry`` writes the kernel registry's
-entries for the operators that lowerings record to tests/lowering/cuda_kernels.json instead.
+(`benchmarks.cuda.stand_in`), which make the provider start and compute nothing: onnxruntime places nodes before it
+runs any. Prints each node that left the CUDA provider and exits with 1 if there is one. ``--registry`` writes the
+kernel registry's entries for the operators that lowerings record to tests/lowering/cuda_kernels.json instead.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def placed_nodes(networks: Sequence[str], dtypes: Sequence[str], opsets: Sequenc
             for dtype in dtypes:
                 for opset in opsets or [preferred_opset(dtype, CUDA)]:
                     geometry = layer.geometry(8).with_batch("batch")
-                    lowerings = {
-                        name: choose(name, geometry, dtype, provider=CUDA, opset=opset) for name in GRADIENTS
-                    }
+                    lowerings = {name: choose(name, geometry, dtype, provider=CUDA, opset=opset) for name in GRADIENTS}
                     model = emit_model(GradientRequest(geometry, lowerings, dtype, opset, CUDA), "backward")
                     options = onnxruntime.SessionOptions()
                     options.log_severity_level = 3

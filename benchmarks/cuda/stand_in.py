@@ -1,9 +1,9 @@
-"""Stand-ins for the CUDA libraries, so that onnxruntime-gpu shows where it would place nodes on a machine without a GPU.
+"""Stand-ins for the CUDA libraries: onnxruntime-gpu shows where it would place nodes on a machine without a GPU.
 
 onnxruntime decides the placement of a graph's nodes before it runs any: from its kernel registry and the provider's own
 exceptions. Loading the CUDA provider needs libcudart, libcublas, libcudnn and the driver, and asks them little. The
-libraries built here answer that little: one device, memory from the host's heap, success everywhere. They compute nothing, so
-a session that was made with them must not be run, and they say nothing about speed or results.
+libraries built here answer that little: one device, memory from the host's heap, success everywhere. They compute
+nothing, so a session that was made with them must not be run, and they say nothing about speed or results.
 
 Needs gcc and binutils. Written for CUDA 13, which onnxruntime-gpu 1.31 is built for.
 """

@@ -120,7 +120,7 @@ def operand_names(gradients: Mapping[str, Any]) -> list[str]:
 
 
 def record_gradients(ops: Any, request: GradientRequest, operands: Mapping[str, Any]) -> dict[str, Any]:
-    """Record every lowering of `request`, each in the type it computes in, with Casts at its border where that differs."""
+    """Record every lowering of `request`, each in the type it computes in: Casts at its border where that differs."""
     converted: dict[tuple[str, str], Any] = {}
 
     def operand(name: str, computed: str) -> Any:
@@ -142,7 +142,7 @@ def record_gradients(ops: Any, request: GradientRequest, operands: Mapping[str, 
 
 
 class WideningOps:
-    """Records into `ops`, some operators in float32 between Casts: those that have no kernel in the half type `dtype`."""
+    """Records into `ops`, the operators without a kernel in the half type `dtype` in float32 between Casts."""
 
     _VALUE_INPUTS: Mapping[str, int] = {"Pad": 1}  # the others read values only
 

@@ -36,8 +36,8 @@ class OrtGraph:
         device = _device_of(graph_module.graph)
         self._device = device or torch.device("cpu")
         self._provider = CUDA if self._device.type == "cuda" else CPU
-        if self._provider == CPU:
-            widen_half(graph_module)
+        if self._provider == CPU or _has_bfloat16(graph_module.graph):
+            widen_half(graph_module)  # torch.onnx writes opset 18, whose Conv and Pad have no bfloat16 on CUDA either
         self._sizes = _Sizes(graph_module.graph)
         refused = self._refused(device)
         while True:
@@ -225,6 +225,11 @@ def _device_of(graph: torch.fx.Graph) -> torch.device | None:
     if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         return None
     return next(iter(devices))
+
+
+def _has_bfloat16(graph: torch.fx.Graph) -> bool:
+    values = (node.meta.get("val") for node in graph.nodes)
+    return any(isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 for value in values)
 
 
 def _is_getitem(node: torch.fx.Node) -> bool:

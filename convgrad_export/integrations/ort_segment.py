@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..lowering import CPU
-from ..runtime import tensors
+from ..lowering import CPU, CUDA
+from ..runtime import cuda_run, tensors
+from ..runtime.cuda_options import CudaOptions
 from ..runtime.providers import onnxruntime
 from ..selection.policy import AUTO
 from .finishing import finish
@@ -85,8 +86,12 @@ class OrtSegment:
         options.intra_op_num_threads = torch.get_num_threads()
         # Idle threads of onnxruntime that spin would take the cores from PyTorch's own.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        settings = cuda_settings(self.inputs + self.outputs) if provider == CUDA else {}
+        self._stream = cuda_run.stream_for(settings) if provider == CUDA else None
         try:
-            self._session = ort.InferenceSession(self.model.SerializeToString(), options, providers=[provider])
+            self._session = ort.InferenceSession(
+                self.model.SerializeToString(), options, providers=[provider], provider_options=[settings]
+            )
         except Exception as error:  # onnxruntime raises a private class for each status code
             if not type(error).__module__.startswith("onnxruntime"):
                 raise
@@ -126,9 +131,19 @@ class OrtSegment:
             results.append(result)
             if result.numel():
                 binding.bind_output(name, device.type, device.index or 0, _CODES[dtype], list(shape), result.data_ptr())
-        if device.type == "cuda":
-            tensors.wait_for_torch(device.index or 0)
-        self._session.run_with_iobinding(binding)
-        if device.type == "cuda":
-            binding.synchronize_outputs()
+        if self._stream is not None:
+            self._stream.before_run()
+            self._session.run_with_iobinding(binding, cuda_run.unsynchronised())
+            self._stream.after_run()
+            for tensor in (*(value for value in alive if isinstance(value, torch.Tensor)), *results):
+                self._stream.hold(tensor)
+        else:
+            self._session.run_with_iobinding(binding)
         return results
+
+
+def cuda_settings(nodes: Sequence[torch.fx.Node]) -> dict[str, str]:
+    """The CUDA provider's options for a graph whose tensors lie on one device."""
+    devices = [node.meta["val"].device for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    index = next((device.index for device in devices if device.type == "cuda"), None)
+    return CudaOptions(device_id=index or 0).provider_options()

@@ -201,7 +201,13 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             for gradient, bodies in (("input", winograd.INPUT_BODIES), ("weight", winograd.WEIGHT_BODIES))
             for tile in cook_toom.TILES
         ),
-        Lowering(name="weight.swapped_conv", gradient="weight", body=weight_grad.swapped_conv, operators=_CONV, sums_once=True),
+        Lowering(
+            name="weight.swapped_conv",
+            gradient="weight",
+            body=weight_grad.swapped_conv,
+            operators=_CONV,
+            sums_once=True,
+        ),
         Lowering(
             name="weight.flipped_conv",
             gradient="weight",
@@ -211,7 +217,13 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             when="stride 1",
             sums_once=True,
         ),
-        Lowering(name="weight.im2col", gradient="weight", body=weight_grad.im2col, when=_ALSO_FLOAT64, sums_once=True),
+        Lowering(
+            name="weight.im2col",
+            gradient="weight",
+            body=weight_grad.im2col,
+            when=_ALSO_FLOAT64,
+            sums_once=True,
+        ),
         Lowering(
             name="weight.shifted_matmul",
             gradient="weight",
@@ -220,7 +232,13 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             when="two or three spatial axes, stride 1 except on the last, also in float64",
             sums_once=True,
         ),
-        Lowering(name="weight.matmul_taps", gradient="weight", body=weight_grad.matmul_taps, when=_ALSO_FLOAT64, sums_once=True),
+        Lowering(
+            name="weight.matmul_taps",
+            gradient="weight",
+            body=weight_grad.matmul_taps,
+            when=_ALSO_FLOAT64,
+            sums_once=True,
+        ),
         Lowering(
             name="weight.depthwise_taps",
             gradient="weight",
@@ -235,7 +253,9 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             condition=depthwise.weight_rows_why_not,
             when="one input channel a group, also in float64",
         ),
-        Lowering(name="bias.reduce_sum", gradient="bias", body=weight_grad.reduce_sum, when=_ALSO_FLOAT64, sums_once=True),
+        Lowering(
+            name="bias.reduce_sum", gradient="bias", body=weight_grad.reduce_sum, when=_ALSO_FLOAT64, sums_once=True
+        ),
     ]
 )
 

@@ -3,10 +3,11 @@
 The CPU's are read from onnxruntime 1.32's kernel registrations, CUDA's from the registry of onnxruntime-gpu 1.31.1
 (tests/lowering/cuda_kernels.json, written by ``python -m benchmarks.cuda.placement --registry``).
 
-Half types. On the CPU float16 and bfloat16 are computed in float32: Casts at the border of the lowering, so sums accumulate
-in float32. On CUDA a lowering whose every result is one sum inside one Conv, ConvTranspose, MatMul or ReduceSum works in the
-half type itself: cuDNN and cuBLAS accumulate such a sum in float32 and round it once. A lowering that adds up several rounded
-results works in float32 there too. An operator without a kernel in the half type runs in float32 between two Casts.
+Half types. On the CPU float16 and bfloat16 are computed in float32: Casts at the border of the lowering, so sums
+accumulate in float32. On CUDA a lowering whose every result is one sum inside one Conv, ConvTranspose, MatMul or
+ReduceSum works in the half type itself: cuDNN and cuBLAS accumulate such a sum in float32 and round it once. A
+lowering that adds up several rounded results works in float32 there too. An operator without a kernel in the half
+type runs in float32 between two Casts.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def compute_dtype(dtype: str, provider: str = CPU, sums_once: bool = True) -> st
 
 
 def widened(computed: str, provider: str, opset: int) -> frozenset[str]:
-    """Operators that run in float32 between Casts because `provider` has no kernel of theirs for the half type `computed`."""
+    """Operators that run in float32 between Casts: `provider` has no kernel of theirs for the half type `computed`."""
     if provider != CUDA or not dtypes.is_half(computed):
         return frozenset()
     return frozenset(

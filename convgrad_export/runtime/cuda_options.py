@@ -1,6 +1,7 @@
 """Options of onnxruntime's CUDA provider, checked before onnxruntime sees them.
 
-onnxruntime answers an unknown option or a bad value with a message and a session on the CPU, so nothing unchecked is passed on.
+onnxruntime answers an unknown option or a bad value with a message and a session on the CPU, so nothing unchecked is
+passed on.
 """
 
 from __future__ import annotations
@@ -43,19 +44,17 @@ class CudaOptions:
 
     Attributes:
         device_id: index of the device.
-        use_tf32: float32 products on tensor cores with 10-bit mantissas, as cuDNN does in PyTorch by default. False keeps
-            full float32. float16 and bfloat16 accumulate in float32 either way.
-        cudnn_conv_algo_search: ``"HEURISTIC"`` picks cuDNN's algorithm without timing; ``"EXHAUSTIVE"`` times all of them
-            for every new shape, which takes seconds; ``"DEFAULT"`` takes the same one for all shapes.
+        use_tf32: float32 products on tensor cores with 10-bit mantissas, as cuDNN does in PyTorch by default. False
+            keeps full float32. float16 and bfloat16 accumulate in float32 either way.
+        cudnn_conv_algo_search: ``"HEURISTIC"`` picks cuDNN's algorithm without timing; ``"EXHAUSTIVE"`` times all of
+            them for every new shape, which takes seconds; ``"DEFAULT"`` takes the same one for all shapes.
         cudnn_conv_use_max_workspace: let cuDNN take as much workspace as its fastest algorithm asks for.
-        prefer_nhwc: channels-last convolutions. onnxruntime-gpu 1.31 has no such ConvTranspose: those nodes go to the CPU,
-            so use it with lowerings that are Conv or MatMul.
-        enable_cuda_graph: record the kernels of a model once and replay them. All sizes of the model must be fixed, and all
-            its nodes on CUDA. Inputs are copied into fixed memory, results out of it.
+        prefer_nhwc: channels-last convolutions. onnxruntime-gpu 1.31 has no such ConvTranspose: those nodes go to the
+            CPU, so use it with lowerings that are Conv or MatMul.
+        enable_cuda_graph: record the kernels of a model once and replay them. All sizes of the model must be fixed,
+            and all its nodes on CUDA. Inputs are copied into fixed memory, results out of it.
         gpu_mem_limit: most bytes of device memory that the session may take; None for no limit.
         arena_extend_strategy: ``"kNextPowerOfTwo"`` or ``"kSameAsRequested"``.
-        share_torch_stream: order the session after torch's current stream by events on the device, with no waiting on the
-            host. False synchronises the host before and after each run.
         other: further options of onnxruntime's CUDA provider, by onnxruntime's names.
 
     Raises:
@@ -70,7 +69,6 @@ class CudaOptions:
     enable_cuda_graph: bool = False
     gpu_mem_limit: int | None = None
     arena_extend_strategy: str = "kNextPowerOfTwo"
-    share_torch_stream: bool = True
     other: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,19 +94,20 @@ class CudaOptions:
         """
         own = {name: value for name, value in options.items() if name in _FIELDS}
         others = {name: value for name, value in options.items() if name not in _FIELDS}
-        return cls(**own, other={**own.pop("other", {}), **others})
+        others = {**own.pop("other", {}), **others}
+        return cls(**own, other=others)
 
     def provider_options(self) -> dict[str, str]:
         """The options in onnxruntime's form: text by name."""
         options: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
-        del options["share_torch_stream"], options["other"]
+        del options["other"]
         if self.gpu_mem_limit is None:
             del options["gpu_mem_limit"]
         options.update(self.other)
         return {name: str(int(value)) if isinstance(value, bool) else str(value) for name, value in options.items()}
 
 
-_SWITCHES = ("use_tf32", "cudnn_conv_use_max_workspace", "prefer_nhwc", "enable_cuda_graph", "share_torch_stream")
+_SWITCHES = ("use_tf32", "cudnn_conv_use_max_workspace", "prefer_nhwc", "enable_cuda_graph")
 _FIELDS = tuple(CudaOptions.__dataclass_fields__)
 
 

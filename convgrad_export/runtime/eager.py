@@ -16,9 +16,11 @@ from .. import dtypes
 from ..arguments import as_bool, as_shape
 from ..errors import ArgumentTypeError, DeviceError, DTypeError, GeometryError
 from ..geometry import ConvGeometry
+from ..lowering import preferred_opset
 from ..selection.policy import AUTO, choose
 from . import tensors
-from .providers import CPU, CUDA, Providers, resolve
+from .cuda_options import CudaOptions
+from .providers import Providers, resolve
 from .session_cache import cached_session, thread_count
 
 Ints: TypeAlias = "int | Sequence[int]"
@@ -251,8 +253,9 @@ def compute(
 ) -> dict[str, Any]:
     """The gradients of one checked convolution, by name."""
     grad_output = operands["grad_output"]
-    default = CUDA if tensors.is_torch(grad_output) and grad_output.device.type == "cuda" else CPU
-    wanted = resolve(providers, default)
+    if providers is None and tensors.is_torch(grad_output) and grad_output.device.type == "cuda":
+        providers = CudaOptions(device_id=grad_output.device.index or 0)
+    wanted = resolve(providers)
     dtype = dtypes.name_of(tensors.type_name(grad_output))
     provider, threads = wanted[0][0], thread_count()
     opset = preferred_opset(dtype, provider)

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ..errors import ArgumentTypeError, MissingDependencyError, ProviderError
+from .cuda_options import CudaOptions
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 _SHORT_NAMES = {"cpu": CPU, "cuda": CUDA}
 
-Provider: TypeAlias = "str | tuple[str, Mapping[str, Any]]"
+Provider: TypeAlias = "str | CudaOptions | tuple[str, Mapping[str, Any]]"
 Providers: TypeAlias = "Provider | Sequence[Provider] | None"
 
 
@@ -35,28 +36,41 @@ def resolve(providers: Providers, default: str = CPU) -> list[tuple[str, dict[st
     """`providers` as (name, options) pairs, the CPU last as the fallback that onnxruntime always has.
 
     Args:
-        providers: a name, a (name, options) pair, or a sequence of them; ``"cpu"`` and ``"cuda"`` are short for the
-            full names. None stands for `default`.
+        providers: a name, a (name, options) pair, a `CudaOptions`, or a sequence of them; ``"cpu"`` and ``"cuda"`` are
+            short for the full names. None stands for `default`.
+
+    Returns:
+        onnxruntime's own options; for CUDA those of `CudaOptions`, its defaults where none are given.
 
     Raises:
-        ProviderError: this onnxruntime was built without the provider. ArgumentTypeError: not of the forms above.
+        ProviderError: this onnxruntime was built without the provider, or CUDA has no such option or value.
+        ArgumentTypeError: not of the forms above.
     """
     if providers is None:
         providers = [default]
-    elif isinstance(providers, str) or _is_pair(providers):
+    elif isinstance(providers, (str, CudaOptions)) or _is_pair(providers):
         providers = [providers]  # type: ignore[list-item]
     resolved = []
     for entry in providers:
+        if isinstance(entry, CudaOptions):
+            entry = (CUDA, {name: getattr(entry, name) for name in entry.__dataclass_fields__})
         name, options = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, {})
         if not isinstance(name, str) or not isinstance(options, Mapping):
             raise ArgumentTypeError(f"providers holds {entry!r}, expected a name or a (name, options) pair")
-        resolved.append((_SHORT_NAMES.get(name, name), dict(options)))
+        name = _SHORT_NAMES.get(name, name)
+        own = CudaOptions.from_mapping(options).provider_options() if name == CUDA else dict(options)
+        resolved.append((name, own))
     if not resolved:
         raise ArgumentTypeError("providers is empty, expected at least one execution provider")
     available = onnxruntime().get_available_providers()
     for name, _ in resolved:
         if name not in available:
-            hint = " Install the extra onnxruntime-gpu in place of onnxruntime." if name == CUDA else ""
+            hint = (
+                " Take the extra onnxruntime-gpu in place of onnxruntime: uninstall both first, then install the one, "
+                "because both put their files into one folder."
+                if name == CUDA
+                else ""
+            )
             raise ProviderError(f"provider {name} is not in this onnxruntime, which has {', '.join(available)}.{hint}")
     if all(name != CPU for name, _ in resolved):
         resolved.append((CPU, {}))

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, overload
 
 from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError
-from . import tensors
+from . import cuda_run, tensors
 from .model_source import model_source
 from .placement import RECORD_ASSIGNMENT, PlacementReport, read_placement
-from .providers import CPU, Providers, check_active, onnxruntime, resolve
+from .providers import CPU, CUDA, Providers, check_active, onnxruntime, resolve
 
 
 class GradientSession:
@@ -23,7 +23,7 @@ class GradientSession:
 
     Args:
         model: path of an ``.onnx`` file, its bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
-        providers: as in `onnxruntime.InferenceSession`, also ``"cpu"`` and ``"cuda"``; None is the CPU.
+        providers: as in `onnxruntime.InferenceSession`, also ``"cpu"``, ``"cuda"`` and `CudaOptions`; None is the CPU.
         threads: size of the intra-op thread pool; None leaves the choice to onnxruntime.
         session_options: an `onnxruntime.SessionOptions` to start from; `threads` still applies.
 
@@ -47,6 +47,8 @@ class GradientSession:
         if threads is not None:
             options.intra_op_num_threads = threads
         options.add_session_config_entry(*RECORD_ASSIGNMENT)
+        self._requested, settings = wanted[0]
+        stream = cuda_run.stream_for(settings) if self._requested == CUDA else None
         try:
             self._session = ort.InferenceSession(
                 source if isinstance(source, bytes) else str(source),
@@ -59,10 +61,10 @@ class GradientSession:
                 raise
             where = f"{source}" if isinstance(source, Path) else "the model given as bytes"
             raise ModelFileError(f"onnxruntime cannot load {where}: {error}") from error
-        self._requested = wanted[0][0]
         check_active(self._requested, self._session.get_providers())
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._output_names = [value.name for value in self._session.get_outputs()]
+        self._cuda = None if stream is None else cuda_run.CudaRun(self._session, stream, settings)
         if self._requested != CPU and (report := self.placement()).left:
             warnings.warn(f"{report}. See GradientSession.placement().", RuntimeWarning, stacklevel=2)
 
@@ -132,6 +134,8 @@ class GradientSession:
         views = {name: tensors.view(value, name) for name, value in feeds.items()}
         sizes: dict[str, tuple[int, str]] = {}
         codes = {name: self._check(name, value, sizes) for name, value in views.items()}
+        if self._cuda is not None and self._cuda.takes(views.values()):
+            return self._cuda.run(names, views, codes, {name: size for name, (size, _) in sizes.items()})
         binding = self._session.io_binding()
         for name, value in views.items():
             binding.bind_input(name, value.device_type, value.device_index, codes[name], value.shape, value.pointer)

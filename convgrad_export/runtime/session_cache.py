@@ -27,12 +27,13 @@ def cached_session(
     dtype: str,
     providers: Sequence[tuple[str, dict[str, Any]]],
 ) -> GradientSession:
-    """The session for these gradients of this convolution at any batch size, made on first use.
+    """The session for these gradients of this convolution at any batch size (one with CUDA graphs), made on first use.
 
     The thread count is torch's own when torch is loaded (torch.set_num_threads is obeyed), else onnxruntime's default.
     """
     threads = thread_count()
-    any_batch = geometry.with_batch("batch")
+    recorded = any(options.get("enable_cuda_graph") == "1" for _, options in providers)
+    any_batch = geometry if recorded else geometry.with_batch("batch")  # a CUDA graph has fixed sizes
     names = tuple((gradient, lowering.name) for gradient, lowering in lowerings.items())
     settings = tuple((name, tuple(sorted((k, str(v)) for k, v in options.items()))) for name, options in providers)
     key = (any_batch, names, dtype, settings, threads, os.getpid())

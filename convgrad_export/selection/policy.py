@@ -59,8 +59,8 @@ def _weight_preferences(g: ConvGeometry) -> tuple[str, ...]:
 def _cuda_preferences(gradient: str, g: ConvGeometry, dtype: str, opset: int) -> tuple[str, ...]:
     """Forms whose every node stays on the CUDA provider; which of them is faster has not been measured.
 
-    ConvTranspose is cuDNN's own backward-data call. It has no bfloat16 kernel, so at stride 1 a Conv goes first where that
-    one has (opset 22).
+    ConvTranspose is cuDNN's own backward-data call. It has no bfloat16 kernel, so at stride 1 a Conv goes first where
+    that one has (opset 22).
     """
     if gradient == "input":
         if g.transposed:
