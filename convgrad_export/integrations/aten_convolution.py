@@ -108,7 +108,8 @@ def plan(call: ConvolutionCall, lowering: str = AUTO, gradients: Sequence[str] |
     """For each gradient asked for: its lowering, the name of the dynamic form, or None to keep PyTorch's kernel."""
     wanted = call.gradients if gradients is None else gradients
     if not call.dynamic:
-        return {g: choose_aten(g, call.geometry, call.dtype, lowering=lowering, device=call.device) for g in wanted}
+        device = f"cuda {torch.cuda.get_device_name()}" if call.device == "cuda" else call.device
+        return {g: choose_aten(g, call.geometry, call.dtype, lowering=lowering, device=device) for g in wanted}
     if lowering == FASTEST:
         return dict.fromkeys(wanted)
     return {gradient: f"{gradient}.dynamic" for gradient in wanted}

@@ -24,6 +24,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from ..errors import ArgumentTypeError, ConvGradError
 from ..lowering import GRADIENTS
+from ..selection import aten_measurements
 from ..selection.aten_policy import AUTO, FASTEST, check_lowering
 from .aten_convolution import ConvolutionCall, Plan, decomposition, normalized, plan, read_call, run_plan
 from .source_hash import source_hash
@@ -122,8 +123,8 @@ class RewriteConvolutionBackwardPass(CustomGraphPass):
         self.rewrites += result.rewrites
 
     def uuid(self) -> str:
-        """Changes with this package's sources and with the policy, so that no stale compiled graph is taken."""
-        return f"convgrad_export:{self.lowering}:{source_hash()}"
+        """Changes with this package's sources, the policy and what was measured: no stale compiled graph is taken."""
+        return f"convgrad_export:{self.lowering}:{source_hash()}:{aten_measurements.digest()}"
 
 
 def decomposition_table(*, lowering: str = AUTO) -> dict[Any, Callable[..., Any]]:

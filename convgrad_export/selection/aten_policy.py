@@ -7,7 +7,9 @@ Three ways to choose, besides a catalogue name:
 - ``"auto"``: the lowering that was measured to beat PyTorch's kernel under Inductor, the portable one otherwise.
 - ``"fastest"``: the lowering that was measured to beat the kernel; otherwise None, and the kernel stays.
 
-The measurements are in benchmarks/torch_compile/layers.json.
+On the CPU these are rules, from the measurements in benchmarks/torch_compile/layers.json. On CUDA there is no rule: a
+lowering is taken where this very convolution was measured on this kind of device (`aten_measurements`), and the kernel
+stays everywhere else.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 from ..errors import ArgumentTypeError, UnsupportedLoweringError
 from ..geometry import ConvGeometry
 from ..lowering import CPU, LOWERINGS, Lowering, candidates
+from . import aten_measurements
 
 _LARGE_KERNEL = 5
 _FEW_CHANNELS = 16
@@ -54,7 +57,7 @@ def choose_aten(
         geometry: every size an integer; for a symbolic batch, its value in the example.
         dtype: element type of the tensors.
         lowering: one of `WAYS`, or a catalogue name, which decides its own gradient; the others are ``"auto"``.
-        device: torch device type.
+        device: torch device type; for CUDA, ``"cuda "`` and the device's name, which measurements belong to.
 
     Raises:
         UnsupportedLoweringError: the named lowering does not apply.
@@ -87,6 +90,9 @@ def why_not(lowering: Lowering, geometry: ConvGeometry, dtype: str) -> str | Non
 
 def _winner(gradient: str, geometry: ConvGeometry, dtype: str, device: str) -> str | None:
     """The lowering that beat PyTorch's kernel under Inductor, at 1 and at 2 threads, for convolutions like this one."""
+    if device.startswith("cuda "):
+        measured = aten_measurements.winner(gradient, geometry, dtype, device.removeprefix("cuda "))
+        return measured if measured in LOWERINGS and why_not(LOWERINGS[measured], geometry, dtype) is None else None
     if device != "cpu" or dtype != "float32" or geometry.transposed:
         return None  # measured on CPU in float32 only
     if gradient == "input":
