@@ -79,7 +79,7 @@ def test_the_kernel_table_has_every_operator_that_a_lowering_records() -> None:
 def test_the_cuda_policy_leaves_no_node_of_any_layer_table(network: str, dtype: str) -> None:
     for layer in NETWORKS[network]():
         geometry = layer.geometry(8)
-        for opset in sorted({MIN_OPSET, 18, MAX_OPSET, preferred_opset(dtype, CUDA)}):
+        for opset in sorted({18, preferred_opset(dtype, CUDA)}):
             lowerings = {
                 gradient: choose(gradient, geometry, dtype, provider=CUDA, opset=opset) for gradient in GRADIENTS
             }
