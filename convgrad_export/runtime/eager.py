@@ -260,9 +260,7 @@ def compute(
     provider, threads = wanted[0][0], thread_count()
     opset = preferred_opset(dtype, provider)
     chosen = {
-        gradient: choose(
-            gradient, geometry, dtype, lowering=lowering, provider=provider, opset=opset, threads=threads
-        )
+        gradient: choose(gradient, geometry, dtype, lowering=lowering, provider=provider, opset=opset, threads=threads)
         for gradient in gradients
     }
     session = cached_session(geometry, chosen, dtype, wanted)
