@@ -48,7 +48,8 @@ def check(
 def _model_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    files = sorted(path.rglob("*.onnx"))
+    # NAME/VERSION/model.onnx under a config.pbtxt is a server's copy of any model, not only of one of ours.
+    files = sorted(file for file in path.rglob("*.onnx") if not (file.parent.parent / "config.pbtxt").is_file())
     if not files:
-        raise ModelFileError(f"{path} holds no .onnx file")
+        raise ModelFileError(f"{path} holds no .onnx file (files of a server's model repository are named one by one)")
     return files

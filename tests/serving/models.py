@@ -46,6 +46,16 @@ def typed_model(path: Path, code: int) -> Path:
     return _save(path, [node], *shapes, [], code)
 
 
+def bfloat16_model(path: Path) -> Path:
+    """y = x + x by way of float32, (batch, 3): onnxruntime's CPU provider adds no bfloat16."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["wide", "wide"], ["sum"]),
+        helper.make_node("Cast", ["sum"], ["y"], to=TensorProto.BFLOAT16),
+    ]
+    return _save(path, nodes, [("x", ["batch", 3])], [("y", ["batch", 3])], [], TensorProto.BFLOAT16)
+
+
 def weight_gradient(path: Path) -> Path:
     """Operands with a batch, a result without one."""
     onnx.save(cg.build_model("conv1d_weight", input_shape=(2, 3, 8), weight_shape=(4, 3, 3)), path)
