@@ -19,6 +19,13 @@ from .subprocess_lines import Child
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 
+# Freed blocks stay with the process, in huge pages where the kernel allows it. PyTorch allocates every result afresh and
+# onnxruntime's arena keeps its own: with glibc's defaults, which unmap large blocks, a comparison on large layers is one
+# of page faults (benchmarks/NOTES.md, "Fresh memory"). glibc reads this when a process starts; no effect elsewhere.
+KEEP_MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.trim_threshold=17179869184:glibc.malloc.mmap_threshold=17179869184:"
+    "glibc.malloc.hugetlb=1"
+}
 _PER_PROCESS = 150  # measurements; then a fresh one, in case a process slows down with age
 
 
@@ -133,7 +140,7 @@ def _start(settings: Settings) -> Child:
     command = [sys.executable, "-m", "convgrad_export.bench.worker"]
     if settings.ort_training and not settings.memory:
         command.append(settings.ort_training)
-    environment = {**os.environ, **(memory.ENVIRONMENT if settings.memory else {})}
+    environment = {**os.environ, **(memory.ENVIRONMENT if settings.memory else KEEP_MEMORY)}
     return Child(command, "the measuring process", environment)
 
 

@@ -76,7 +76,7 @@ def bench(
     here.pop("command")
     commit = here.pop("commit")
     results = open_results(output, here, resume=resume, overwrite=overwrite)
-    results.settings = {"rounds": rounds, "seconds": seconds}
+    results.settings = {"rounds": rounds, "seconds": seconds, "allocator": run.KEEP_MEMORY}
     settings = run.Settings(rounds, seconds, time_limit, ort_training_python, memory, retry_disturbed)
     with _progress(as_json) as show:
         outcome = run.run(items, results, output, settings, None if commit is None else str(commit), show)
