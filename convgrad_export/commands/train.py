@@ -42,10 +42,10 @@ def train(
     from ..files import check_output
     from ..training.data import read_dataset
     from ..training.plot import plot
-    from ..training.run import TrainingSettings, load_module
+    from ..training.run import TrainingSettings, load_module, make_folder
     from ..training.run import train as run
 
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     names = ("step.onnx", "step.checkpoint.safetensors", "trained.safetensors", "trained.onnx", "training.png")
     for name in names:
         check_output(output / name, overwrite=overwrite)

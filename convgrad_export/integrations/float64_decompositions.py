@@ -6,6 +6,7 @@ torch.onnx writes many Python numbers as float32 constants first, and float attr
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,49 @@ def scalar_tensor(value: Any, *, dtype: torch.dtype | None = None, **options: An
     return full([], value, dtype=dtype, **options)
 
 
+@functools.cache
+def _erf_series() -> tuple[list[float], list[float]]:
+    """Maclaurin coefficients in x*x of erf(x) / x, and Chebyshev coefficients of exp(x*x) * erfc(x).
+
+    The first series is for |x| <= 1, where its next term is below 2**-56. The second is for 1 <= |x| <= 6, in the
+    variable t = 2 / (1 + |x|) mapped from its range to [-1, 1], in which the function is smooth.
+    """
+    terms = range(19)
+    small = [2 / math.sqrt(math.pi) * (-1) ** n / (math.factorial(n) * (2 * n + 1)) for n in terms]
+    count = 32
+    nodes = np.cos(np.pi * (np.arange(count) + 0.5) / count)
+    arguments = 2 / ((nodes + _ERF_SHIFT) * _ERF_SCALE) - 1
+    values = np.array([math.erfc(a) * math.exp(a * a) for a in arguments])
+    angles = np.pi * np.outer(np.arange(24), np.arange(count) + 0.5) / count
+    large = 2 / count * (np.cos(angles) @ values)
+    large[0] /= 2
+    return small, [float(c) for c in large]
+
+
+# t runs from 2/7 (x = 6) to 1 (x = 1); u = t / _ERF_SCALE - _ERF_SHIFT from -1 to 1
+_ERF_SCALE = (1 - 2 / 7) / 2
+_ERF_SHIFT = 2 / 7 / _ERF_SCALE + 1
+
+
+def erf(x: Tensor) -> Tensor:
+    """The error function in float64 only, to a few units in the last place, from polynomials and exp."""
+    if x.dtype != torch.float64:
+        return NotImplemented
+    small, large = _erf_series()
+    size = x.abs()
+    square = torch.minimum(size, torch.ones_like(size)).square()
+    near = torch.zeros_like(x)
+    for coefficient in reversed(small):
+        near = near * square + coefficient
+    limited = torch.minimum(torch.maximum(size, torch.ones_like(size)), torch.ones_like(size) * 6.0)
+    u = 2 / (1 + limited) / _ERF_SCALE - _ERF_SHIFT
+    later, latest = torch.zeros_like(x), torch.zeros_like(x)
+    for coefficient in reversed(large[1:]):  # Clenshaw, Math. Comp. 9 (1955)
+        latest, later = 2 * u * latest - later + coefficient, latest
+    tail = torch.exp(-limited.square()) * (u * latest - later + large[0])
+    return torch.where(size < 1, x * near, torch.sign(x) * (1 - tail))
+
+
 # Operators with float32 attributes, or without a float64 kernel in onnxruntime.
 _BY_PYTORCH = (
     aten.elu.default,
@@ -115,6 +159,8 @@ _BY_PYTORCH = (
     aten.upsample_bicubic2d.vec,
     aten.upsample_bicubic2d.default,
     aten.softplus.default,
+    aten.gelu.default,
+    aten.gelu_backward.default,
 )
 
 TABLE: dict[Any, Callable[..., Any]] = {
@@ -123,6 +169,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.full_like.default: full_like,
     aten.scalar_tensor.default: scalar_tensor,
     aten.clamp.default: clamp,
+    aten.erf.default: erf,
 }
 
 

@@ -80,12 +80,25 @@ def avg_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """avg_pool2d and avg_pool3d with a divisor of its own, which the translation ignores: a mean, then a factor."""
-    if divisor_override is None:
+    """avg_pool2d and avg_pool3d with a divisor of its own, which the translation ignores: a mean, then a factor.
+
+    In float64, for which onnxruntime has no AveragePool, one small matrix product per axis instead.
+    """
+    if divisor_override is None and x.dtype != torch.float64:
         return NotImplemented
     rank = 3 if len(kernel_size) == 3 or x.dim() == 5 else 2
     kernel = _full(kernel_size, rank)
     strides, pads = _full(stride, rank) if stride else kernel, _full(padding or [0], rank)
+    if x.dtype == torch.float64:
+        for axis in range(rank):
+            spatial = axis - rank
+            options = (kernel[axis], strides[axis], pads[axis], ceil_mode)
+            matrix, outputs = _window_matrix(x.shape[spatial], *options, x)
+            if divisor_override is None:
+                counts = _window_counts(x.shape[spatial], outputs, *options[:3], count_include_pad, ceil_mode, x)
+                matrix = matrix / (counts.unsqueeze(1) if isinstance(counts, Tensor) else counts)
+            x = _apply_along(x, matrix, spatial)
+        return x if divisor_override is None else x / divisor_override
     forward = aten.avg_pool3d.default if rank == 3 else aten.avg_pool2d.default
     mean = forward(x, kernel, strides, pads, ceil_mode, True)
     factor: Any = 1
@@ -97,6 +110,16 @@ def avg_pool(
         else:
             factor *= count
     return mean * (factor / divisor_override)
+
+
+def _window_matrix(size: Any, k: int, s: int, p: int, ceil_mode: bool, like: Tensor) -> tuple[Tensor, Any]:
+    """(outputs, size): row o holds a one at each element of window o; and the number of windows."""
+    outputs: Any = (size + 2 * p - k + (s - 1 if ceil_mode else 0)) // s + 1
+    if ceil_mode and (outputs - 1) * s >= size + p:
+        outputs = outputs - 1  # the last window starts inside the axis or its left padding
+    start = (torch.arange(outputs, device=like.device) * s - p).unsqueeze(1)
+    columns = torch.arange(size, device=like.device).unsqueeze(0)
+    return ((columns >= start) & (columns < start + k)).to(like.dtype), outputs
 
 
 def avg_pool_backward(

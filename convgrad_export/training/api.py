@@ -6,137 +6,19 @@ updates the module's parameters in the state they share, and buffers move parame
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ..errors import ArgumentTypeError, GeometryError, ModelFileError
 from ..runtime.session import GradientSession
-from .checkpoint import read_checkpoint, save_checkpoint
+from .checkpoint_state import CheckpointState, Parameter, Parameters, Path
 
 _UPDATED, _GRADIENT = ".updated", ".grad"
+__all__ = ["CheckpointState", "LinearLRScheduler", "Module", "Optimizer", "Parameter", "Parameters"]
+
 _OWN = ("lazy_reset_grad", "seed", "step", "learning_rate")
-Path = str | os.PathLike[str]
-
-
-class Parameter:
-    """One parameter of a state.
-
-    Attributes:
-        name: PyTorch's. requires_grad: whether training changes it.
-    """
-
-    def __init__(self, state: CheckpointState, name: str) -> None:
-        self._state, self.name = state, name
-        self.requires_grad = name in state.trained
-
-    @property
-    def data(self) -> np.ndarray:
-        """The values; assign an array of the same shape and dtype to change them."""
-        return self._state.arrays[self.name]
-
-    @data.setter
-    def data(self, value: np.ndarray) -> None:
-        old = self._state.arrays[self.name]
-        if value.shape != old.shape or value.dtype != old.dtype:
-            raise GeometryError(f"{self.name} is {old.dtype} {old.shape}, but {value.dtype} {value.shape} was assigned")
-        self._state.arrays[self.name] = np.array(value)
-
-    @property
-    def grad(self) -> np.ndarray | None:
-        """The accumulated gradient, None before the first training call and for frozen parameters."""
-        return self._state.gradients.get(self.name)
-
-    def __repr__(self) -> str:
-        return f"Parameter({self.name}, {self.data.dtype} {self.data.shape}, requires_grad={self.requires_grad})"
-
-
-class Parameters(Mapping[str, Parameter]):
-    """A state's parameters by name; iterating gives (name, parameter) as in onnxruntime-training."""
-
-    def __init__(self, state: CheckpointState) -> None:
-        self._state = state
-
-    def __getitem__(self, name: str) -> Parameter:
-        if name not in self._state.parameter_names:
-            raise KeyError(name)
-        return Parameter(self._state, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        return ((name, Parameter(self._state, name)) for name in self._state.parameter_names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._state.parameter_names
-
-    def __len__(self) -> int:
-        return len(self._state.parameter_names)
-
-
-class CheckpointState:
-    """Parameters, buffers, optimizer state and user properties, shared by a `Module` and an `Optimizer`.
-
-    Attributes:
-        arrays: every tensor by name. gradients: accumulated gradients by parameter name.
-        trained, parameter_names: in the module's order. properties: your own numbers and texts, saved with the state.
-    """
-
-    def __init__(self, arrays: dict[str, np.ndarray], header: Mapping[str, str]) -> None:
-        if "trained" not in header or "parameters" not in header:
-            raise ModelFileError("the checkpoint holds no parameter names; write one with generate_artifacts")
-        self.arrays = arrays
-        self.gradients: dict[str, np.ndarray] = {}
-        self.trained = [name for name in header["trained"].split("\n") if name]
-        self.parameter_names = [name for name in header["parameters"].split("\n") if name]
-        self._header = {k: v for k, v in header.items() if not k.startswith("property.")}
-        self.learning_rate = float(header.get("learning_rate", "0.001"))
-        self.properties: dict[str, int | float | str] = {
-            key.removeprefix("property."): _parsed(text) for key, text in header.items() if key.startswith("property.")
-        }
-
-    @property
-    def parameters(self) -> Parameters:
-        return Parameters(self)
-
-    @classmethod
-    def load_checkpoint(cls, checkpoint_uri: Path) -> CheckpointState:
-        """Read a checkpoint.
-
-        Raises:
-            ModelFileError: missing, damaged, or not written by `generate_artifacts` or `save_checkpoint`.
-        """
-        return cls(*read_checkpoint(checkpoint_uri))
-
-    @classmethod
-    def save_checkpoint(
-        cls, state: CheckpointState, checkpoint_uri: Path, include_optimizer_state: bool = False
-    ) -> None:
-        """Write a checkpoint; an existing one is replaced when the new one is complete.
-
-        Without the optimizer's state, its tensors are written as the zeros that they start from.
-        """
-        arrays = dict(state.arrays)
-        if not include_optimizer_state:
-            for name in state.optimizer_names:
-                arrays[name] = np.zeros_like(arrays[name])
-        header = {**state._header, "learning_rate": repr(state.learning_rate)}
-        for key, value in state.properties.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-                raise ArgumentTypeError(f"property {key!r} is {value!r}, expected an int, a float or a str")
-            header[f"property.{key}"] = f"{type(value).__name__}:{value}"
-        save_checkpoint(checkpoint_uri, arrays, metadata=header, overwrite=True)
-
-    @property
-    def optimizer_names(self) -> list[str]:
-        prefixes = tuple(f"{name}." for name in self.trained)
-        known = set(self.parameter_names)
-        return [n for n in self.arrays if n == "step" or (n.startswith(prefixes) and n not in known)]
-
-
-def _parsed(text: str) -> int | float | str:
-    kind, _, value = text.partition(":")
-    return {"int": int, "float": float}.get(kind, str)(value)
 
 
 class Module:

@@ -27,11 +27,13 @@ from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, Tra
 from ..integrations.tracing import swapped_tensors, trace_function
 from ..integrations.translation import translate
 from .checkpoint import save_checkpoint
+from .cumulative import cumulative_averages
 from .losses import Loss, resolve_loss
 from .onnx_module import OnnxModule
 from .optimizers import SGD, AdamW, ResolvedOptimizer, resolve_optimizer
 from .randomness import SeededRandomness
-from .step import drop_input, refuse_unseeded_randomness, split_batch, split_shapes, trainable_parameters
+from .step import drop_input, refuse_unseeded_randomness
+from .step_arguments import split_batch, split_shapes, trainable_parameters
 
 RESET, LEARNING_RATE, SEED, STEP = "lazy_reset_grad", "learning_rate", "seed", "step"
 GRADIENT = ".grad"
@@ -239,7 +241,7 @@ def _forward(
         tensors.update({s.name: values[s.name].clone() for s in state if s.kind == "buffer"})
         zero = torch.zeros((), dtype=torch.int64)
         random = SeededRandomness(values.get(SEED, zero), values.get(STEP, zero))
-        with swapped_tensors(module, state, tensors), random:
+        with cumulative_averages(module), swapped_tensors(module, state, tensors), random:
             result = arguments.call(module, values)
             first = (
                 result

@@ -36,7 +36,8 @@ def read_dataset(path: str | os.PathLike[str], test_share: float = 0.2) -> Datas
     Without the last two, every n-th sample is for testing. float64 inputs become float32, integer targets int64.
 
     Raises:
-        ModelFileError: no readable npz, missing arrays, pickled objects, or numbers of samples that differ.
+        ModelFileError: no readable npz, missing arrays, pickled objects, no numbers, values that are not finite, or
+            numbers of samples that differ.
     """
     source = Path(path)
     try:
@@ -47,6 +48,14 @@ def read_dataset(path: str | os.PathLike[str], test_share: float = 0.2) -> Datas
     if missing := [name for name in ("x", "y") if name not in arrays]:
         raise ModelFileError(f"data {source} holds {sorted(arrays)}, expected x and y; missing: {', '.join(missing)}")
     arrays = {name: _plain(array) for name, array in arrays.items()}
+    for name, array in arrays.items():
+        if array.ndim == 0 or array.dtype.kind not in "fi":
+            raise ModelFileError(
+                f"data {source}: {name} is {array.dtype} {array.shape}, expected numbers with the sample as first axis"
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            count = int((~np.isfinite(array)).sum())
+            raise ModelFileError(f"data {source}: {name} holds {count} infinite or not-a-number values; remove them")
     for first, second in (("x", "y"), ("x_test", "y_test")):
         if first in arrays and len(arrays[first]) != len(arrays.get(second, ())):
             count = len(arrays.get(second, ()))

@@ -102,8 +102,9 @@ def _adam(
     if options.amsgrad:
         largest = torch.maximum(state["max_exp_avg_sq"], square)
         new["max_exp_avg_sq"] = largest
-    denominator = largest.sqrt() / second + options.eps
-    return parameter - (learning_rate / first) * (average / denominator), new
+    # average / (sqrt(largest) / second + eps), with `second` moved into the two scalars: one pass less over the tensors
+    denominator = largest.sqrt() + options.eps * second
+    return parameter - (learning_rate * second / first) * (average / denominator), new
 
 
 def _power(base: float, exponent: Tensor) -> Tensor:

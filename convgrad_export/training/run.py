@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
-from ..errors import ArgumentTypeError
+from ..errors import ArgumentTypeError, OutputPathError
 from ..integrations.onnx_export import export
 from ..runtime.session import GradientSession
 from .comparison import LossCurves, train_with_pytorch
 from .data import Dataset
-from .losses import resolve_loss
+from .losses import Loss, resolve_loss
 from .session import TrainingSession
 from .step import export_training_step
 
@@ -105,11 +106,12 @@ def train(
         )
     if settings.optimizer not in TORCH_OPTIMIZERS:
         raise ArgumentTypeError(f"optimizer is {settings.optimizer!r}, expected one of: {', '.join(TORCH_OPTIMIZERS)}")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     make_optimizer = lambda parameters: TORCH_OPTIMIZERS[settings.optimizer](parameters, lr=settings.learning_rate)  # noqa: E731
     module = module.train()
     loss = resolve_loss(settings.loss)
     example = tuple(torch.from_numpy(a) for a in next(data.batches(settings.batch_size, 0, settings.seed)))
+    _check_data(module, loss, data, example)
     export_training_step(
         module,
         settings.loss,
@@ -145,6 +147,44 @@ def train(
     if settings.compared_steps:
         _compare(result, module, loss, make_optimizer, order, evaluator, settings)
     return result
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder with its parents; an existing one is fine.
+
+    Raises:
+        OutputPathError: a file stands in its place, or it may not be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputPathError(f"output {folder} cannot be made a folder: {error.strerror or error}") from error
+
+
+def _check_data(module: torch.nn.Module, loss: Loss, data: Dataset, example: tuple[torch.Tensor, ...]) -> None:
+    """PyTorch's own word on a batch, and every label, before the long work starts.
+
+    Raises:
+        ArgumentTypeError: the network or the loss does not take the data.
+    """
+    *inputs, target = example
+    form = ", ".join(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in (("x", inputs[0]), ("y", target)))
+    try:
+        with torch.no_grad():
+            output = copy.deepcopy(module)(*inputs)
+            loss.call(output, target)
+    except Exception as error:  # whatever a network of the user's raises
+        raise ArgumentTypeError(
+            f"data: {type(module).__name__} and its loss do not take a batch of it ({form}): {error}"
+        ) from error
+    if loss.function in (functional.cross_entropy, functional.nll_loss) and data.targets.dtype.kind == "i":
+        labels = np.concatenate([data.targets.ravel(), data.test_targets.ravel()])
+        labels = labels[labels != -100]  # PyTorch's ignore_index
+        if labels.size and not 0 <= labels.min() <= labels.max() < output.shape[1]:
+            raise ArgumentTypeError(
+                f"data: y holds labels from {labels.min()} to {labels.max()}, {type(module).__name__} has "
+                f"{output.shape[1]} classes, so expected 0 to {output.shape[1] - 1}"
+            )
 
 
 def _compare(

@@ -161,7 +161,8 @@ class TrainingSession:
             ``{"loss": float, ...}``: the loss, and what else the step returns (``gradient_norm``, ``output``).
 
         Raises:
-            ArgumentTypeError, DTypeError, GeometryError: a batch of another form, dtype or shape; the state stays.
+            ArgumentTypeError, DTypeError, GeometryError: a batch of another form, dtype or shape, or with values that
+                an operator refuses (a label outside the classes); the state stays.
             NonFiniteLossError: with the step's number; the state stays.
         """
         if len(batch) > len(self.batch_names):
@@ -191,7 +192,15 @@ class TrainingSession:
             binding.bind_output(name, "cpu")
         for name in self._updated:
             binding.bind_ortvalue_output(name + _SUFFIX, self._next[name])
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises a private class for each status code
+            if not type(error).__module__.startswith("onnxruntime"):
+                raise
+            raise ArgumentTypeError(
+                f"onnxruntime stopped within step {self.steps + 1}, whose update was not taken over; a label outside "
+                f"the classes is the usual cause: {error}"
+            ) from error
         values = {v: binding.get_outputs()[i] for i, v in enumerate(self._returned)}
         result: dict[str, Any] = {name: np.array(value.numpy()) for name, value in values.items()}
         result = {name: value.item() if value.ndim == 0 else value for name, value in result.items()}

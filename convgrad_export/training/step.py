@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -27,13 +26,15 @@ from ..integrations.translation import translate
 from ..lowering import CPU
 from ..selection.policy import AUTO
 from .checkpoint import checkpoint_path, save_checkpoint
-from .losses import Loss, resolve_loss
-from .optimizers import ResolvedOptimizer, resolve_optimizer
+from .cumulative import cumulative_averages
+from .losses import resolve_loss
+from .optimizers import resolve_optimizer
 from .randomness import SeededRandomness
+from .step_arguments import check_numbers, split_batch, split_shapes, trainable_parameters
+from .update import LEARNING_RATE, STEP, StepOptions, optimizer_inputs, update
 from .verification import verify_step
 
-LEARNING_RATE, SEED, STEP, LOSS = "learning_rate", "seed", "step", "loss"
-GRADIENT_NORM, MICRO_STEP, GRADIENT_SUM = "gradient_norm", "micro_step", "grad_sum"
+SEED, LOSS = "seed", "loss"
 METADATA = "convgrad.training"
 
 
@@ -50,18 +51,6 @@ class TrainingStepReport(ExportReport):
     checkpoint: Path | None = None
     state: dict[str, Tensor] = field(default_factory=dict, repr=False)
     learning_rate: float = 1e-3
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What the traced step does besides forward and backward."""
-
-    loss: Loss
-    optimizer: ResolvedOptimizer
-    accumulation: int
-    clip_norm: float | None
-    clip_value: float | None
-    return_outputs: bool
 
 
 def export_training_step(
@@ -119,13 +108,13 @@ def export_training_step(
         CaptureError, ConstantGradientError, DynamicShapeError, OutputExistsError, OutputPathError: as in `export`.
     """
     check_opset(opset_version)
-    _check_numbers(max_grad_norm, max_grad_value, gradient_accumulation)
+    check_numbers(max_grad_norm, max_grad_value, gradient_accumulation)
     target_path = None if path is None else saving.check_path(path, overwrite)
     if target_path is not None:
         saving.check_path(checkpoint_path(target_path), overwrite)
     resolved_loss = resolve_loss(loss, label_smoothing)
     parameters = trainable_parameters(module, frozen)
-    options = _Options(
+    options = StepOptions(
         resolved_loss,
         resolve_optimizer(optimizer, parameters),
         gradient_accumulation,
@@ -165,70 +154,10 @@ def export_training_step(
     return report
 
 
-def _check_numbers(max_grad_norm: Any, max_grad_value: Any, accumulation: Any) -> None:
-    for name, value in (("max_grad_norm", max_grad_norm), ("max_grad_value", max_grad_value)):
-        if value is not None and not (isinstance(value, (int, float)) and value > 0):
-            raise ArgumentTypeError(f"{name} is {value!r}, expected a number above 0 or None")
-    if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
-        raise ArgumentTypeError(f"gradient_accumulation is {accumulation!r}, expected an integer of at least 1")
-
-
-def trainable_parameters(module: torch.nn.Module, frozen: Sequence[str]) -> dict[str, Tensor]:
-    """Parameters that are updated, by name; a frozen module's parameters are frozen."""
-    if isinstance(frozen, str):
-        raise ArgumentTypeError(f"frozen is {frozen!r}, expected a sequence of names")
-    parameters = dict(module.named_parameters())
-    modules = {name for name, _ in module.named_modules() if name}
-    every_name = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    unknown = [name for name in frozen if name not in every_name and name not in modules]
-    if unknown:
-        raise ArgumentTypeError(
-            f"frozen names no parameter and no submodule of {type(module).__name__}: {', '.join(unknown)}"
-        )
-    fixed = {
-        id(tensor)
-        for name, tensor in module.named_parameters(remove_duplicate=False)
-        if any(name == f or name.startswith(f"{f}.") for f in frozen)
-    }
-    trainable: dict[str, Tensor] = {
-        name: tensor
-        for name, tensor in parameters.items()
-        if tensor.requires_grad and tensor.is_floating_point() and id(tensor) not in fixed
-    }
-    if not trainable:
-        raise ArgumentTypeError(f"{type(module).__name__} has no parameter left to train")
-    return trainable
-
-
-def split_batch(
-    module: torch.nn.Module, args: Sequence[Any] | Tensor, loss: Loss
-) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """The forward's arguments and the targets."""
-    values = (args,) if isinstance(args, Tensor) else tuple(args)
-    count = len(loss.target_names)
-    if len(values) < count + 1:
-        needed = ", ".join(loss.target_names)
-        raise ArgumentTypeError(
-            f"args has {len(values)} values, expected {type(module).__name__}.forward's arguments followed by the "
-            f"loss's {count} target(s): {needed}"
-        )
-    inputs, targets = values[: len(values) - count], list(values[len(values) - count :])
-    if strange := [type(t).__name__ for t in targets if not isinstance(t, Tensor)]:
-        raise ArgumentTypeError(f"args ends with {', '.join(strange)}, expected tensors for the loss's targets")
-    try:
-        inspect.signature(module.forward).bind(*inputs)
-    except TypeError as error:
-        raise ArgumentTypeError(
-            f"args: {type(module).__name__}.forward does not take the first {len(inputs)} of {len(values)} values, the "
-            f"rest being the loss's targets ({', '.join(loss.target_names) or 'none'}): {error}"
-        ) from error
-    return inputs, targets
-
-
 def _capture(
     module: torch.nn.Module,
     args: Sequence[Any] | Tensor,
-    options: _Options,
+    options: StepOptions,
     dynamic_shapes: Any,
     parameters: Mapping[str, Tensor],
     opset: int,
@@ -242,7 +171,7 @@ def _capture(
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
     rate = GraphInput(LEARNING_RATE, "user", torch.tensor(options.optimizer.learning_rate, dtype=dtype))
     seed = GraphInput(SEED, "user", torch.tensor(0, dtype=torch.int64))
-    extra = _optimizer_inputs(parameters, options)
+    extra = optimizer_inputs(parameters, options)
     specs = (*batch, *labels, rate, seed, *state, *extra)
     if clash := [name for name in (LEARNING_RATE, SEED, STEP, LOSS) if sum(s.name == name for s in specs) > 1]:
         raise ArgumentTypeError(f"the module or its forward already uses the name(s) {', '.join(clash)}: rename them")
@@ -255,7 +184,7 @@ def _capture(
         tensors.update({s.name: values[s.name].clone() for s in state if s.kind == "buffer"})
         # the seed is no input of a step that draws nothing
         random = SeededRandomness(values.get(SEED, torch.zeros_like(values[STEP])), values[STEP])
-        with swapped_tensors(module, state, tensors), random:
+        with swapped_tensors(module, state, tensors), cumulative_averages(module), random:
             result = arguments.call(module, values)
             value = options.loss.call(result, *(values[s.name] for s in labels))
         draws[:] = [random.draws]
@@ -272,7 +201,7 @@ def _capture(
             names = flat_output_names(result, flat)
             outputs += [TracedOutput(GraphOutput(n, "output"), t) for n, t in zip(names, flat, strict=True)]
         with torch.no_grad():
-            outputs += _update(found, values, options)
+            outputs += update(found, values, options)
         return outputs + buffer_outputs(state, tensors)
 
     program = trace_function(traced, specs, decompositions=onnx_decompositions(opset))
@@ -281,74 +210,6 @@ def _capture(
     if not draws[0]:
         drop_input(program, SEED)
     return program
-
-
-def split_shapes(arguments: CallArguments, loss: Loss, dynamic_shapes: Any) -> tuple[Any, Any]:
-    if dynamic_shapes is None or isinstance(dynamic_shapes, Mapping):
-        named = dict(dynamic_shapes or {})
-        targets = {name: named.pop(name) for name in loss.target_names if name in named}
-        return named or None, targets or None
-    count = len(loss.target_names)
-    shapes = tuple(dynamic_shapes)
-    return (shapes[: len(shapes) - count], shapes[len(shapes) - count :]) if count else (shapes, None)
-
-
-def _optimizer_inputs(parameters: Mapping[str, Tensor], options: _Options) -> list[GraphInput]:
-    """State of the optimizer and of the accumulation, zero at first."""
-    result = [GraphInput(STEP, "buffer", torch.zeros((), dtype=torch.int64))]
-    if options.accumulation > 1:
-        result.append(GraphInput(MICRO_STEP, "buffer", torch.zeros((), dtype=torch.int64)))
-    for name, tensor in parameters.items():
-        rule = options.optimizer.rules.get(name)
-        if rule is None:
-            continue
-        if options.accumulation > 1:
-            result.append(GraphInput(f"{name}.{GRADIENT_SUM}", "buffer", torch.zeros_like(tensor.detach())))
-        for key, value in rule.optimizer.initial_state(tensor.detach()).items():
-            result.append(GraphInput(f"{name}.{key}", "buffer", value))
-    return result
-
-
-def _update(gradients: Mapping[str, Tensor], values: Mapping[str, Tensor], options: _Options) -> list[TracedOutput]:
-    """New parameters and optimizer state."""
-    outputs: list[TracedOutput] = []
-
-    def put(name: str, tensor: Tensor) -> None:
-        outputs.append(TracedOutput(GraphOutput(f"{name}.updated", "buffer", name), tensor))
-
-    gradients = {name: g for name, g in gradients.items() if name in options.optimizer.rules}
-    due: Tensor | None = None
-    if options.accumulation > 1:
-        micro = values[MICRO_STEP] + 1
-        due = micro >= options.accumulation
-        put(MICRO_STEP, torch.where(due, torch.zeros_like(micro), micro))
-        sums = {name: values[f"{name}.{GRADIENT_SUM}"] + g for name, g in gradients.items()}
-        for name, total in sums.items():
-            put(f"{name}.{GRADIENT_SUM}", torch.where(due, torch.zeros_like(total), total))
-        gradients = {name: total / options.accumulation for name, total in sums.items()}
-    if options.clip_value is not None:
-        gradients = {name: g.clamp(-options.clip_value, options.clip_value) for name, g in gradients.items()}
-    if options.clip_norm is not None:
-        norm = torch.stack([(g * g).sum() for g in gradients.values()]).sum().sqrt()
-        factor = torch.clamp(options.clip_norm / (norm + 1e-6), max=1.0)  # torch's clip_grad_norm_
-        gradients = {name: g * factor for name, g in gradients.items()}
-        outputs.append(TracedOutput(GraphOutput(GRADIENT_NORM, "output"), norm))
-    step = values[STEP] + 1
-    put(STEP, step if due is None else torch.where(due, step, values[STEP]))
-    count = step.to(torch.float64)
-    for name, gradient in gradients.items():
-        rule = options.optimizer.rules[name]
-        parameter = values[name].detach()
-        names = rule.optimizer.initial_state(parameter)
-        old = {key: values[f"{name}.{key}"] for key in names}
-        rate = values[LEARNING_RATE].to(parameter.dtype)
-        if rule.learning_rate_scale != 1.0:
-            rate = rate * rule.learning_rate_scale
-        new, new_state = rule.optimizer.update(parameter, gradient, old, rate, count)
-        put(name, new if due is None else torch.where(due, new, parameter))
-        for key, tensor in new_state.items():
-            put(f"{name}.{key}", tensor if due is None else torch.where(due, tensor, old[key]))
-    return outputs
 
 
 def refuse_unseeded_randomness(program: CapturedProgram) -> None:
@@ -383,7 +244,7 @@ def _is_state(spec: GraphInput, program: CapturedProgram) -> bool:
     return spec.kind in ("parameter", "buffer")
 
 
-def _metadata(options: _Options, state: Mapping[str, Tensor]) -> str:
+def _metadata(options: StepOptions, state: Mapping[str, Tensor]) -> str:
     import json
 
     trained = sorted(options.optimizer.rules)

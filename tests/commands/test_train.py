@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,10 @@ def test_wrong_usage_exits_with_2(
         ({"y": np.zeros(3)}, "60 samples"),
         ({"x_test": np.zeros((3, 2, 8)), "y_test": np.zeros(2)}, "x_test has 3"),
         ({"y": np.array([object()] * 60)}, "pickled objects"),
+        ({"x": np.float32(3)}, "expected numbers"),
+        ({"x": np.full((60, 1, 8, 8), np.nan)}, "3840 infinite or not-a-number"),
+        ({}, r"do not take a batch of it \(x torch.float32 \(32, 2, 8\)"),
+        ({"x": np.zeros((60, 1, 8, 8)), "y": np.where(np.arange(60) == 4, 12, 3)}, "labels from 3 to 12, DigitsNetwork has 10 classes"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(
@@ -94,7 +99,17 @@ def test_data_that_does_not_fit_is_refused(
 ) -> None:
     data = own_data(tmp_path / "data.npz", **arrays)
     assert main(["train", "-o", str(tmp_path / "out"), "--data", str(data)]) == 2
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_an_output_that_can_be_no_folder_is_refused(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    assert main(["train", "-o", str(tmp_path / folder)]) == 2
+    assert "cannot be made a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_modules_are_found_by_dotted_name() -> None:

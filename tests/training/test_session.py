@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,52 @@ def test_the_last_state_survives_a_failed_save(
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
 
 
+def test_a_file_that_outgrows_its_limit_leaves_the_last_state(step_file: Path, tmp_path: Path) -> None:
+    """A real refusal by the kernel, in the middle of the file: what a full disk or a quota does."""
+    path = cg.TrainingSession(step_file).save(tmp_path / "state.safetensors")
+    before = path.read_bytes()
+    code = f"""
+import resource, signal
+import convgrad_export as cg
+session = cg.TrainingSession({str(step_file)!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2}, {len(before) // 2}))
+try:
+    session.save({str(path)!r})
+except cg.OutputPathError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "refused: cannot write" in done.stdout
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_a_process_killed_while_it_saves_leaves_a_complete_checkpoint(step_file: Path, tmp_path: Path) -> None:
+    """SIGKILL at twelve moments of a loop that saves without a pause; the file loads every time."""
+    path = tmp_path / "state.safetensors"
+    code = f"""
+import numpy as np, convgrad_export as cg
+session = cg.TrainingSession({str(step_file)!r})
+x, y = np.ones((4, 1, 8, 8), np.float32), np.zeros(4, np.int64)
+session.save({str(path)!r})
+print("saved", flush=True)
+while True:
+    session.step(x, y)
+    session.save({str(path)!r})
+"""
+    steps = []
+    for moment in range(12):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.002 * moment)
+        process.kill()
+        process.wait()
+        steps.append(cg.TrainingSession(step_file, path).steps)
+    assert max(steps) > 0
+
+
 def test_damaged_and_foreign_checkpoints_are_refused(step_file: Path, tmp_path: Path) -> None:
     good = step_file.with_suffix(".checkpoint.safetensors").read_bytes()
     bad = tmp_path / "bad.safetensors"
@@ -140,6 +187,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(step_file: Path, tmp_path: 
         ((np.zeros((6, 8, 8), np.float32), np.zeros(6, np.int64)), "shape"),
         ((np.zeros((6, 1, 8, 8), np.float32),), "missing"),
         (([[1.0]], np.zeros(6, np.int64)), "list"),
+        ((np.zeros((6, 1, 8, 8), np.float32), np.full(6, 77)), "within step 1(.|\n)*label"),
     ],
 )
 def test_wrong_batches_are_refused_and_change_nothing(step_file: Path, batch: tuple, message: str) -> None:

@@ -1,0 +1,84 @@
+"""What `export_training_step` is given: which parameters train, and what of a batch is a target."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentTypeError
+from ..integrations.arguments import CallArguments
+from .losses import Loss
+
+
+def check_numbers(max_grad_norm: Any, max_grad_value: Any, accumulation: Any) -> None:
+    for name, value in (("max_grad_norm", max_grad_norm), ("max_grad_value", max_grad_value)):
+        if value is not None and not (isinstance(value, (int, float)) and value > 0):
+            raise ArgumentTypeError(f"{name} is {value!r}, expected a number above 0 or None")
+    if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
+        raise ArgumentTypeError(f"gradient_accumulation is {accumulation!r}, expected an integer of at least 1")
+
+
+def trainable_parameters(module: torch.nn.Module, frozen: Sequence[str]) -> dict[str, Tensor]:
+    """Parameters that are updated, by name; a frozen module's parameters are frozen."""
+    if isinstance(frozen, str):
+        raise ArgumentTypeError(f"frozen is {frozen!r}, expected a sequence of names")
+    parameters = dict(module.named_parameters())
+    modules = {name for name, _ in module.named_modules() if name}
+    every_name = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    unknown = [name for name in frozen if name not in every_name and name not in modules]
+    if unknown:
+        raise ArgumentTypeError(
+            f"frozen names no parameter and no submodule of {type(module).__name__}: {', '.join(unknown)}"
+        )
+    fixed = {
+        id(tensor)
+        for name, tensor in module.named_parameters(remove_duplicate=False)
+        if any(name == f or name.startswith(f"{f}.") for f in frozen)
+    }
+    trainable: dict[str, Tensor] = {
+        name: tensor
+        for name, tensor in parameters.items()
+        if tensor.requires_grad and tensor.is_floating_point() and id(tensor) not in fixed
+    }
+    if not trainable:
+        raise ArgumentTypeError(f"{type(module).__name__} has no parameter left to train")
+    return trainable
+
+
+def split_batch(
+    module: torch.nn.Module, args: Sequence[Any] | Tensor, loss: Loss
+) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """The forward's arguments and the targets."""
+    values = (args,) if isinstance(args, Tensor) else tuple(args)
+    count = len(loss.target_names)
+    if len(values) < count + 1:
+        needed = ", ".join(loss.target_names)
+        raise ArgumentTypeError(
+            f"args has {len(values)} values, expected {type(module).__name__}.forward's arguments followed by the "
+            f"loss's {count} target(s): {needed}"
+        )
+    inputs, targets = values[: len(values) - count], list(values[len(values) - count :])
+    if strange := [type(t).__name__ for t in targets if not isinstance(t, Tensor)]:
+        raise ArgumentTypeError(f"args ends with {', '.join(strange)}, expected tensors for the loss's targets")
+    try:
+        inspect.signature(module.forward).bind(*inputs)
+    except TypeError as error:
+        raise ArgumentTypeError(
+            f"args: {type(module).__name__}.forward does not take the first {len(inputs)} of {len(values)} values, the "
+            f"rest being the loss's targets ({', '.join(loss.target_names) or 'none'}): {error}"
+        ) from error
+    return inputs, targets
+
+
+def split_shapes(arguments: CallArguments, loss: Loss, dynamic_shapes: Any) -> tuple[Any, Any]:
+    if dynamic_shapes is None or isinstance(dynamic_shapes, Mapping):
+        named = dict(dynamic_shapes or {})
+        targets = {name: named.pop(name) for name in loss.target_names if name in named}
+        return named or None, targets or None
+    count = len(loss.target_names)
+    shapes = tuple(dynamic_shapes)
+    return (shapes[: len(shapes) - count], shapes[len(shapes) - count :]) if count else (shapes, None)
