@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import BenchmarkError
-from . import memory
+from . import contenders, memory
 from .plan import Item
 from .results import Results
 from .sampling import FORWARD
@@ -69,6 +69,9 @@ def run(
 ) -> Outcome:
     """Measure what the file lacks.
 
+    What it has keeps its times, but gets the choices that the policy and the tuning cache make now; a choice that was
+    not timed then is a reason to measure the layer again.
+
     Args:
         items: in order. results: gains the records, and is written to `output` after each.
         commit: recorded with each measurement. progress: called with (done, total, what comes next).
@@ -81,8 +84,9 @@ def run(
     assert outcome.failed is not None
     todo = []
     for item in items:
-        if _known(results, item, settings):
-            results.records[item.key]["uses"] = _merged_uses(results.records[item.key]["uses"], item.uses)
+        if settings.memory and item.operation == FORWARD:
+            continue
+        if _known(results, item, settings) and _refreshed(results.records[item.key], item):
             outcome.known += 1
         else:
             todo.append(item)
@@ -124,11 +128,24 @@ def run(
 def _known(results: Results, item: Item, settings: Settings) -> bool:
     record = results.records.get(item.key)
     if settings.memory:
-        return item.operation == FORWARD or (record is not None and "memory" in record)
+        return record is not None and "memory" in record
     if record is None or "times" not in record:
         return False
     rounds = record.get("rounds", {"kept": 1, "disturbed": 0})
     return not (settings.retry_disturbed and rounds["disturbed"] >= rounds["kept"])
+
+
+def _refreshed(record: dict[str, Any], item: Item) -> bool:
+    """Bring a record up to date; False when it lacks the time of a lowering that is chosen now."""
+    record["uses"] = _merged_uses(record["uses"], item.uses)
+    if "times" not in record:
+        return True
+    choices = contenders.choices(item.operation, item.geometry, item.threads)
+    seen = {*record["times"], *record.get("wrong", {}), *record.get("failed", {})}
+    if any(name is not None and name not in seen for name in choices.values()):
+        return False
+    record["choices"] = choices
+    return True
 
 
 def _merged_uses(old: Sequence[Any], new: Sequence[Any]) -> list[list[Any]]:

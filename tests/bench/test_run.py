@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 
 import pytest
 
+from convgrad_export.bench import contenders
 from convgrad_export.bench import run as driver
 from convgrad_export.bench.plan import Item, items
 from convgrad_export.bench.results import Results, load
 from convgrad_export.bench.run import Settings, run
 from convgrad_export.bench.subprocess_lines import Child
 from convgrad_export.errors import BenchmarkError
+from convgrad_export.lowering import LOWERINGS
 
 from .records import ENVIRONMENT, timing
 
@@ -24,6 +26,7 @@ class Measuring:
     started = 0
     asked: ClassVar[list[dict[str, Any]]] = []
     deaths: ClassVar[set[int]] = set()
+    timed: ClassVar[set[str]] = {"torch", *LOWERINGS}
     greeting: ClassVar[dict[str, Any]] = {"ort_training": None}
 
     def __init__(self, command: Any, what: str, environment: Any) -> None:
@@ -35,7 +38,7 @@ class Measuring:
             raise BenchmarkError("the measuring process ended with status -9: it wrote no message")
         if request["kind"] == "memory":
             return {"memory": {"torch": 1}}
-        return {"times": {"torch": timing(1.0)}, "wrong": {}}
+        return {"times": {name: timing(1.0) for name in Measuring.timed}, "wrong": {}}
 
     def close(self) -> None:
         pass
@@ -62,6 +65,19 @@ def test_a_second_run_measures_only_what_is_missing(tmp_path: Path, measuring: t
     assert (second.made, second.known) == (5, 3)
     assert len(measuring.asked) == 8
     assert [record["commit"] for record in load(path).records.values()] == ["abc"] * 3 + ["def"] * 5
+
+
+def test_known_times_get_the_choices_of_today(
+    tmp_path: Path, measuring: type[Measuring], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Results(dict(ENVIRONMENT))
+    run(plan(), results, tmp_path / "r.json", Settings(), None)
+    rule = {"policy": "weight.im2col", "tuned": None}
+    monkeypatch.setattr(contenders, "choices", lambda *_: dict(rule))
+    assert run(plan(), results, tmp_path / "r.json", Settings(), None).made == 0
+    assert all(record["choices"] == rule for record in load(tmp_path / "r.json").records.values())
+    rule["policy"] = "weight.of_tomorrow"
+    assert run(plan(), results, tmp_path / "r.json", Settings(), None).made == 8
 
 
 def test_uses_of_a_known_geometry_are_added(tmp_path: Path, measuring: type[Measuring]) -> None:
