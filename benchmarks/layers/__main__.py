@@ -1,15 +1,20 @@
-"""Write the tables of results.json into README.md and the plots beside it: `python -m benchmarks.layers`."""
+"""Write the tables of results.json into both README.md files, and the plots: `python -m benchmarks.layers`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from convgrad_export.bench.report import markdown, write_plots
-from convgrad_export.bench.results import load
+from convgrad_export.bench.report import machine_line, markdown, summary_table, write_plots
+from convgrad_export.bench.results import Results, load
+from convgrad_export.bench.summary import groups
 
 FOLDER = Path(__file__).parent
-RESULT, README = FOLDER / "results.json", FOLDER / "README.md"
-BEGIN, END = "<!-- tables: python -m benchmarks.layers -->\n", "<!-- end -->\n"
+RESULT, README, ROOT_README = FOLDER / "results.json", FOLDER / "README.md", FOLDER.parents[1] / "README.md"
+BEGIN, END = "<!-- layer tables: python -m benchmarks.layers -->\n", "<!-- end -->\n"
+COLUMNS = (
+    *("batch", "threads", "gradient", "layers", "eager", "worst layer", "at least 0.9", "ConvGrad", "textbook"),
+    *("of GEMM, dense", "fastest / eager", "error factor 8 / eager"),
+)
 
 
 def with_tables(text: str, tables: str) -> str:
@@ -18,9 +23,25 @@ def with_tables(text: str, tables: str) -> str:
     return before + BEGIN + tables + END + rest.split(END, 1)[1]
 
 
+def summary(results: Results) -> str:
+    """What the repository's README shows."""
+    table = summary_table(groups(results)).without_empty_columns().only(COLUMNS)
+    return f"{machine_line(results)}\n\n{table.markdown()}\n"
+
+
+def pages(results: Results) -> dict[Path, str]:
+    """Both pages with the tables of `results`."""
+    return {
+        README: with_tables(README.read_text(), markdown(results)),
+        ROOT_README: with_tables(ROOT_README.read_text(), summary(results)),
+    }
+
+
 def main() -> int:
     results = load(RESULT)
-    README.write_text(with_tables(README.read_text(), markdown(results)))
+    for path, text in pages(results).items():
+        path.write_text(text)
+        print(f"written: {path}")
     for path in write_plots(results, FOLDER, "ratios", overwrite=True):
         print(f"written: {path}")
     return 0

@@ -40,7 +40,11 @@ class Table:
 
     def without_empty_columns(self) -> Table:
         """The table less the columns that have no figure in any row."""
-        kept = [index for index in range(len(self.headings)) if any(row[index] != "-" for row in self.rows)]
+        return self.only([name for i, name in enumerate(self.headings) if any(row[i] != "-" for row in self.rows)])
+
+    def only(self, headings: Sequence[str]) -> Table:
+        """The named columns, those that there are."""
+        kept = [index for index, heading in enumerate(self.headings) if heading in headings]
         rows = [tuple(row[index] for index in kept) for row in self.rows]
         return Table(self.title, tuple(self.headings[index] for index in kept), rows)
 
@@ -52,7 +56,7 @@ class Table:
 def tables(results: Results) -> list[Table]:
     """Summary, by network, slowest layers, memory and coverage: those that the file has figures for."""
     found = groups(results)
-    made = [_summary(found), *(_by_network(group) for group in found), *(_slowest(group) for group in found)]
+    made = [summary_table(found), *(_by_network(group) for group in found), *(_slowest(group) for group in found)]
     made += [_memory(found), _forward(found), _coverage(found)]
     return [table.without_empty_columns() for table in made if table.rows]
 
@@ -74,7 +78,8 @@ def machine_line(results: Results) -> str:
     return f"{e.get('cpu')}, {e.get('cores')} cores; Python {e.get('python')}, {versions}{peer}; commit {commits}."
 
 
-def _summary(found: Sequence[Group]) -> Table:
+def summary_table(found: Sequence[Group]) -> Table:
+    """One row for each batch size, thread count and gradient."""
     rows = []
     for group in found:
         for operation in (INPUT, WEIGHT, None):
