@@ -70,8 +70,8 @@ def items(
 ) -> list[Item]:
     """The measurements to make, in order: batches and thread counts as given, gradients before forward passes.
 
-    Within those, each network in turn contributes its next layer, so that a run that is cut short has seen something of
-    every network.
+    Within those, each network in turn contributes a layer, from all depths early on, so that a run that is cut short
+    has seen something of every network's beginning, middle and end.
 
     Args:
         max_gmac: leave out layers with more than this many multiplications, in 10^9.
@@ -102,6 +102,13 @@ def items(
 
 
 def _round_robin(tables: Sequence[tuple[str, Sequence[Layer]]]) -> Iterable[tuple[str, Layer]]:
-    columns = [[(name, layer) for layer in layers] for name, layers in tables]
+    columns = [[(name, layers[index]) for index in _spread(len(layers))] for name, layers in tables]
     for row in itertools.zip_longest(*columns):
         yield from (entry for entry in row if entry is not None)
+
+
+def _spread(count: int) -> list[int]:
+    """All indices below `count`, the first few far apart: counting with reversed bits (van der Corput)."""
+    bits = max(1, (count - 1).bit_length())
+    order = (int(f"{index:0{bits}b}"[::-1], 2) for index in range(2**bits))
+    return [index for index in order if index < count]

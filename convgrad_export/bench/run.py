@@ -19,9 +19,9 @@ from .subprocess_lines import Child
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 
-# Freed blocks stay with the process, in huge pages where the kernel allows it. PyTorch allocates every result afresh and
-# onnxruntime's arena keeps its own: with glibc's defaults, which unmap large blocks, a comparison on large layers is one
-# of page faults (benchmarks/NOTES.md, "Fresh memory"). glibc reads this when a process starts; no effect elsewhere.
+# Freed blocks stay with the process, in huge pages where the kernel allows it. PyTorch allocates every result afresh
+# and onnxruntime's arena keeps its own: with glibc's defaults, which unmap large blocks, a comparison on large layers
+# is one of page faults (benchmarks/NOTES.md, "Fresh memory"). glibc reads this when a process starts.
 KEEP_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.trim_threshold=17179869184:glibc.malloc.mmap_threshold=17179869184:"
     "glibc.malloc.hugetlb=1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from convgrad_export.bench.layer import multiplications
+from convgrad_export.bench.networks import NETWORKS
 from convgrad_export.bench.plan import items
 from convgrad_export.errors import BenchmarkError
 
@@ -27,6 +28,14 @@ def test_all_networks_take_turns_and_gradients_come_first() -> None:
     forward = [item.operation == "forward" for item in found]
     assert forward == sorted(forward)
     assert sum(forward) == 19
+
+
+def test_the_beginning_of_a_run_is_spread_over_the_depth_of_a_network() -> None:
+    found = items(["hifi_gan"], operations=("input",))
+    table = [layer.name for layer in NETWORKS["hifi_gan"]()]
+    places = [table.index(item.uses[0][1]) for item in found]
+    assert sorted(places) == list(range(42))
+    assert places[:4] == [0, 32, 16, 8]
 
 
 def test_batches_and_threads_follow_each_other_as_given() -> None:
