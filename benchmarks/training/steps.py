@@ -8,7 +8,8 @@ Every contender is a process of its own that loads the same weights and the same
 short rounds, and a round during which the host took time away is thrown out. The optimizer is AdamW everywhere: as
 torch.optim.AdamW comes in "eager", with fused=True in "eager_fused" and "inductor". Dropout is off. Before anything is
 timed, the losses of the first three steps are compared with eager PyTorch's. Memory is the process's peak less what
-was resident after its imports.
+was resident after its imports. glibc keeps freed blocks in every process alike: with its defaults, PyTorch would pay for
+fresh pages at every step (benchmarks/NOTES.md, "Fresh memory").
 
 A cell (network, batch, threads) that steps.json holds already is left out unless --again is given; after --seconds no
 new cell is begun. So a long run can be made of short ones. --table writes README.md from what there is.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -36,6 +38,7 @@ from benchmarks.environment import environment
 from benchmarks.timing import stolen_ticks
 from benchmarks.training.networks import BY_NAME, TrainedNetwork, without_dropout
 from benchmarks.training.parity import write_table
+from convgrad_export.bench.run import KEEP_MEMORY
 
 RESULT = Path(__file__).parent / "steps.json"
 ROOT = Path(__file__).parents[2]
@@ -53,7 +56,13 @@ class Worker:
         self._log = log
         with log.open("w") as stream:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True, cwd=ROOT
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                text=True,
+                cwd=ROOT,
+                env={**os.environ, **KEEP_MEMORY},
             )
 
     def _answer(self) -> dict[str, Any]:

@@ -91,7 +91,10 @@ def test_wrong_usage_exits_with_2(
         ({"x": np.float32(3)}, "expected numbers"),
         ({"x": np.full((60, 1, 8, 8), np.nan)}, "3840 infinite or not-a-number"),
         ({}, r"do not take a batch of it \(x torch.float32 \(32, 2, 8\)"),
-        ({"x": np.zeros((60, 1, 8, 8)), "y": np.where(np.arange(60) == 4, 12, 3)}, "labels from 3 to 12, DigitsNetwork has 10 classes"),
+        (
+            {"x": np.zeros((60, 1, 8, 8)), "y": np.where(np.arange(60) == 4, 12, 3)},
+            "labels from 3 to 12, DigitsNetwork has 10 classes",
+        ),
     ],
 )
 def test_data_that_does_not_fit_is_refused(
