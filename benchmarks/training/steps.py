@@ -8,8 +8,8 @@ Every contender is a process of its own that loads the same weights and the same
 short rounds, and a round during which the host took time away is thrown out. The optimizer is AdamW everywhere: as
 torch.optim.AdamW comes in "eager", with fused=True in "eager_fused" and "inductor". Dropout is off. Before anything is
 timed, the losses of the first three steps are compared with eager PyTorch's. Memory is the process's peak less what
-was resident after its imports. glibc keeps freed blocks in every process alike: with its defaults, PyTorch would pay for
-fresh pages at every step (benchmarks/NOTES.md, "Fresh memory").
+was resident after its imports. glibc keeps freed blocks in every process alike: with its defaults, PyTorch would pay
+for fresh pages at every step (benchmarks/NOTES.md, "Fresh memory").
 
 A cell (network, batch, threads) that steps.json holds already is left out unless --again is given; after --seconds no
 new cell is begun. So a long run can be made of short ones. --table writes README.md from what there is.

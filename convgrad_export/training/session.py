@@ -194,8 +194,8 @@ class TrainingSession:
             binding.bind_ortvalue_output(name + _SUFFIX, self._next[name])
         try:
             self._session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime raises a private class for each status code
-            if not type(error).__module__.startswith("onnxruntime"):
+        except Exception as error:  # with a binding mostly RuntimeError, else a private class for each status code
+            if not isinstance(error, RuntimeError) and not type(error).__module__.startswith("onnxruntime"):
                 raise
             raise ArgumentTypeError(
                 f"onnxruntime stopped within step {self.steps + 1}, whose update was not taken over; a label outside "
