@@ -14,7 +14,7 @@ from .contenders import CONV_GRAD, TORCH
 from .plan import items
 from .results import Results
 from .sampling import FORWARD, INPUT, WEIGHT
-from .summary import Group, groups, networks_of, troubles
+from .summary import Group, groups, networks_of, restless, troubles
 
 _COLUMNS = (
     ("layers", "layers", "{:d}"),
@@ -57,7 +57,7 @@ def tables(results: Results) -> list[Table]:
     """Summary, by network, slowest layers, memory and coverage: those that the file has figures for."""
     found = groups(results)
     made = [summary_table(found), *(_by_network(group) for group in found), *(_slowest(group) for group in found)]
-    made += [_memory(found), _forward(found), _coverage(found)]
+    made += [_memory(found), _forward(found), _coverage(found, results)]
     return [table.without_empty_columns() for table in made if table.rows]
 
 
@@ -156,7 +156,7 @@ def _forward(found: Sequence[Group]) -> Table:
     )
 
 
-def _coverage(found: Sequence[Group]) -> Table:
+def _coverage(found: Sequence[Group], results: Results) -> Table:
     total = {operation: len(items(operations=(operation,))) for operation in (INPUT, WEIGHT, FORWARD)}
     rows = []
     for group in found:
@@ -173,9 +173,18 @@ def _coverage(found: Sequence[Group]) -> Table:
                 f"{kept / max(1, len(records)):.1f}",
                 str(discarded),
                 f"{disturbed / max(1, kept):.1%}",
+                str(restless(results, group.batch, group.threads)),
             )
         )
-    headings = ("batch", "threads", *total, "rounds a layer", "rounds discarded", "kept though disturbed")
+    headings = (
+        "batch",
+        "threads",
+        *total,
+        "rounds a layer",
+        "rounds discarded",
+        "kept though disturbed",
+        "left out: no quiet round",
+    )
     return Table("Covered: distinct geometries of all networks, and how quiet the machine was", headings, rows)
 
 

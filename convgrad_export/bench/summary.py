@@ -149,13 +149,29 @@ class Group:
 
 
 def groups(results: Results) -> list[Group]:
-    """All timed rows by batch size and thread count."""
+    """All rows with a quiet round, by batch size and thread count; what had none decides nothing."""
     found: dict[tuple[int, int], list[Row]] = {}
     for record in results.records.values():
-        if "times" in record:
+        if "times" not in record:
+            continue
+        rows = found.setdefault((record["batch"], record["threads"]), [])
+        if was_quiet(record):
             network, layer, _ = record["uses"][0]
-            found.setdefault((record["batch"], record["threads"]), []).append(Row(record, network, layer))
+            rows.append(Row(record, network, layer))
     return [Group(batch, threads, tuple(rows)) for (batch, threads), rows in sorted(found.items())]
+
+
+def restless(results: Results, batch: int, threads: int) -> int:
+    """How many measurements were left out of a group because none of their rounds was undisturbed."""
+    return sum(
+        "times" in record and (record["batch"], record["threads"]) == (batch, threads) and not was_quiet(record)
+        for record in results.records.values()
+    )
+
+
+def was_quiet(record: dict[str, Any]) -> bool:
+    """Whether at least one of the rounds kept was undisturbed."""
+    return bool(record["rounds"]["disturbed"] < record["rounds"]["kept"])
 
 
 def networks_of(group: Group) -> list[str]:

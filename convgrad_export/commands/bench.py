@@ -132,7 +132,7 @@ def _show(
     as_markdown: bool = False,
 ) -> None:
     from ..bench import report
-    from ..bench.summary import groups, troubles
+    from ..bench.summary import groups, restless, troubles
 
     counts: dict[str, Any] = {}
     if outcome is not None:
@@ -149,6 +149,7 @@ def _show(
                 **counts,
                 "environment": results.environment,
                 "summary": summary,
+                "left_out_disturbed": sum(restless(results, group.batch, group.threads) for group in groups(results)),
                 "not_timed": troubles(results),
                 "files": [str(path) for path in files],
             }

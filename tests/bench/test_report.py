@@ -47,6 +47,14 @@ def test_tables_and_markdown_say_what_was_covered() -> None:
     assert all(len(row) == len(table.headings) for table in tables(example()) for row in table.rows)
 
 
+def test_what_had_no_quiet_round_decides_nothing() -> None:
+    results = example()
+    next(iter(results.records.values()))["rounds"]["disturbed"] = 7
+    (group,) = groups(results)
+    assert [row.layer for row in group.rows] == ["layer2"]
+    assert markdown(results).splitlines()[-1].endswith("| 1 |")
+
+
 def test_wrong_results_are_reported() -> None:
     results = example()
     first = next(iter(results.records.values()))

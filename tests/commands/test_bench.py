@@ -19,8 +19,11 @@ def test_a_layer_is_measured_resumed_and_reported(tmp_path: Path, capsys: pytest
     assert main([*command, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["measured"], report["known"], report["left"], report["failed"]) == (1, 0, 0, {})
-    assert report["summary"][0]["layers"] == 1
-    assert report["summary"][0]["torch"] > 0
+    # On a machine that other work never leaves alone there is nothing to sum up, and the report says so.
+    assert (
+        sum(row["layers"] for row in report["summary"] if row["gradient"] == "weight")
+        == 1 - report["left_out_disturbed"]
+    )
     (record,) = load(output).records.values()
     assert record["uses"] == [["efficientnet_b0", "stage1.0.squeeze", 1]]
 
@@ -31,9 +34,9 @@ def test_a_layer_is_measured_resumed_and_reported(tmp_path: Path, capsys: pytest
     assert (report["measured"], report["known"]) == (0, 1)
 
     assert main(["bench", "--report", str(output)]) == 0
-    assert "geometric means over distinct layers" in capsys.readouterr().out
+    assert "Covered: distinct geometries of all networks" in capsys.readouterr().out
     assert main(["bench", "--report", str(output), "--markdown"]) == 0
-    assert "| weight gradient | 1 |" in capsys.readouterr().out
+    assert "| 1 | 1 | 0 of 299 |" in capsys.readouterr().out
 
 
 def test_plots_go_beside_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
