@@ -18,7 +18,7 @@ from .contenders import CONV_GRAD, GEMM, ORT_FORWARD, TORCH, Call
 from .layer import multiplications
 from .peer import OrtTraining
 from .sampling import FORWARD, Expected, expected
-from .timing import Contender, alternate, timed
+from .timing import FOREIGN_CORES, Contender, alternate, timed
 
 
 def measure(
@@ -29,12 +29,14 @@ def measure(
     rounds: int = 7,
     seconds: float = 2.0,
     peer: OrtTraining | None = None,
+    foreign_cores: float = FOREIGN_CORES,
 ) -> dict[str, Any]:
     """Check and time all contenders for one operation.
 
     Args:
         operation: ``"forward"``, ``"input"`` or ``"weight"``. geometry: with its batch.
-        threads: of onnxruntime, PyTorch and the peer. rounds, seconds: as in `timing.alternate`.
+        threads: of onnxruntime, PyTorch and the peer. rounds, seconds, foreign_cores: as in
+            `timing.alternate`.
         peer: onnxruntime-training, when it is to take part.
 
     Returns:
@@ -73,7 +75,9 @@ def measure(
     gc.collect()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     processes = () if peer is None else (peer.process,)
-    result_rounds = alternate(runners, rounds, seconds, always=(TORCH, GEMM), processes=processes)
+    result_rounds = alternate(
+        runners, rounds, seconds, always=(TORCH, GEMM), processes=processes, foreign_cores=foreign_cores
+    )
     if CONV_GRAD in runners and peer is not None:
         peer.release()
     times = {name: timing.to_json() for name, timing in result_rounds.timings.items()}

@@ -16,6 +16,7 @@ from .plan import Item
 from .results import Results
 from .sampling import FORWARD
 from .subprocess_lines import Child
+from .timing import FOREIGN_CORES
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 
@@ -34,7 +35,7 @@ class Settings:
     """How to measure.
 
     Attributes:
-        rounds, seconds: of each measurement, as in `timing.alternate`.
+        rounds, seconds, foreign_cores: of each measurement, as in `timing.alternate`.
         time_limit: seconds after which no further measurement starts; None for no limit.
         ort_training: a Python that has onnxruntime-training, or None.
         memory: measure peak memory instead of time, and add it to the records.
@@ -47,6 +48,7 @@ class Settings:
     ort_training: str | None = None
     memory: bool = False
     retry_disturbed: bool = False
+    foreign_cores: float = FOREIGN_CORES
 
 
 @dataclass
@@ -169,6 +171,7 @@ def _request(item: Item, settings: Settings) -> dict[str, Any]:
         "threads": item.threads,
         "rounds": settings.rounds,
         "seconds": settings.seconds,
+        "foreign_cores": settings.foreign_cores,
     }
 
 

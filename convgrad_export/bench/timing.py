@@ -22,7 +22,7 @@ TURN_SECONDS = 0.004  # a call shorter than this is repeated within its turn
 FEWEST_ROUNDS = 3
 HOPELESS = 4.0  # a contender this many times slower than the fastest stops after two rounds
 _MOST_REPEATS = 500
-_FOREIGN_SHARE = 0.1  # of one core, used by other processes: above, the round is disturbed
+FOREIGN_CORES = 0.1  # used by other processes: above, the round is disturbed
 _SETTLE_SECONDS = 0.002  # for another contender's threads to stop spinning
 
 
@@ -100,6 +100,7 @@ def alternate(
     *,
     always: tuple[str, ...] = (),
     processes: tuple[int, ...] = (),
+    foreign_cores: float = FOREIGN_CORES,
     read: Callable[[tuple[int, ...]], Ticks] = read_ticks,
 ) -> Rounds:
     """Time contenders that have run once already.
@@ -108,7 +109,9 @@ def alternate(
         contenders: by name. rounds: how many to keep.
         seconds: no further round starts after this many, once `FEWEST_ROUNDS` are kept.
         always: contenders that are never given up as hopeless.
-        processes: ids of other processes that work for a contender. read: where processor times come from.
+        processes: ids of other processes that work for a contender.
+        foreign_cores: what the rest of the machine may use before a round counts as disturbed.
+        read: where processor times come from.
     """
     started = time.perf_counter()
     repeats = {name: _repeats(turn) for name, turn in contenders.items()}
@@ -126,7 +129,7 @@ def alternate(
         result.stolen += stolen
         result.foreign += foreign
         # one clock tick (10 ms) either way is the resolution of these counters
-        if stolen > 0.015 or foreign > _FOREIGN_SHARE * elapsed + 0.02:
+        if stolen > 0.015 or foreign > foreign_cores * elapsed + 0.02:
             if result.discarded < rounds:
                 result.discarded += 1
                 continue

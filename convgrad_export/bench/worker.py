@@ -25,7 +25,15 @@ def answer(request: dict[str, Any], peer: OrtTraining | None) -> dict[str, Any]:
     operation, threads = request["operation"], request["threads"]
     if request["kind"] == "memory":
         return {"memory": measure_memory(operation, geometry, threads)}
-    return measure(operation, geometry, threads, rounds=request["rounds"], seconds=request["seconds"], peer=peer)
+    return measure(
+        operation,
+        geometry,
+        threads,
+        rounds=request["rounds"],
+        seconds=request["seconds"],
+        peer=peer,
+        foreign_cores=request["foreign_cores"],
+    )
 
 
 def main(arguments: list[str]) -> int:

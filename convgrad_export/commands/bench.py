@@ -44,6 +44,9 @@ def bench(
     retry_disturbed: Annotated[
         bool, typer.Option("--retry-disturbed", help="With --resume, measure again what had no quiet round.")
     ] = False,
+    foreign_cores: Annotated[
+        float, typer.Option(min=0.0, help="Cores that other work may use before a round counts as disturbed.")
+    ] = 0.1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     report: Annotated[Path | None, typer.Option(help="Measure nothing: print the tables of this result file.")] = None,
     plots: Annotated[Path | None, typer.Option(help="With --report, write PNG plots into this folder.")] = None,
@@ -76,8 +79,13 @@ def bench(
     here.pop("command")
     commit = here.pop("commit")
     results = open_results(output, here, resume=resume, overwrite=overwrite)
-    results.settings = {"rounds": rounds, "seconds": seconds, "allocator": run.KEEP_MEMORY}
-    settings = run.Settings(rounds, seconds, time_limit, ort_training_python, memory, retry_disturbed)
+    results.settings = {
+        "rounds": rounds,
+        "seconds": seconds,
+        "foreign_cores": foreign_cores,
+        "allocator": run.KEEP_MEMORY,
+    }
+    settings = run.Settings(rounds, seconds, time_limit, ort_training_python, memory, retry_disturbed, foreign_cores)
     with _progress(as_json) as show:
         outcome = run.run(items, results, output, settings, None if commit is None else str(commit), show)
     _show(results, outcome, [output], as_json=as_json)

@@ -63,6 +63,14 @@ def test_a_disturbed_round_is_taken_again(disturbance: Ticks, disturbed: bool) -
     assert (9000.0 in result.timings["a"].values) is not disturbed
 
 
+def test_other_work_can_be_allowed_for() -> None:
+    ticks = iter(range(1000))
+    result = alternate(
+        {"a": Contender("a", [], 0.01)}, 3, foreign_cores=1e9, read=lambda _: Ticks(0.0, float(next(ticks)), 0.0)
+    )
+    assert (result.kept, result.discarded, result.disturbed, result.foreign) == (3, 0, 0, 3.0)
+
+
 def test_a_machine_that_never_rests_is_measured_all_the_same_and_said_to_be_disturbed() -> None:
     ticks = iter(range(1000))
     result = alternate({"a": Contender("a", [], 0.01)}, rounds=3, read=lambda _: Ticks(float(next(ticks)), 0.0, 0.0))
