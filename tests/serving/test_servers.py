@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import Popen
+from subprocess import DEVNULL, Popen
 
 import ml_dtypes
 import numpy as np
@@ -176,8 +178,23 @@ def test_concurrent_clients_get_their_own_answers(server: Server, eager: torch.n
             client.close()
 
     expected = {(i, s): explain(eager, digits(1 + (i + s) % 4, seed=100 * i + s)) for i in range(8) for s in range(12)}
+    before = executions(server)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
+    if server.name == "triton":
+        requests, runs = (after - then for after, then in zip(executions(server), before, strict=True))
+        assert requests == 96
+        assert runs < requests
+
+
+def executions(server: Server) -> tuple[int, int]:
+    """Requests answered by the Grad-CAM model, and runs of it, as Triton counts them."""
+    if server.name != "triton":
+        return 0, 0
+    client = server.client("http")
+    (stats,) = client.client.get_inference_statistics(CAM)["model_stats"]
+    client.close()
+    return stats["inference_stats"]["success"]["count"], stats["execution_count"]
 
 
 WRONG = {
@@ -315,6 +332,29 @@ def test_a_restart_loses_nothing_and_finds_what_was_added(name: str, tmp_path: P
         assert process.returncode == 0
     assert np.array_equal(answers[0], answers[1])
     np.testing.assert_allclose(answers[2], 3 * answers[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["triton", "mlserver"])
+def test_the_command_serves_until_it_is_told_to_stop(name: str, eager: torch.nn.Module) -> None:
+    http_port, grpc_port = launch.free_ports(2)
+    line = [sys.executable, "-m", "convgrad_export", "serve", str(REPOSITORY), "--server", name]
+    line += ["--python", environment(name), "--http-port", str(http_port), "--grpc-port", str(grpc_port)]
+    address = launch.Address("127.0.0.1", http_port, grpc_port)
+    with Popen(line, stdout=DEVNULL, stderr=DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 90
+            while not launch.is_ready(address):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            client = Client("http", address, binary=name == "triton")
+            assert_explained(client.infer(CAM, {"x": digits(2)}, ["scores", "cam"]), explain(eager, digits(2)))
+            client.close()
+            process.terminate()
+            assert process.wait(60) == 0
+        finally:
+            launch.stop(process)
+    assert not launch.is_ready(address)
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
