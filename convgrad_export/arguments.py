@@ -12,6 +12,8 @@ from typing import Any
 
 from .errors import ArgumentTypeError, GeometryError
 
+_LARGEST = 2**63 - 1
+
 
 def is_symbolic(value: Any) -> bool:
     """True for a tracer's symbolic integer or a dimension name, False for a plain integer."""
@@ -31,6 +33,8 @@ def as_int(value: Any, name: str, minimum: int | None = None) -> Any:
     result = int(value)
     if minimum is not None and result < minimum:
         raise GeometryError(f"{name} is {result}, expected at least {minimum}")
+    if abs(result) > _LARGEST:
+        raise GeometryError(f"{name} is {result}, expected at most {_LARGEST}: ONNX stores 64-bit integers")
     return result
 
 
@@ -38,6 +42,22 @@ def as_bool(value: Any, name: str) -> bool:
     if isinstance(value, bool) or (isinstance(value, numbers.Integral) and int(value) in (0, 1)):
         return bool(value)
     raise ArgumentTypeError(f"{name} is {value!r} ({type(value).__name__}), expected True or False")
+
+
+def as_mask(value: Any, name: str = "output_mask") -> tuple[bool, bool, bool]:
+    """Three booleans: input, weight, bias.
+
+    Raises:
+        ArgumentTypeError: no sequence, or of other things than booleans. GeometryError: not three.
+    """
+    if not _is_sequence(value):
+        raise ArgumentTypeError(
+            f"{name} is {value!r} ({type(value).__name__}), expected three booleans: input, weight, bias"
+        )
+    if len(value) != 3:
+        raise GeometryError(f"{name} is {tuple(value)}, expected three booleans: input, weight, bias")
+    first, second, third = (as_bool(item, f"{name}[{index}]") for index, item in enumerate(value))
+    return first, second, third
 
 
 def as_groups(value: Any) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import dtypes
-from .arguments import as_bool, as_int
+from .arguments import as_bool, as_int, as_mask
 from .emit.dynamic import emit_dynamic_model
 from .emit.onnx import MAX_OPSET, MIN_OPSET, GradientRequest, emit_model
 from .errors import ArgumentTypeError, GeometryError, UnsupportedLoweringError
@@ -250,9 +250,7 @@ def _dynamic(dynamic: Any) -> tuple[str, ...]:
 def _masked(op: Operator, output_mask: Sequence[bool]) -> tuple[str, ...]:
     if op.name != CONVOLUTION_BACKWARD:
         return op.gradients
-    if len(output_mask) != 3:
-        raise GeometryError(f"output_mask is {tuple(output_mask)}, expected three booleans: input, weight, bias")
-    wanted = [as_bool(value, f"output_mask[{index}]") for index, value in enumerate(output_mask)]
+    wanted = as_mask(output_mask)
     gradients = tuple(name for name, want in zip(op.gradients, wanted, strict=True) if want)
     if not gradients:
         raise GeometryError("output_mask leaves out all three gradients, expected at least one True")

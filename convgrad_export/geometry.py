@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 from .arguments import as_bool, as_groups, as_padding, as_shape, as_sizes, is_symbolic
 from .errors import GeometryError
+from .geometry_checks import check_channels, check_output_padding, check_ranks, output_size_of_axis, shown
 
 Size: TypeAlias = Any  # int, or a tracer's symbolic integer
 Sizes: TypeAlias = tuple[Size, ...]
@@ -128,19 +129,19 @@ class ConvGeometry:
         """
         input_shape = as_shape(input_shape, names[0], allow_name=True)
         weight_shape = as_shape(weight_shape, names[1])
-        spatial = _check_ranks(input_shape, weight_shape, rank, names)
+        spatial = check_ranks(input_shape, weight_shape, rank, names)
         transposed = as_bool(transposed, "transposed")
         strides = as_sizes(stride, spatial, "stride", minimum=1)
         dilations = as_sizes(dilation, spatial, "dilation", minimum=1)
         extra = as_sizes(output_padding, spatial, "output_padding", minimum=0)
         groups = as_groups(groups)
-        _check_channels(input_shape, weight_shape, groups, transposed, names)
+        check_channels(input_shape, weight_shape, groups, transposed, names)
         kernel = tuple(weight_shape[2:])
         pads = as_padding(padding, kernel, strides, dilations)
-        _check_output_padding(extra, strides, dilations, transposed)
+        check_output_padding(extra, strides, dilations, transposed)
         sizes = tuple(input_shape[2:])
         output = tuple(
-            _output_size(axis, size, k, s, pair, d, more, transposed)
+            output_size_of_axis(axis, size, k, s, pair, d, more, transposed)
             for axis, (size, k, s, pair, d, more) in enumerate(
                 zip(sizes, kernel, strides, pads, dilations, extra, strict=True)
             )
@@ -197,7 +198,7 @@ class ConvGeometry:
         expected = geometry.output_shape
         if len(given) != len(expected):
             raise GeometryError(
-                f"{names[0]} has {len(given)} dimensions {_text(given)}, expected {len(expected)}: {_text(expected)}"
+                f"{names[0]} has {len(given)} dimensions {shown(given)}, expected {len(expected)}: {shown(expected)}"
             )
         labels = ("batch", "channels", *(f"spatial axis {axis}" for axis in range(geometry.rank)))
         for label, got, want in zip(labels, given, expected, strict=True):
@@ -206,7 +207,7 @@ class ConvGeometry:
             if got != want:
                 raise GeometryError(
                     f"{names[0]} {label} is {got}, expected {want}: a forward call with {geometry.describe()} "
-                    f"gives an output of shape {_text(expected)}, {names[0]} has shape {_text(given)}"
+                    f"gives an output of shape {shown(expected)}, {names[0]} has shape {shown(given)}"
                 )
         return geometry
 
@@ -365,7 +366,7 @@ class ConvGeometry:
 
     def describe(self) -> str:
         """One line for error messages and tables: shapes and every attribute that is not at its default."""
-        parts = [f"input {_text(self.input_shape)}", f"weight {_text(self.weight_shape)}"]
+        parts = [f"input {shown(self.input_shape)}", f"weight {shown(self.weight_shape)}"]
         symmetric = all(lo == hi for lo, hi in self.pads)
         attributes: list[tuple[str, Any, bool]] = [
             ("stride", self.stride, any(s != 1 for s in self.stride)),
@@ -376,89 +377,3 @@ class ConvGeometry:
         ]
         parts += [f"{name} {value}" for name, value, shown in attributes if shown]
         return ("transposed, " if self.transposed else "") + ", ".join(parts)
-
-
-def _text(shape: Sequence[Size]) -> str:
-    return "(" + ", ".join(str(size) for size in shape) + ")"
-
-
-def _check_ranks(input_shape: Sizes, weight_shape: Sizes, rank: int | None, names: tuple[str, str]) -> int:
-    for shape, name in ((input_shape, names[0]), (weight_shape, names[1])):
-        spatial = len(shape) - 2
-        if rank is not None and spatial != rank:
-            raise GeometryError(
-                f"{name} has {len(shape)} dimensions {_text(shape)}, expected {rank + 2}: (batch or output channels, "
-                f"channels, {rank} spatial). Add the batch dimension to an unbatched tensor."
-            )
-        if not 1 <= spatial <= 3:
-            raise GeometryError(
-                f"{name} has {len(shape)} dimensions {_text(shape)}, expected 3, 4 or 5 "
-                f"(a convolution over 1, 2 or 3 spatial axes)"
-            )
-    if len(input_shape) != len(weight_shape):
-        raise GeometryError(
-            f"{names[0]} {_text(input_shape)} and {names[1]} {_text(weight_shape)} have different numbers of dimensions"
-        )
-    return len(input_shape) - 2
-
-
-def _check_channels(
-    input_shape: Sizes, weight_shape: Sizes, groups: int, transposed: bool, names: tuple[str, str]
-) -> None:
-    for axis, size in enumerate(weight_shape):
-        if size < 1:
-            raise GeometryError(
-                f"{names[1]} dimension {axis} is {size}, expected at least 1; shape {_text(weight_shape)}"
-            )
-    for axis, size in enumerate(input_shape[1:], start=1):
-        if size < 1:
-            raise GeometryError(
-                f"{names[0]} dimension {axis} is {size}, expected at least 1; shape {_text(input_shape)}"
-            )
-    channels, first, second = input_shape[1], weight_shape[0], weight_shape[1]
-    if first % groups != 0:
-        raise GeometryError(f"groups is {groups}, expected a divisor of {names[1]} dimension 0, which is {first}")
-    if transposed and channels != first:
-        raise GeometryError(
-            f"{names[0]} has {channels} channels, expected {first}, dimension 0 of the transposed {names[1]} "
-            f"{_text(weight_shape)}"
-        )
-    if not transposed and channels != second * groups:
-        raise GeometryError(
-            f"{names[0]} has {channels} channels, expected {second * groups}: groups {groups} times {second}, "
-            f"dimension 1 of {names[1]} {_text(weight_shape)}"
-        )
-
-
-def _check_output_padding(
-    output_padding: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], transposed: bool
-) -> None:
-    for axis, (extra, s, d) in enumerate(zip(output_padding, stride, dilation, strict=True)):
-        if extra and not transposed:
-            raise GeometryError(f"output_padding is {output_padding}, expected 0: only a transposed convolution has it")
-        if extra >= max(s, d) and transposed:
-            raise GeometryError(
-                f"output_padding on spatial axis {axis} is {extra}, expected less than the larger of stride {s} and "
-                f"dilation {d}"
-            )
-
-
-def _output_size(
-    axis: int, size: Size, k: Size, s: int, pads: tuple[Size, Size], d: int, extra: int, transposed: bool
-) -> Size:
-    lo, hi = pads
-    extent = d * (k - 1) + 1
-    if transposed:
-        output = (size - 1) * s - lo - hi + extent + extra
-        if output < 1:
-            raise GeometryError(
-                f"spatial axis {axis}: the output would have {output} elements, expected at least 1; input {size}, "
-                f"kernel {k}, stride {s}, padding {pads}, dilation {d}, output_padding {extra}"
-            )
-        return output
-    if size + lo + hi < extent:
-        raise GeometryError(
-            f"spatial axis {axis}: the kernel spans {extent} elements (size {k}, dilation {d}), more than the padded "
-            f"input's {size + lo + hi} (size {size}, padding {pads}); pad more or take a smaller kernel"
-        )
-    return (size + lo + hi - extent) // s + 1

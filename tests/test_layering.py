@@ -15,6 +15,7 @@ PACKAGE = Path(convgrad_export.__file__).parent
 LAYERS = [
     ["errors"],
     ["arguments", "dtypes", "files", "operators"],
+    ["geometry_checks"],
     ["geometry"],
     ["functions", "lowering"],
     ["accuracy"],

@@ -15,15 +15,27 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+def printed(code: str) -> str | None:
+    """The output that the README shows below a Python block."""
+    found = re.match(r"\n*prints\n*```text\n(.*?)^```", README.split(f"```python\n{code}```", 1)[1], re.M | re.S)
+    return found[1] if found else None
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.strip().splitlines()[-1][:40])
-def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "block.py").write_text(code)  # torch reads the sources of what it scripts
     exec(compile(code, str(tmp_path / "block.py"), "exec"), {"__name__": "readme"})
+    shown = printed(code)
+    assert shown is None or capsys.readouterr().out == shown
+
+
+def test_an_example_shows_its_output() -> None:
+    assert any(printed(code) for code in blocks("python"))
 
 
 def test_convgrad_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

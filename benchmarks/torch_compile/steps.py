@@ -1,10 +1,11 @@
 """Compiled training steps with and without the pass, beside eager and onnxruntime.
 
-    python -m benchmarks.torch_compile.steps [--networks NAME ...] [--threads 1 2] [--rounds 7]
+    python -m benchmarks.torch_compile.steps [--networks NAME ...] [--threads 1 2] [--rounds 7] [--table]
 
 Each step is forward, mean square loss and backward into the parameters' gradients. The gradients of every backend are
 compared with eager float64 before anything is timed; an error over 4 times PyTorch's own (eager or Inductor) fails.
-Contenders alternate within one process. Writes steps.json beside this file. Needs torchvision.
+Contenders alternate within one process. Writes steps.json beside this file, in which rows that were not measured anew
+stay, and README.md from it; --table writes README.md alone. Needs torchvision.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.environment import environment
@@ -28,6 +27,7 @@ from convgrad_export.integrations.compile_backend import convgrad, convgrad_ort
 from tests.networks import declare_torchvision_operators
 
 RESULT = Path(__file__).parent / "steps.json"
+README = Path(__file__).parent / "README.md"
 
 
 def _vision(name: str) -> nn.Module:
@@ -117,15 +117,36 @@ def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
     return {"network": name, "shape": shape, "threads": threads, "errors": errors, "times": rounds_of(steps, rounds)}
 
 
-def table(results: list[dict[str, Any]]) -> Table:
-    shown = Table(title="training step, median ms (time of inductor / time)")
-    for column in ("network", "input", "threads", *BACKENDS):
-        shown.add_column(column)
-    for result in results:
-        medians = {name: timing["median_ms"] for name, timing in result["times"].items()}
-        cells = [f"{value:.1f} ({medians['inductor'] / value:.2f})" for value in medians.values()]
-        shown.add_row(result["network"], "x".join(map(str, result["shape"])), str(result["threads"]), *cells)
-    return shown
+HEAD = """# Training steps under torch.compile
+
+One step is forward, mean square loss and backward into every parameter's gradient, float32. `inductor` is
+`torch.compile` alone, which calls PyTorch's convolution_backward; `convgrad` is the same with the pass; `convgrad_ort`
+runs both graphs on onnxruntime. Median milliseconds of {rounds} alternating rounds in one process; in brackets the
+minima's ratio inductor / backend, above 1 where the backend is faster. Before timing, every backend's gradients are
+compared with eager float64.
+
+{cpu}, {cores} cores, {versions}. Written by `python -m benchmarks.torch_compile.steps`; the figures are in
+[steps.json](steps.json), those of single layers, which the rules in `selection/aten_policy.py` rest on, in
+[layers.json](layers.json).
+
+"""
+
+
+def readme(record: dict[str, Any]) -> str:
+    """The record as Markdown."""
+    environment = record["environment"]
+    versions = ", ".join(f"{name} {environment['versions'][name]}" for name in ("torch", "onnxruntime"))
+    kept = sorted({timing["rounds"] for result in record["results"] for timing in result["times"].values()})
+    rounds = str(kept[0]) if len(kept) == 1 else f"{kept[0]} to {kept[-1]}"
+    text = HEAD.format(cpu=environment["cpu"], cores=environment["cores"], versions=versions, rounds=rounds)
+    columns = ("network", "input", "threads", *BACKENDS)
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for result in record["results"]:
+        base = result["times"]["inductor"]["min_ms"]
+        cells = [result["network"], "x".join(map(str, result["shape"])), str(result["threads"])]
+        cells += [f"{timing['median_ms']:.1f} ({base / timing['min_ms']:.2f})" for timing in result["times"].values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return text + "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -133,15 +154,22 @@ def main() -> int:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--table", action="store_true", help="write README.md from steps.json, measure nothing")
     options = parser.parse_args()
-    results = []
-    for name in options.networks:
-        for threads in options.threads:
-            results.append(measure(name, threads, options.rounds))
-            times = {key: round(value["median_ms"], 1) for key, value in results[-1]["times"].items()}
-            print(name, threads, times, file=sys.stderr, flush=True)
-    RESULT.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
-    Console(width=120).print(table(results))
+    if not options.table:
+        rows = json.loads(RESULT.read_text())["results"] if RESULT.exists() else []
+        measured = {(row["network"], row["threads"]): row for row in rows}
+        for name in options.networks:
+            for threads in options.threads:
+                row = measure(name, threads, options.rounds)
+                measured[name, threads] = row
+                times = {key: round(value["median_ms"], 1) for key, value in row["times"].items()}
+                print(name, threads, times, file=sys.stderr, flush=True)
+        order = list(NETWORKS)
+        results = sorted(measured.values(), key=lambda row: (order.index(row["network"]), row["threads"]))
+        RESULT.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+    README.write_text(readme(json.loads(RESULT.read_text())))
+    print(README.read_text())
     return 0
 
 

@@ -20,7 +20,10 @@ def build(
     input_shape: options.InputShape = None,
     weight_shape: options.WeightShape = None,
     layer: Annotated[
-        Path | None, typer.Option(help="Take the geometry from a saved PyTorch program (.pt2) or .safetensors weights.")
+        Path | None,
+        typer.Option(
+            help="Take the geometry from a torch.export program (.pt2), or from saved weights (.safetensors, .pt)."
+        ),
     ] = None,
     layer_name: Annotated[str | None, typer.Option(help="Name of the convolution (or its weight) in --layer.")] = None,
     stride: options.Stride = "1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from ..errors import GeometryError, ModelFileError
 def layer_geometry(path: Path, name: str | None, input_shape: tuple[int, ...] | None) -> dict[str, Any]:
     """Arguments of `build_model` that the file determines.
 
-    A ``.safetensors`` file gives the weight's shape; a ``.pt2`` program of torch.export gives everything.
+    A ``.safetensors`` file or a saved state_dict gives the weight's shape; a ``.pt2`` program of torch.export gives
+    everything.
 
     Args:
         name: of the weight (``layer1.0.conv1.weight`` or without ``.weight``); may be None when there is only one.
-        input_shape: what the caller gave; a safetensors file does not know it.
+        input_shape: what the caller gave; a file of weights does not know it.
 
     Raises:
         ModelFileError: missing, of another kind, or unreadable. GeometryError: no such convolution, or several.
@@ -24,11 +26,13 @@ def layer_geometry(path: Path, name: str | None, input_shape: tuple[int, ...] | 
         raise ModelFileError(f"--layer {path} does not exist")
     if path.suffix == ".safetensors":
         return _from_safetensors(path, name, input_shape)
+    if path.suffix in (".pt", ".pth", ".bin"):
+        return _from_state_dict(path, name, input_shape)
     if path.suffix == ".pt2":
         return _from_program(path, name)
     raise ModelFileError(
-        f"--layer {path}: expected a .safetensors file or a torch.export program (.pt2). A .pt file is a pickle, which "
-        f"can run code when it is opened: save the weights with safetensors.torch.save_file instead"
+        f"--layer {path}: expected a .safetensors file, a state_dict saved by torch.save (.pt, .pth, .bin), or a "
+        f"torch.export program (.pt2)"
     )
 
 
@@ -40,6 +44,29 @@ def _from_safetensors(path: Path, name: str | None, input_shape: tuple[int, ...]
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ModelFileError(f"--layer {path} is not a safetensors file, or is truncated: {error}") from error
+    return _weight_shape(shapes, name, path, input_shape)
+
+
+def _from_state_dict(path: Path, name: str | None, input_shape: tuple[int, ...] | None) -> dict[str, Any]:
+    """Tensors only: torch's restricted unpickler runs no code from the file."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a foreign or truncated archive
+        raise ModelFileError(
+            f"--layer {path} is not a state_dict: {str(error).splitlines()[0]}. A file that holds more than tensors "
+            f"can run code when it is opened: save module.state_dict(), or torch.export.save(torch.export.export(...))"
+        ) from error
+    if not isinstance(state, dict):
+        raise ModelFileError(f"--layer {path} holds a {type(state).__name__}, expected a state_dict")
+    shapes = {str(key): tuple(value.shape) for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return _weight_shape(shapes, name, path, input_shape)
+
+
+def _weight_shape(
+    shapes: dict[str, tuple[int, ...]], name: str | None, path: Path, input_shape: tuple[int, ...] | None
+) -> dict[str, Any]:
     weights = {key: shape for key, shape in shapes.items() if 3 <= len(shape) <= 5}
     chosen = _pick(weights, name, path)
     if input_shape is None:
@@ -50,6 +77,8 @@ def _from_safetensors(path: Path, name: str | None, input_shape: tuple[int, ...]
 def _from_program(path: Path, name: str | None) -> dict[str, Any]:
     import torch
 
+    if not zipfile.is_zipfile(path):  # torch would log a traceback first
+        raise ModelFileError(f"--layer {path} is not a torch.export program, or is truncated: it is no zip archive")
     try:
         program = torch.export.load(str(path))
     except Exception as error:  # torch raises many kinds for a foreign or truncated archive

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import dtypes
-from ..arguments import as_bool, as_sizes
+from ..arguments import as_bool, as_mask, as_sizes
 from ..emit.aten import run_function, run_lowering, run_transposed_input
 from ..errors import ArgumentTypeError, DeviceError, DTypeError, GeometryError
 from ..geometry import ConvGeometry
@@ -90,18 +90,14 @@ def read_call(
         transposed=transposed,
         output_padding=[_example(value) for value in output_padding] if transposed else 0,
     )
-    if len(output_mask) != 3:
-        raise GeometryError(f"output_mask is {tuple(output_mask)}, expected three booleans: input, weight, bias")
-    wanted = [as_bool(value, f"output_mask[{index}]") for index, value in enumerate(output_mask)]
+    wanted = as_mask(output_mask)
     if wanted[2] and bias_sizes is not None and [_example(size) for size in bias_sizes] != [geometry.out_channels]:
         raise GeometryError(
             f"bias_sizes is {list(bias_sizes)}, expected [{geometry.out_channels}]: one for each output channel"
         )
     fixed = [*input.shape[1:], *weight.shape, *grad_output.shape[1:]]
     dynamic = any(_is_symbolic(size) for size in fixed)
-    return ConvolutionCall(
-        geometry, dynamic, (wanted[0], wanted[1], wanted[2]), found["grad_output"], grad_output.device.type
-    )
+    return ConvolutionCall(geometry, dynamic, wanted, found["grad_output"], grad_output.device.type)
 
 
 def plan(call: ConvolutionCall, lowering: str = AUTO, gradients: Sequence[str] | None = None) -> Plan:

@@ -13,10 +13,10 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from .. import dtypes
-from ..arguments import as_bool, as_shape
-from ..errors import ArgumentTypeError, DeviceError, DTypeError, GeometryError
+from ..arguments import as_mask, as_shape
+from ..errors import ArgumentTypeError, DeviceError, DTypeError, GeometryError, UnsupportedLoweringError
 from ..geometry import ConvGeometry
-from ..lowering import preferred_opset
+from ..lowering import GRADIENTS, LOWERINGS, candidates, preferred_opset
 from ..selection.policy import AUTO, choose
 from . import tensors
 from .cuda_options import CudaOptions
@@ -124,6 +124,7 @@ def _input_gradient(rank: int) -> InputGradient:
             rank=rank,
             names=("grad_output", "input_size", "weight"),
         )
+        _check_lowering(lowering, ("input",))
         operands = {"weight": weight, "grad_output": grad_output}
         return differentiable(geometry, ("input",), operands, lowering, providers)["input"]
 
@@ -156,6 +157,7 @@ def _weight_gradient(rank: int) -> WeightGradient:
             rank=rank,
             names=("grad_output", "input", "weight_size"),
         )
+        _check_lowering(lowering, ("weight",))
         operands = {"input": input, "grad_output": grad_output}
         return differentiable(geometry, ("weight",), operands, lowering, providers)["weight"]
 
@@ -220,16 +222,15 @@ def convolution_backward(
         transposed=transposed,
         output_padding=output_padding,
     )
-    if len(output_mask) != 3:
-        raise GeometryError(f"output_mask is {tuple(output_mask)}, expected three booleans: input, weight, bias")
-    mask = [as_bool(value, f"output_mask[{index}]") for index, value in enumerate(output_mask)]
+    mask = as_mask(output_mask)
     if bias_sizes is not None and (mask[2] or tuple(bias_sizes) != (0,)):
         given = as_shape(bias_sizes, "bias_sizes")
         if given != (geometry.out_channels,):
             raise GeometryError(
                 f"bias_sizes is {given}, expected ({geometry.out_channels},): one for each output channel"
             )
-    gradients = tuple(name for name, wanted in zip(("input", "weight", "bias"), mask, strict=True) if wanted)
+    gradients = tuple(name for name, wanted in zip(GRADIENTS, mask, strict=True) if wanted)
+    _check_lowering(lowering, GRADIENTS)
     if not gradients:
         return (None, None, None)
     results = differentiable(geometry, gradients, operands, lowering, providers)
@@ -273,10 +274,26 @@ def _as_array(value: Any) -> Any:
     return value if tensors.is_torch(value) else np.asarray(value)
 
 
+def _check_lowering(lowering: Any, gradients: Sequence[str]) -> None:
+    """A name that another gradient's lowering has would be passed over in silence; the policy checks the rest."""
+    if not isinstance(lowering, str):
+        raise ArgumentTypeError(f"lowering is {lowering!r} ({type(lowering).__name__}), expected a string")
+    entry = LOWERINGS.get(lowering)
+    if entry is not None and entry.gradient not in gradients:
+        names = ", ".join(other.name for gradient in gradients for other in candidates(gradient))
+        raise UnsupportedLoweringError(
+            f"lowering {lowering!r} computes the {entry.gradient} gradient, expected one of {AUTO}, {names}"
+        )
+
+
 def _check_operands(operands: dict[str, Any]) -> None:
     for name, value in operands.items():
         if not tensors.is_torch(value) and not tensors.is_array(value):
             raise ArgumentTypeError(f"{name} is a {type(value).__name__}, expected a torch tensor or a numpy array")
+        if isinstance(value, np.ma.MaskedArray):
+            raise ArgumentTypeError(f"{name} is a masked array, expected a plain one: call .filled() first")
+        if tensors.is_torch(value) and value.is_nested:
+            raise ArgumentTypeError(f"{name} is a nested tensor, expected a dense one: call .to_padded_tensor() first")
     if len({tensors.is_torch(value) for value in operands.values()}) > 1:
         kinds = ", ".join(f"{name} is a {type(value).__name__}" for name, value in operands.items())
         raise ArgumentTypeError(f"{kinds}: expected all torch tensors or all numpy arrays")

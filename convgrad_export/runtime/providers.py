@@ -50,6 +50,8 @@ def resolve(providers: Providers, default: str = CPU) -> list[tuple[str, dict[st
         providers = [default]
     elif isinstance(providers, (str, CudaOptions)) or _is_pair(providers):
         providers = [providers]  # type: ignore[list-item]
+    if not isinstance(providers, Sequence):
+        raise ArgumentTypeError(f"providers is {providers!r} ({type(providers).__name__}), expected a name or names")
     resolved = []
     for entry in providers:
         if isinstance(entry, CudaOptions):

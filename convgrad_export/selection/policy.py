@@ -137,6 +137,10 @@ def choose(
         UnsupportedLoweringError: the named lowering is unknown, does not apply, or exceeds `max_workspace`, or none
             is left. GeometryError: `max_workspace` with an open batch. TuningCacheError: as `tuned.tuned_name`.
     """
+    if not max_error_factor >= DIRECT:  # NaN too
+        raise UnsupportedLoweringError(
+            f"max_error_factor is {max_error_factor}, expected at least {DIRECT}: no form is better than the direct one"
+        )
     named = LOWERINGS.get(lowering)
     if not is_way(lowering) and (named is None or named.gradient == gradient):
         entry = by_name(lowering, gradient, geometry, dtype, provider, opset)

@@ -141,6 +141,12 @@ def test_the_geometry_of_a_saved_layer(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--input-shape is missing" in capsys.readouterr().err
     assert main(["build", "conv2d_weight", "--layer", str(weights), "--input-shape", "1,4,8,8", "-o", str(out)]) == 0
 
+    state = tmp_path / "layer.pt"
+    torch.save({"conv.weight": torch.zeros(6, 4, 3, 3), "conv.bias": torch.zeros(6)}, state)
+    same = tmp_path / "same.onnx"
+    assert main(["build", "conv2d_weight", "--layer", str(state), "--input-shape", "1,4,8,8", "-o", str(same)]) == 0
+    assert same.read_bytes() == out.read_bytes()
+
     network = torch.nn.Sequential(
         torch.nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2),
         torch.nn.ConvTranspose2d(6, 4, 3, stride=2, output_padding=1),
@@ -158,15 +164,29 @@ def test_the_geometry_of_a_saved_layer(tmp_path: Path, capsys: pytest.CaptureFix
     assert (geometry["groups"], geometry["stride"], geometry["padding"]) == (2, [2, 2], [[1, 1], [1, 1]])
 
 
-@pytest.mark.parametrize("name", ["weights.pt", "broken.safetensors", "broken.pt2", "absent.pt2"])
+@pytest.mark.parametrize("name", ["broken.pt", "broken.safetensors", "broken.pt2", "absent.pt2", "layer.txt"])
 def test_layer_files_that_cannot_be_read_are_refused(name: str, tmp_path: Path, capsys) -> None:
     path = tmp_path / name
     if not name.startswith("absent"):
         path.write_bytes(b"\x80\x04 pickled or broken")
     assert main(["build", "conv2d_weight", "--layer", str(path), "-o", str(tmp_path / "x.onnx")]) == 2
-    message = capsys.readouterr().err
+    (message,) = capsys.readouterr().err.splitlines()
     assert name in message
-    assert ("pickle" in message) == name.endswith(".pt")
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("opened"),))
+
+
+def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": torch.zeros(6, 4, 3, 3), "trap": RunsCode()}, "layer.pt")
+    command = ["build", "conv2d_weight", "--layer", "layer.pt", "--input-shape", "1,4,8,8", "-o", "x.onnx"]
+    assert main(command) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert "save module.state_dict()" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["layer.pt"]
 
 
 def test_a_full_disk_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
