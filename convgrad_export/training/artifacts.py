@@ -34,6 +34,7 @@ from .optimizers import SGD, AdamW, ResolvedOptimizer, resolve_optimizer
 from .randomness import SeededRandomness
 from .step import drop_input, refuse_unseeded_randomness
 from .step_arguments import split_batch, split_shapes, trainable_parameters
+from .update import apply_rules
 
 RESET, LEARNING_RATE, SEED, STEP = "lazy_reset_grad", "learning_rate", "seed", "step"
 GRADIENT = ".grad"
@@ -294,20 +295,12 @@ def _optimizer_program(optimizer: ResolvedOptimizer, parameters: Mapping[str, Te
         step = values[STEP] + 1
         outputs = [TracedOutput(GraphOutput(f"{STEP}.updated", "buffer", STEP), step)]
         with torch.no_grad():
-            for name in parameters:
-                rule = optimizer.rules.get(name)
-                if rule is None:
-                    continue
-                old = {key: values[f"{name}.{key}"] for key in rule.optimizer.initial_state(values[name])}
-                scaled = values[LEARNING_RATE].to(values[name].dtype) * rule.learning_rate_scale
-                new, new_state = rule.optimizer.update(
-                    values[name], values[f"{name}{GRADIENT}"], old, scaled, step.to(torch.float64)
-                )
+            gradients = {name: values[f"{name}{GRADIENT}"] for name in parameters}
+            for name, (new, new_state) in apply_rules(gradients, values, optimizer, step.to(torch.float64)).items():
                 outputs.append(TracedOutput(GraphOutput(f"{name}.updated", "buffer", name), new))
                 for key, tensor in new_state.items():
-                    outputs.append(
-                        TracedOutput(GraphOutput(f"{name}.{key}.updated", "buffer", f"{name}.{key}"), tensor)
-                    )
+                    target = f"{name}.{key}"
+                    outputs.append(TracedOutput(GraphOutput(f"{target}.updated", "buffer", target), tensor))
         return outputs
 
     return trace_function(traced, specs, decompositions=onnx_decompositions(opset))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -76,6 +77,27 @@ def test_parameter_groups_keep_their_options_and_learning_rates() -> None:
         theirs.step()
     for name, value in eager.named_parameters():
         torch.testing.assert_close(torch.from_numpy(session.state()[name]), value.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_short_vectors_are_updated_together_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One node for all biases and scales of a rule instead of one each; the state is that of single updates."""
+    from convgrad_export.training import update
+
+    data = batches(3)
+    found = []
+    for longest in (4096, 0):
+        monkeypatch.setattr(update, "_SHORT", longest)
+        report = cg.export_training_step(small_network(), "cross_entropy", "adam", data[0])
+        session = cg.TrainingSession(report.model, report.state, threads=1)
+        for x, y in data:
+            session.step(x.numpy(), y.numpy())
+        found.append((report.operators["Sqrt"], session.state()))
+    (together, state), (single, expected) = found
+    vectors = sum(p.dim() == 1 for p in small_network().parameters())
+    assert together == single - (vectors - 1)
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(state[name], value, err_msg=name)
 
 
 def test_a_custom_update_function_with_state() -> None:

@@ -134,7 +134,7 @@ except cg.OutputPathError as error:
 
 
 def test_a_process_killed_while_it_saves_leaves_a_complete_checkpoint(step_file: Path, tmp_path: Path) -> None:
-    """SIGKILL at twelve moments of a loop that saves without a pause; the file loads every time."""
+    """SIGKILL at eight moments of a loop that saves without a pause; the file loads every time."""
     path = tmp_path / "state.safetensors"
     code = f"""
 import numpy as np, convgrad_export as cg
@@ -147,7 +147,7 @@ while True:
     session.save({str(path)!r})
 """
     steps = []
-    for moment in range(12):
+    for moment in range(8):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
