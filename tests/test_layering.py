@@ -18,7 +18,7 @@ LAYERS = [
     ["geometry_checks"],
     ["geometry"],
     ["functions", "lowering"],
-    ["accuracy"],
+    ["accuracy", "web_target"],
     ["emit"],
     ["selection"],
     ["runtime"],

@@ -1,4 +1,4 @@
-"""`convgrad check`: models of ours against float64 autograd."""
+"""`convgrad check`: models of ours against float64 autograd, or any model against a target that shall load it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,22 @@ def register(app: typer.Typer) -> None:
 def check(
     paths: Annotated[list[Path], typer.Argument(help="Model files, or folders of them.")],
     seed: Annotated[int, typer.Option(help="Of the random data.")] = 0,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="web or webgpu: instead name what keeps any ONNX model from loading in onnxruntime-web's WebAssembly "
+            "build, or in its WebGPU build."
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Compare models with float64 autograd, on integer-valued data (exactly) and on random data (within the bound)."""
+    files = [file for path in paths for file in _model_files(path)]
+    if target is not None:
+        _check_target(files, target, as_json)
+        return
     from ..model_check import check_model
 
-    files = [file for path in paths for file in _model_files(path)]
     checks = [result for file in files for result in check_model(file, seed=seed)]
     failed = [result for result in checks if not result.passed]
     if as_json:
@@ -41,6 +51,39 @@ def check(
             table.add_row(*cells, f"{result.worst:.3f}", "yes" if result.exact else "no", verdict)
         options.print_table(table)
         typer.echo(f"{len(files)} models, {len(checks)} checks, {len(failed)} failed")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _check_target(files: list[Path], target: str, as_json: bool) -> None:
+    from ..web_target import check_target, check_web, measured
+
+    check_target(target)
+    reports = {str(file): check_web(file) for file in files}
+    failed = [name for name, report in reports.items() if report.against(target)]
+    if as_json:
+        entries = [
+            {
+                "model": name,
+                "passed": name not in failed,
+                "problems": [asdict(problem) for problem in report.problems],
+                "notes": report.notes,
+            }
+            for name, report in reports.items()
+        ]
+        options.print_json({"target": target, "passed": not failed, "models": entries})
+    else:
+        for name, report in reports.items():
+            against = report.against(target)
+            others = [problem for problem in report.problems if problem not in against]
+            typer.echo(f"{name}: {f'{len(against)} problems' if against else 'ok'}")
+            for problem in against:
+                typer.echo(f"  {problem}")
+            for problem in others:
+                typer.echo(f"  only with WebGPU: {problem}")
+            for note in report.notes:
+                typer.echo(f"  note: {note}")
+        typer.echo(f"{len(files)} models, {len(failed)} failed; measured with onnxruntime-web {measured()['version']}")
     if failed:
         raise typer.Exit(1)
 

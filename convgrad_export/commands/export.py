@@ -43,6 +43,9 @@ def export(
     verify: Annotated[bool, typer.Option(help="Compare with float64 eager before writing.")] = True,
     seed: Annotated[int, typer.Option(help="Of random weights and the example input.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    runs_on: Annotated[
+        str | None, typer.Option("--runs-on", help="web or webgpu: refuse what onnxruntime-web cannot load.")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Export gradients of a network by its dotted name, verified, with a report."""
@@ -65,6 +68,7 @@ def export(
         "lowering": lowering,
         "verify": verify,
         "overwrite": overwrite,
+        "target": runs_on,
         "progress": False if as_json else None,
     }
     sizes = _dynamic_axes(dynamic, x.dim())

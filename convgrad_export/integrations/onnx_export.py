@@ -24,6 +24,7 @@ from convgrad_export.integrations.translation import translate
 from convgrad_export.integrations.verification import verify as run_verification
 from convgrad_export.lowering import CPU
 from convgrad_export.selection.policy import AUTO
+from convgrad_export.web_target import check_target, require_web
 
 PathLike = str | os.PathLike[str]
 _PROTOBUF_LIMIT = 2**31 - 2**24
@@ -46,6 +47,7 @@ class _Settings:
     provider: str
     custom_translation_table: Mapping[Any, Callable[..., Any]] | None
     progress: bool | None
+    target: str | None
 
 
 def export(
@@ -68,6 +70,7 @@ def export(
     custom_translation_table: Mapping[Any, Callable[..., Any]] | None = None,
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     progress: bool | None = None,
+    target: str | None = None,
 ) -> ExportReport:
     """Export `module(*args, **kwargs)` as it stands; the forward may compute gradients.
 
@@ -94,6 +97,7 @@ def export(
         custom_translation_table: ATen overload to onnxscript function, as in torch.onnx.export.
         decompositions: ATen overload to Python function, applied before translation.
         progress: Show the step at work on the terminal; None shows it when standard error is one.
+        target: "web" or "webgpu": refuse nodes that onnxruntime-web's WebAssembly or WebGPU build cannot load.
 
     Returns:
         Names, operators, lowerings, errors and sizes, and the model.
@@ -118,6 +122,7 @@ def export(
         provider,
         custom_translation_table,
         progress,
+        target,
     )
     table = {**onnx_decompositions(opset_version), **(decompositions or {})}
     return _export(
@@ -152,6 +157,7 @@ def export_gradient(
     custom_translation_table: Mapping[Any, Callable[..., Any]] | None = None,
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     progress: bool | None = None,
+    target: str | None = None,
 ) -> ExportReport:
     """Export a scalar of the module's output together with its gradients.
 
@@ -173,8 +179,8 @@ def export_gradient(
         hessian_vector: Also take "<name>.vector" and return "<name>.hvp", Hessian times vector.
         return_outputs: Also return the forward's outputs.
         kwargs, dynamic_shapes, opset_version, verify, samples, input_names, output_names, external_data,
-        external_data_above, overwrite, lowering, provider, custom_translation_table, decompositions, progress: As for
-            `export`.
+        external_data_above, overwrite, lowering, provider, custom_translation_table, decompositions, progress, target:
+            As for `export`.
 
     Returns:
         As for `export`.
@@ -197,6 +203,7 @@ def export_gradient(
         provider,
         custom_translation_table,
         progress,
+        target,
     )
     table = {**onnx_decompositions(opset_version), **(decompositions or {})}
 
@@ -227,7 +234,9 @@ def export_gradient(
 
 def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> ExportReport:
     check_opset(settings.opset_version)
-    target = None if settings.path is None else saving.check_path(settings.path, settings.overwrite)
+    path = None if settings.path is None else saving.check_path(settings.path, settings.overwrite)
+    if settings.target is not None:
+        check_target(settings.target)
     seconds: dict[str, float] = {}
     with _steps(settings.progress, seconds) as step:
         step("capture")
@@ -243,23 +252,28 @@ def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> Exp
         step("optimize")
         model = finish(translation.model, opset=settings.opset_version)
         report = ExportReport(
-            path=target, opset=settings.opset_version, lowerings=translation.choices, model=model, **describe(model)
+            path=path, opset=settings.opset_version, lowerings=translation.choices, model=model, **describe(model)
         )
         weights = weight_bytes(model)
         if weights < _PROTOBUF_LIMIT:
             step("check")
-            check_model(ir.to_proto(model))
+            proto = ir.to_proto(model)
+            check_model(proto)
+            if settings.target is not None:
+                report.notes += require_web(proto, settings.target)
+        elif settings.target is not None:
+            report.notes.append(f"too large to be checked for {settings.target} here: convgrad check --target")
         if program.unused:
             report.notes.append(f"no gradient, the value does not depend on it: {', '.join(program.unused)}")
         if settings.verify:
             step("verify")
             _verify(program, report, settings)
         _rename(model, settings, report)
-        if target is not None:
+        if path is not None:
             step("write")
             report.sizes = saving.save(
                 model,
-                target,
+                path,
                 external_data=settings.external_data,
                 external_data_above=settings.external_data_above,
             )

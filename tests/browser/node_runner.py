@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +32,18 @@ needs_node = skip_without("node")
 needs_web = skip_without("web")
 
 
-def run_script(script: Path, *arguments: object, timeout: float = 120) -> str:
+def run_script(script: Path, *arguments: object, timeout: float = 120, flags: Sequence[str] = ()) -> str:
     """Standard output of a script of ours.
+
+    Args:
+        flags: of Node.js itself.
 
     Raises:
         AssertionError: it failed; the message is its standard error.
     """
     assert NODE is not None
     done = subprocess.run(
-        [NODE, str(script), *map(str, arguments)],
+        [NODE, *flags, str(script), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,

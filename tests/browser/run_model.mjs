@@ -6,7 +6,7 @@ import { fromOrt, readSafetensors, toOrt, writeSafetensors } from "../../example
 import { runtime } from "./runtime.mjs";
 
 const [kind, model, inputs, outputs] = process.argv.slice(2);
-const { ort, options } = runtime(kind);
+const { ort, options } = await runtime(kind);
 const bytes = readFileSync(inputs);
 const { tensors } = readSafetensors(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength));
 const session = await ort.InferenceSession.create(readFileSync(model), options);
