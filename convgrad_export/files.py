@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors import OutputExistsError, OutputPathError
@@ -61,3 +63,27 @@ def digest(root: Path, paths: Iterable[Path]) -> str:
         total.update(path.relative_to(root).as_posix().encode())
         total.update(path.read_bytes())
     return total.hexdigest()
+
+
+@contextlib.contextmanager
+def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """For files that belong together: a temporary folder whose files are renamed into `folder` when all are complete.
+
+    Raises:
+        OutputPathError: one of them could not be written (a full disk, say); what `folder` held before is still there.
+    """
+    target = Path(folder)
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=".staged.", dir=target))
+    except OSError as error:
+        raise OutputPathError(f"cannot write to {target}: {error.strerror or error}") from error
+    try:
+        yield temporary
+        for path in sorted(temporary.iterdir()):
+            path.replace(target / path.name)
+    except OSError as error:
+        if isinstance(error, OutputPathError):
+            raise
+        raise OutputPathError(f"cannot write to {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentTypeError
-from ..files import check_output, write_atomically
+from ..files import check_output, staged, write_atomically
 from ..integrations.arguments import CallArguments, named_tensors
 from ..integrations.capture import buffer_outputs, flat_output_names, state_inputs
 from ..integrations.decompositions import onnx_decompositions
@@ -129,23 +129,20 @@ def generate_artifacts(
     if optimizer is not None:
         chosen = resolve_optimizer(_optimizer(optimizer), parameters)
         programs["optimizer_model"] = _optimizer_program(chosen, parameters, opset_version)
-    for key, program in programs.items():
-        proto = _model(program, opset_version)
-        write_atomically(paths[key], proto.SerializeToString(deterministic=True), overwrite=overwrite)
+    protos = {key: _model(program, opset_version) for key, program in programs.items()}
     state = {spec.name: spec.value.detach() for spec in state_inputs(module)}
     if chosen is not None:
         for name, value in _optimizer_state(chosen, parameters).items():
             state[name] = value
-    save_checkpoint(
-        paths["checkpoint"],
-        state,
-        metadata={
-            "trained": "\n".join(parameters),
-            "parameters": "\n".join(spec.name for spec in state_inputs(module) if spec.kind == "parameter"),
-            "learning_rate": repr(chosen.learning_rate if chosen is not None else 1e-3),
-        },
-        overwrite=overwrite,
-    )
+    metadata = {
+        "trained": "\n".join(parameters),
+        "parameters": "\n".join(spec.name for spec in state_inputs(module) if spec.kind == "parameter"),
+        "learning_rate": repr(chosen.learning_rate if chosen is not None else 1e-3),
+    }
+    with staged(folder) as temporary:
+        for key, proto in protos.items():
+            write_atomically(temporary / paths[key].name, proto.SerializeToString(deterministic=True))
+        save_checkpoint(temporary / paths["checkpoint"].name, state, metadata=metadata)
 
 
 def _module_and_batch(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentTypeError, UnsupportedOperatorError
+from ..files import staged
 from ..integrations import saving
 from ..integrations.arguments import CallArguments, named_tensors
 from ..integrations.capture import buffer_outputs, flat_output_names, state_inputs
@@ -148,8 +149,10 @@ def export_training_step(
     if verify:
         report.errors = verify_step(model, program, state, options.optimizer.learning_rate)
     if target_path is not None:
-        report.sizes = saving.save(model, target_path)
-        report.checkpoint = save_checkpoint(checkpoint_path(target_path), state, overwrite=overwrite)
+        report.checkpoint = checkpoint_path(target_path)
+        with staged(target_path.parent) as folder:  # a model beside another model's state is worse than neither
+            report.sizes = saving.save(model, folder / target_path.name)
+            save_checkpoint(folder / report.checkpoint.name, state)
         report.sizes["checkpoint"] = report.checkpoint.stat().st_size
     return report
 

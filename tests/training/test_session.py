@@ -283,6 +283,35 @@ def test_existing_files_are_kept(step_file: Path) -> None:
         )
 
 
+def test_an_export_without_room_leaves_the_old_model_and_its_state(tmp_path: Path) -> None:
+    """The limit lets the model through and stops the checkpoint: neither file may be replaced then."""
+    code = """
+import resource, signal, sys
+import convgrad_export as cg
+from tests.training.parity import batches, small_network
+import torch
+from torch import nn
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+path = sys.argv[1]
+module = nn.Sequential(small_network(torch.float32)[:-1], nn.Linear(24, 5000))
+options = {"verify": False, "overwrite": True}
+for learning_rate in (1.0, 2.0):
+    optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate)
+    try:
+        cg.export_training_step(module, "cross_entropy", optimizer, batches(1, torch.float32)[0], path, **options)
+    except cg.OutputPathError as error:
+        print("refused:", error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
+"""
+    path = tmp_path / "step.onnx"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, cwd=root)
+    assert "refused: cannot write" in done.stdout
+    assert path.stat().st_size < 600_000 < path.with_suffix(".checkpoint.safetensors").stat().st_size
+    assert cg.TrainingSession(path).learning_rate == 1.0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step.checkpoint.safetensors", "step.onnx"]
+
+
 def test_random_numbers_that_no_seed_can_give_are_refused() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
