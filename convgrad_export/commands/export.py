@@ -138,8 +138,7 @@ def _print(report: Any) -> None:
     table.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()))
     if report.errors:
         name = max(report.errors, key=lambda key: report.errors[key].relative / report.errors[key].bound)
-        worst = report.errors[name]
-        table.add_row("verified", f"worst relative error {worst.relative:.1e} ({name}), bound {worst.bound:.1e}")
+        table.add_row("verified", report.errors[name].described(name))
     for note in report.notes:
         table.add_row("note", note)
     options.print_table(table)

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -23,19 +24,29 @@ class CallArguments:
     """
 
     def __init__(self, module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
+        if not isinstance(module, torch.nn.Module):
+            raise ArgumentTypeError(
+                f"module is {module!r:.80}, expected a torch.nn.Module instance; wrap a function in a module's forward"
+            )
         if isinstance(args, torch.Tensor):
             args = (args,)
+        if not isinstance(args, (list, tuple)):
+            raise ArgumentTypeError(f"args is a {type(args).__name__}, expected a tuple of the forward's arguments")
         self._module = module
         self._args = tuple(args)
         self._kwargs = dict(kwargs or {})
         self._arguments = _bind(module, self._args, self._kwargs)
+        if arrays := [name for name, value in self._arguments.items() if isinstance(value, np.ndarray)]:
+            raise ArgumentTypeError(
+                f"argument {', '.join(arrays)} is a numpy array, which would be a constant: pass torch.from_numpy of it"
+            )
         self._names: dict[str, tuple[str, ...]] = {}
         self.examples: dict[str, torch.Tensor] = {}
         for argument, value in self._arguments.items():
             names = []
             for path, leaf in pytree.tree_flatten_with_path(value)[0]:
                 if isinstance(leaf, torch.Tensor):
-                    name = "_".join([argument, *(_key_text(key) for key in path)])
+                    name = "_".join([argument, *(key_text(key) for key in path)])
                     self.examples[name] = leaf
                     names.append(name)
             self._names[argument] = tuple(names)
@@ -145,7 +156,8 @@ def _bind(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _key_text(key: Any) -> str:
+def key_text(key: Any) -> str:
+    """One step of a pytree path as part of a name."""
     if isinstance(key, pytree.SequenceKey):
         return str(key.idx)
     return str(getattr(key, "key", getattr(key, "name", key)))

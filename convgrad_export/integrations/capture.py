@@ -28,7 +28,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from convgrad_export.errors import ArgumentTypeError, ConstantGradientError
-from convgrad_export.integrations.arguments import CallArguments, DynamicShapes, named_tensors
+from convgrad_export.integrations.arguments import CallArguments, DynamicShapes, key_text, named_tensors
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
 from convgrad_export.integrations.tracing import Decompositions, swapped_tensors, trace_function
 
@@ -62,23 +62,32 @@ def capture(
     """
     arguments = CallArguments(module, args, kwargs)
     state = state_inputs(module)
+    user = arguments.inputs(state, dynamic_shapes)
     spec_holder: list[Any] = []
 
     def traced(values: Mapping[str, torch.Tensor]) -> list[TracedOutput]:
         buffers = {s.name: values[s.name].clone() for s in state if s.kind == "buffer"}
         tensors = {**{s.name: values[s.name] for s in state if s.kind == "parameter"}, **buffers}
+        # A forward may change its arguments in place; the caller's stay as they are.
+        given = {s.name: values[s.name].detach().clone() for s in user}
+        for name, tensor in given.items():
+            tensor.requires_grad_(values[name].requires_grad)
         with swapped_tensors(module, state, tensors):
-            result = arguments.call(module, values)
+            result = arguments.call(module, given)
         flat, spec = pytree.tree_flatten(result)
         spec_holder[:] = [spec]
         names = list(output_names) if output_names is not None else flat_output_names(result, flat)
         tensors_out = [t for t in flat if isinstance(t, torch.Tensor)]
+        if not tensors_out:
+            raise ArgumentTypeError(
+                f"the forward returns a {type(result).__name__} without a tensor in it, expected tensors, alone or in "
+                "tuples, lists and dicts"
+            )
         names = [n for n, t in zip(names, flat, strict=True) if isinstance(t, torch.Tensor)]
         outputs = [TracedOutput(GraphOutput(n, "output"), t) for n, t in zip(names, tensors_out, strict=True)]
         return outputs + buffer_outputs(state, tensors)
 
-    inputs = (*state, *arguments.inputs(state, dynamic_shapes))
-    program = trace_function(traced, inputs, decompositions=decompositions)
+    program = trace_function(traced, (*state, *user), decompositions=decompositions)
     program.output_spec = spec_holder[0]
     return program
 
@@ -146,18 +155,31 @@ def capture_gradients(
         tensors = {s.name: leaves.get(s.name, values[s.name]) for s in state if s.kind == "parameter"}
         tensors.update({s.name: values[s.name].clone() for s in state if s.kind == "buffer"})
         activations = [name for name, kind in targets.items() if kind == "activation"]
-        with swapped_tensors(module, state, tensors), _recorded(module, activations) as recorded:
-            result = arguments.call(module, {**values, **leaves})
-        flat, spec = pytree.tree_flatten(result)
-        spec_holder[:] = [spec]
-        scalar = _scalar(value, result, [values[s.name] for s in labels])
-        wanted = [recorded[name] if kind == "activation" else leaves[name] for name, kind in targets.items()]
-        grads = torch.autograd.grad(scalar, wanted, allow_unused=True, create_graph=hessian_vector) if wanted else ()
+        products: list[torch.Tensor] = []
+        # Differentiated inside, too: a checkpointed part of the module is called again by its backward pass.
+        with swapped_tensors(module, state, tensors):
+            with _recorded(module, activations) as recorded:
+                result = arguments.call(module, {**values, **leaves})
+            flat, spec = pytree.tree_flatten(result)
+            spec_holder[:] = [spec]
+            scalar = _scalar(value, result, [values[s.name] for s in labels])
+            wanted = [recorded[name] if kind == "activation" else leaves[name] for name, kind in targets.items()]
+            grads: Sequence[torch.Tensor | None] = [None] * len(wanted)
+            if scalar.requires_grad:
+                grads = torch.autograd.grad(scalar, wanted, allow_unused=True, create_graph=hessian_vector)
+            elif wanted and unused != "zeros":
+                raise ConstantGradientError(
+                    f"the value depends on nothing that wrt names ({', '.join(list(targets)[:4])}): the forward runs "
+                    "under torch.no_grad, detaches, or reads tensors that are neither arguments nor parameters"
+                )
+            if hessian_vector:
+                products = _hessian_vector_products(wanted, grads, [values[s.name] for s in vectors])
         taken = {s.name for s in (*state, *user, *labels)}
         outputs = [TracedOutput(GraphOutput("value" if "value" not in taken else "scalar_value", "value"), scalar)]
         if return_outputs:
             names = flat_output_names(result, flat)
-            outputs += [TracedOutput(GraphOutput(n, "output"), t) for n, t in zip(names, flat, strict=True)]
+            named = [(n, t) for n, t in zip(names, flat, strict=True) if isinstance(t, torch.Tensor)]
+            outputs += [TracedOutput(GraphOutput(n, "output"), t) for n, t in named]
         outputs += [TracedOutput(GraphOutput(name, "output", name), recorded[name]) for name in activations]
         for name, tensor, grad in zip(targets, wanted, grads, strict=True):
             if grad is None:
@@ -167,7 +189,6 @@ def capture_gradients(
                 grad = torch.zeros_like(tensor)
             outputs.append(TracedOutput(GraphOutput(f"{name}.grad", "gradient", name), grad))
         if hessian_vector:
-            products = _hessian_vector_products(wanted, grads, [values[s.name] for s in vectors])
             specs = [GraphOutput(f"{name}.hvp", "gradient", name) for name in targets]
             outputs += [TracedOutput(spec, product) for spec, product in zip(specs, products, strict=True)]
         return outputs + buffer_outputs(state, tensors)
@@ -202,9 +223,18 @@ def state_inputs(module: torch.nn.Module) -> tuple[GraphInput, ...]:
 
 
 def flat_output_names(result: Any, flat: Sequence[Any]) -> list[str]:
-    if isinstance(result, Mapping) and len(result) == len(flat):
-        return [str(key) for key in result]
-    return ["output"] if len(flat) == 1 else [f"output_{i}" for i in range(len(flat))]
+    """ "output", "output_0", ... for sequences; a mapping's own keys, and "<key>_<key or index>" for what is nested."""
+    if len(flat) == 1 and not isinstance(result, Mapping):
+        return ["output"]
+    numbered = [f"output_{i}" for i in range(len(flat))]
+    try:
+        paths = [path for path, _ in pytree.tree_flatten_with_path(result)[0]]
+    except (ValueError, TypeError, KeyError):  # a registered type that does not tell its keys (transformers' outputs)
+        return [str(key) for key in result] if isinstance(result, Mapping) and len(result) == len(flat) else numbered
+    names = ["_".join(key_text(key) for key in path) for path in paths]
+    if not isinstance(result, Mapping):
+        names = [f"output_{name}" for name in names]
+    return names if len(set(names)) == len(names) else numbered
 
 
 def buffer_outputs(state: Sequence[GraphInput], tensors: Mapping[str, torch.Tensor]) -> list[TracedOutput]:
@@ -286,7 +316,7 @@ def _differentiated(
             result.update(dict.fromkeys([n for n in trainable if n not in left_out], "parameter"))
         elif name == "inputs" and name not in inputs:
             if not inputs:
-                raise ArgumentTypeError("wrt names 'inputs', but no argument is a floating-point tensor")
+                raise ArgumentTypeError("wrt names 'inputs', but no argument is a floating-point torch tensor")
             result.update(dict.fromkeys(inputs, "user"))
         elif name in inputs:
             result[name] = "user"

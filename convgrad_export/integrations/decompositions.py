@@ -114,6 +114,26 @@ def sum_dims(x: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: 
     return NotImplemented if converted is None else converted.sum(dim, keepdim)
 
 
+def cumulative_sum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    converted = _summable(x, dtype)
+    return NotImplemented if converted is None else converted.cumsum(dim)
+
+
+def maximum_along(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """Of booleans, which ArgMax does not take, as integers."""
+    if x.dtype != torch.bool:
+        return NotImplemented
+    values, positions = x.to(torch.int32).max(dim, keepdim)
+    return values.to(torch.bool), positions
+
+
+def hypotenuse(x: Tensor, y: Tensor) -> Tensor:
+    """Scaled by the larger one, so that nothing overflows that need not."""
+    larger, smaller = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
+    ratio = smaller / torch.where(larger > 0, larger, 1.0)
+    return larger * (1 + ratio * ratio).sqrt()
+
+
 def median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     """Values and positions of the lower median, from a sort."""
     values, positions = torch.sort(x, dim=dim)
@@ -213,6 +233,9 @@ OWN: Table = {
     aten.as_strided_scatter.default: as_strided_scatter,
     aten.sum.default: sum_all,
     aten.sum.dim_IntList: sum_dims,
+    aten.cumsum.default: cumulative_sum,
+    aten.max.dim: maximum_along,
+    aten.hypot.default: hypotenuse,
     aten.median.dim: median,
     aten.diagonal_backward.default: diagonal_backward,
     aten.diagonal_scatter.default: diagonal_scatter,

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .interpolation import interpolate
+
 
 def grid_sampler(
     input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
@@ -121,6 +123,7 @@ _REPLACEMENTS: Mapping[Any, Callable[..., Tensor]] = {
     torch.nn.functional.gaussian_nll_loss: gaussian_nll_loss,
     torch.nn.functional.multi_margin_loss: multi_margin_loss,
     torch.nn.functional.multilabel_margin_loss: multilabel_margin_loss,
+    torch.nn.functional.interpolate: interpolate,
 }
 
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from convgrad_export.emit.onnx import ir_version
-from convgrad_export.errors import ArgumentTypeError, ConvGradError
+from convgrad_export.errors import ArgumentTypeError, ConvGradError, VerificationError
 from convgrad_export.integrations.opset_downgrade import downgrade
 
 BASE_OPSET, MIN_OPSET, MAX_OPSET = 18, 13, 23
@@ -125,5 +125,15 @@ def _strip_metadata(model: ir.Model) -> None:
 
 
 def check_model(proto: onnx.ModelProto) -> None:
-    """Strict onnx.checker and full shape inference, for models below protobuf's 2 GB."""
-    onnx.checker.check_model(proto, full_check=True)
+    """Strict onnx.checker and full shape inference, for models below protobuf's 2 GB.
+
+    Raises:
+        VerificationError: Not a valid model; a translation passed in by the caller can do that.
+    """
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise VerificationError(
+            f"the exported model is no valid ONNX model: {error}. If custom_translation_table or decompositions were "
+            "passed, look there first. Nothing was written."
+        ) from error

@@ -6,23 +6,29 @@ import contextlib
 import dataclasses
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 
-from convgrad_export.errors import ArgumentTypeError
+from convgrad_export.errors import ArgumentTypeError, ProviderError
 from convgrad_export.integrations import saving
 from convgrad_export.integrations.capture import capture, capture_gradients
 from convgrad_export.integrations.decompositions import onnx_decompositions
 from convgrad_export.integrations.finishing import BASE_OPSET, check_model, check_opset, finish
+from convgrad_export.integrations.half_widening import widen_half
 from convgrad_export.integrations.program import CapturedProgram
 from convgrad_export.integrations.report import ExportReport, describe, weight_bytes
+from convgrad_export.integrations.scalars import cotangent_product, example_cotangent, scalar_of
 from convgrad_export.integrations.translation import translate
 from convgrad_export.integrations.verification import verify as run_verification
-from convgrad_export.lowering import CPU
+from convgrad_export.lowering import CPU, CUDA
+from convgrad_export.runtime.session import GradientSession
 from convgrad_export.selection.policy import AUTO
 from convgrad_export.web_target import check_target, require_web
 
@@ -124,6 +130,7 @@ def export(
         progress,
         target,
     )
+    _check(settings)
     table = {**onnx_decompositions(opset_version), **(decompositions or {})}
     return _export(
         lambda: capture(module, _tuple(args), kwargs, dynamic_shapes=dynamic_shapes, decompositions=table), settings
@@ -205,20 +212,21 @@ def export_gradient(
         progress,
         target,
     )
+    _check(settings)
     table = {**onnx_decompositions(opset_version), **(decompositions or {})}
 
     def captured() -> CapturedProgram:
         value, value_args, names, shapes = of, of_args, of_arg_names, of_dynamic_shapes
         if of == "vjp":
-            value, names = _cotangent_product, ["cotangent"]
-            cotangent, shapes = _cotangent(module, _tuple(args), kwargs, dynamic_shapes)
+            value, names = cotangent_product, ["cotangent"]
+            cotangent, shapes = example_cotangent(module, _tuple(args), kwargs, dynamic_shapes)
             value_args = (cotangent,)
         return capture_gradients(
             module,
             _tuple(args),
             kwargs,
             wrt=wrt,
-            value=value if callable(value) else _scalar_of(of),
+            value=value if callable(value) else scalar_of(of),
             value_args=value_args,
             value_arg_names=names,
             value_dynamic_shapes=shapes,
@@ -232,15 +240,24 @@ def export_gradient(
     return _export(captured, settings)
 
 
-def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> ExportReport:
+def _check(settings: _Settings) -> None:
     check_opset(settings.opset_version)
-    path = None if settings.path is None else saving.check_path(settings.path, settings.overwrite)
     if settings.target is not None:
         check_target(settings.target)
+    samples = settings.samples
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ArgumentTypeError(f"samples is {samples!r}, expected a number of inputs to compare, at least 1")
+    if not str(settings.provider).endswith("ExecutionProvider"):
+        raise ProviderError(f"provider is {settings.provider!r}, expected an onnxruntime name like {CPU!r} or {CUDA!r}")
+
+
+def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> ExportReport:
+    path = None if settings.path is None else saving.check_path(settings.path, settings.overwrite)
     seconds: dict[str, float] = {}
     with _steps(settings.progress, seconds) as step:
         step("capture")
         program = captured()
+        widened = _has_bfloat16(program) and widen_half(program.graph_module)
         step("translate")
         translation = translate(
             program,
@@ -255,7 +272,13 @@ def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> Exp
             path=path, opset=settings.opset_version, lowerings=translation.choices, model=model, **describe(model)
         )
         weights = weight_bytes(model)
-        if weights < _PROTOBUF_LIMIT:
+        large = weights >= _PROTOBUF_LIMIT
+        if large and settings.external_data is False:
+            raise ArgumentTypeError(
+                f"external_data is False, but the weights take {weights:,} bytes and one file holds at most 2 GB; pass "
+                "None or True"
+            )
+        if not large:
             step("check")
             proto = ir.to_proto(model)
             check_model(proto)
@@ -263,6 +286,10 @@ def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> Exp
                 report.notes += require_web(proto, settings.target)
         elif settings.target is not None:
             report.notes.append(f"too large to be checked for {settings.target} here: convgrad check --target")
+        if widened:
+            report.notes.append(
+                "bfloat16 is computed in float32 and rounded after each operator: no runtime needs kernels"
+            )
         if program.unused:
             report.notes.append(f"no gradient, the value does not depend on it: {', '.join(program.unused)}")
         if settings.verify:
@@ -283,6 +310,12 @@ def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> Exp
     return report
 
 
+def _has_bfloat16(program: CapturedProgram) -> bool:
+    """Most operators take bfloat16 from opset 22 on only, and onnxruntime's CPU provider has no kernels for it."""
+    values = [node.meta.get("val") for node in program.graph_module.graph.nodes]
+    return any(isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 for value in values)
+
+
 def _verify(program: CapturedProgram, report: ExportReport, settings: _Settings) -> None:
     random = sorted(
         {
@@ -294,7 +327,17 @@ def _verify(program: CapturedProgram, report: ExportReport, settings: _Settings)
     if random:
         report.notes.append(f"not verified: the model draws random numbers ({', '.join(random)})")
         return
-    result = run_verification(report.model, program, samples=settings.samples)
+    if weight_bytes(report.model) < _PROTOBUF_LIMIT:
+        result = run_verification(report.model, program, samples=settings.samples)
+    else:
+        # onnxruntime reads models of this size from files only, and so does the checker.
+        with tempfile.TemporaryDirectory(dir=report.path.parent if report.path is not None else None) as folder:
+            path = Path(folder) / "model.onnx"
+            saving.save(report.model, path, external_data=True)
+            onnx.checker.check_model(str(path), full_check=True)
+            result = run_verification(
+                report.model, program, samples=settings.samples, session=lambda _: GradientSession(path)
+            )
     report.errors, report.verified_sizes = result.errors, result.sizes
     report.notes += result.notes
 
@@ -343,49 +386,6 @@ def _steps(progress: bool | None, seconds: dict[str, float]) -> Iterator[Callabl
 
 
 def _tuple(args: Sequence[Any] | torch.Tensor) -> tuple[Any, ...]:
+    if not isinstance(args, (torch.Tensor, list, tuple)):
+        raise ArgumentTypeError(f"args is a {type(args).__name__}, expected a tuple of the forward's arguments")
     return (args,) if isinstance(args, torch.Tensor) else tuple(args)
-
-
-def _scalar_of(of: int | str | Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor] | None:
-    if of is None or of == "sum":
-        return None
-    if isinstance(of, int) and not isinstance(of, bool):
-        index = of
-
-        def class_score(output: torch.Tensor) -> torch.Tensor:
-            if (
-                not isinstance(output, torch.Tensor)
-                or output.dim() < 2
-                or not -output.shape[1] <= index < output.shape[1]
-            ):
-                shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-                raise ArgumentTypeError(f"of={index} takes class {index} of an output (batch, classes), got {shape}")
-            return output[:, index].sum()
-
-        return class_score
-    raise ArgumentTypeError(f"of is {of!r}, expected an int (class), 'sum', 'vjp' or a function of the output")
-
-
-def _cotangent_product(output: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
-    return (output * cotangent).sum()
-
-
-def _cotangent(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
-) -> tuple[torch.Tensor, Any]:
-    """An example cotangent, and its dynamic dimensions: those of the output that are not fixed."""
-    program = capture(module, args, kwargs, dynamic_shapes=dynamic_shapes)
-    outputs = [spec for spec in program.outputs if spec.kind == "output"]
-    if len(outputs) != 1:
-        raise ArgumentTypeError(f"of='vjp' needs a forward with one tensor as its output, this one has {len(outputs)}")
-    (node,) = [n for n in program.graph_module.graph.nodes if n.op == "output"]
-    value = node.args[0][program.outputs.index(outputs[0])].meta["val"]
-    sizes: list[int] = []
-    dynamic: dict[int, str] = {}
-    for axis, size in enumerate(value.shape):
-        if isinstance(size, torch.SymInt):
-            sizes.append(int(size.node.hint))
-            dynamic[axis] = program.symbol_names.get(str(size.node.expr), f"output_dim_{axis}")
-        else:
-            sizes.append(int(size))
-    return torch.ones(sizes, dtype=value.dtype), {"cotangent": dynamic}

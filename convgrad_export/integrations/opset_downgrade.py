@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from convgrad_export.errors import UnsupportedOperatorError
 
@@ -40,6 +41,9 @@ def downgrade(model: ir.Model, target: int) -> None:
         UnsupportedOperatorError: Nodes that need a newer opset, by operator, with the opset they need.
     """
     problems: dict[str, int] = {}
+    likes = [node.inputs[1] for node in model.graph if node.op_type == "CastLike"]
+    if any(value is not None and value.dtype is None for value in likes):
+        ShapeInferencePass()(model)
     for node in list(model.graph):
         try:
             if _INTRODUCED.get(node.op_type, 0) > target:
@@ -61,7 +65,7 @@ def downgrade(model: ir.Model, target: int) -> None:
 
 
 def _rewrite(model: ir.Model, node: ir.Node, target: int) -> None:
-    if node.op_type in _REDUCTIONS and len(node.inputs) > 1:
+    if node.op_type in _REDUCTIONS:
         _axes_to_attribute(node)
     elif node.op_type == "Split" and "num_outputs" in node.attributes:
         _equal_split(node)
@@ -118,7 +122,7 @@ def _constant_of(value: ir.Value | None, what: str) -> np.ndarray:
 
 
 def _axes_to_attribute(node: ir.Node) -> None:
-    axes = node.inputs[1]
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
     if axes is not None:
         values = [int(a) for a in np.atleast_1d(_constant_of(axes, f"{node.op_type} with computed axes (opset 18)"))]
         node.attributes.add(ir.AttrInt64s("axes", values))

@@ -97,7 +97,7 @@ def avg_pool(
             if divisor_override is None:
                 counts = _window_counts(x.shape[spatial], outputs, *options[:3], count_include_pad, ceil_mode, x)
                 matrix = matrix / (counts.unsqueeze(1) if isinstance(counts, Tensor) else counts)
-            x = _apply_along(x, matrix, spatial)
+            x = apply_along(x, matrix, spatial)
         return x if divisor_override is None else x / divisor_override
     forward = aten.avg_pool3d.default if rank == 3 else aten.avg_pool2d.default
     mean = forward(x, kernel, strides, pads, ceil_mode, True)
@@ -174,7 +174,7 @@ def _averaging_matrix(size: Any, outputs: Any, like: Tensor) -> Tensor:
     return inside.to(like.dtype) / (stop - start).to(like.dtype).unsqueeze(1)
 
 
-def _apply_along(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
+def apply_along(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
     """`matrix (a, b)` times axis `axis` (negative, of size b) of x."""
     if axis == -1:
         return torch.matmul(x, matrix.t())
@@ -188,7 +188,7 @@ def adaptive_avg_pool(x: Tensor, output_size: list[int]) -> Tensor:
     rank = len(output_size)
     for axis, outputs in enumerate(output_size):
         spatial = axis - rank
-        x = _apply_along(x, _averaging_matrix(x.shape[spatial], outputs, x), spatial)
+        x = apply_along(x, _averaging_matrix(x.shape[spatial], outputs, x), spatial)
     return x
 
 
@@ -197,7 +197,7 @@ def _adaptive_avg_pool_backward(rank: int) -> Callable[[Tensor, Tensor], Tensor]
         for axis in range(rank):
             spatial = axis - rank
             matrix = _averaging_matrix(x.shape[spatial], grad.shape[spatial], grad)
-            grad = _apply_along(grad, matrix.t(), spatial)
+            grad = apply_along(grad, matrix.t(), spatial)
         return grad
 
     return backward

@@ -22,11 +22,24 @@ class OutputError:
         relative: ||onnxruntime - float64|| / ||float64||, Euclidean norms, the largest over the inputs.
         bound: What it had to stay below on that input; see `verification.py`.
         maximum: Largest absolute difference of one element.
+        cancelled: The result is zero but for rounding (the gradient of a bias before a normalization, say); `relative`
+            and `bound` then refer to the size of the terms that cancel.
     """
 
     relative: float
     bound: float
     maximum: float
+    cancelled: bool = False
+
+    @property
+    def within(self) -> bool:
+        """False for not-a-number as well."""
+        return self.relative <= self.bound
+
+    def described(self, name: str) -> str:
+        """As the worst of a report."""
+        of = ", of the terms that cancel" if self.cancelled else ""
+        return f"worst relative error {self.relative:.1e} ({name}), bound {self.bound:.1e}{of}"
 
 
 @dataclass
@@ -96,7 +109,7 @@ class ExportReport:
         lines += [f"  {count}x {name}" for name, count in chosen.most_common()]
         if self.errors:
             name, worst = max(self.errors.items(), key=lambda item: item[1].relative / item[1].bound)
-            lines.append(f"  verified: worst relative error {worst.relative:.1e} ({name}), bound {worst.bound:.1e}")
+            lines.append(f"  verified: {worst.described(name)}")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 

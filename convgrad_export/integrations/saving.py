@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from convgrad_export.errors import OutputExistsError, OutputPathError
+from convgrad_export.errors import ArgumentTypeError, OutputExistsError, OutputPathError
 from convgrad_export.integrations.report import weight_bytes
 
 # protobuf refuses messages above 2 GB; well below it, a file of its own already loads faster (it can be mapped).
@@ -18,6 +18,8 @@ EXTERNAL_DATA_ABOVE = 2**30
 
 def check_path(path: str | os.PathLike[str], overwrite: bool) -> Path:
     """Refuse what could not be written in the end, before any work is done."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ArgumentTypeError(f"path is {path!r:.80}, expected the name of a file to write, or None")
     target = Path(path)
     if target.is_dir():
         raise OutputPathError(f"{target} is a directory, expected the name of a file to write")

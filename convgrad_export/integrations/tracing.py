@@ -169,6 +169,11 @@ def _record(
                 f"{where}: the forward reads tensor values into Python ({_first_line(error)}). Whatever is computed "
                 "from them would be a constant in the exported graph (pytorch#89675). Keep the computation in tensors."
             ) from error
+        if type(error).__name__ == "GuardOnDataDependentSymNode":
+            raise CaptureError(
+                f"{where}: the forward takes a Python decision on a tensor's values, and a graph would hold one of its "
+                "branches only. Compute both and choose with torch.where, or move the decision out of the forward."
+            ) from error
         raise CaptureError(f"{where}: the forward cannot be traced: {_first_line(error)}") from error
 
 
@@ -292,8 +297,8 @@ def _check_dynamic(inputs: Sequence[GraphInput], fakes: Sequence[torch.Tensor], 
                 guards = [str(guard.sloc) for guard in shape_env.guards if "Eq" in str(guard.expr)]
                 raise DynamicShapeError(
                     f"dimension {axis} of {spec.name!r} was declared dynamic ({label!r}), but the forward only works "
-                    f"for size {expression}. Declare it static, or remove the place that fixes it. "
-                    f"{guards[-1] if guards else ''}".rstrip()
+                    f"for size {expression}. Declare it static, or remove the place that fixes it (int() of a size, or "
+                    f"torch.func.vmap over the dimension). {guards[-1] if guards else ''}".rstrip()
                 )
             dimensions.setdefault(label, expression)
     return dimensions

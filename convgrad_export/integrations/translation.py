@@ -58,8 +58,8 @@ def translation_table(
         opset_version: The version passed to torch.onnx.export.
 
     Returns:
-        ATen overload to translation function: `aten.convolution_backward`, and corrected translations of what
-        torch.onnx gets wrong in a training graph (see `decompositions.py`).
+        ATen overload to translation function: `aten.convolution_backward` alone. What torch.onnx translates wrongly in
+        training graphs (see `decompositions.py`) is repaired by `export`, not by this table.
     """
     return {
         torch.ops.aten.convolution_backward.default: ConvolutionBackwardTranslation(

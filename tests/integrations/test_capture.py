@@ -226,6 +226,69 @@ def test_item_stays_a_value_of_the_graph() -> None:
     torch.testing.assert_close(capture(Scaled(), (image(),)).run(fresh)["output"], fresh * fresh.max())
 
 
+def test_a_python_decision_on_values_is_refused_with_its_place() -> None:
+    class Decides(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.sum() > 0:
+                return x
+            return -x
+
+    place = r"test_capture\.py:\d+, in forward \(if x\.sum\(\) > 0:\).*torch\.where"
+    with pytest.raises(CaptureError, match=place):
+        capture(Decides(), (image(),))
+
+
+def test_an_argument_changed_in_place_is_a_copy() -> None:
+    class Doubles(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x.mul_(2)
+            return torch.func.grad(lambda v: v.pow(3).sum())(x)
+
+    x = image()
+    program = capture(Doubles(), (x,))
+    assert torch.equal(x, image())
+    torch.testing.assert_close(program.run(image())["output"], 12 * image() ** 2)
+
+
+def test_nested_outputs_are_named_by_their_path() -> None:
+    class Nested(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, object]:
+            return {"y": x * 2, "more": {"a": x + 1, "b": [x - 1, None, x * 3]}}
+
+    program = capture(Nested(), (image(),))
+    assert [s.name for s in program.outputs] == ["y", "more_a", "more_b_0", "more_b_2"]
+
+    class Tuples(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[object, ...]:
+            return x * 2, (x + 1, {"k": x})
+
+    assert [s.name for s in capture(Tuples(), (image(),)).outputs] == ["output_0", "output_1_0", "output_1_1_k"]
+
+
+def test_outputs_of_a_registered_type_that_does_not_tell_its_keys() -> None:
+    class Outcome(dict):  # type: ignore[type-arg]
+        """As transformers registers its outputs: flattened to values, without paths."""
+
+    pytree.register_pytree_node(
+        Outcome, lambda o: (list(o.values()), list(o)), lambda values, keys: Outcome(zip(keys, values, strict=True))
+    )
+
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> Outcome:
+            return Outcome(logits=x * 2, hidden=x + 1)
+
+    assert [s.name for s in capture(Model(), (image(),)).outputs] == ["logits", "hidden"]
+
+
+def test_a_forward_without_a_tensor_in_its_result_is_refused() -> None:
+    class Text(nn.Module):
+        def forward(self, x: torch.Tensor) -> str:
+            return "nothing"
+
+    with pytest.raises(ArgumentTypeError, match="returns a str"):
+        capture(Text(), (image(),))
+
+
 def test_an_error_of_the_forward_names_its_line() -> None:
     class Broken(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -83,6 +83,95 @@ def test_unwritable_places_are_found_first(tmp_path: Path) -> None:
         cg.export(AutogradGrad(), (image(),), opset_version=12)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"module": lambda x: x}, "expected a torch.nn.Module instance"),
+        ({"module": nn.Conv2d}, "expected a torch.nn.Module instance"),
+        ({"args": None}, "args is a NoneType"),
+        ({"args": (np.ones((1, 3, 9, 8), np.float32),)}, "numpy array"),
+        ({"args": (image(), image())}, "too many positional"),
+        ({"path": 3}, "path is 3"),
+        ({"opset_version": "18"}, "13 to 23"),
+        ({"samples": 0}, "samples is 0"),
+        ({"provider": "cuda"}, "CUDAExecutionProvider"),
+        ({"lowering": "foo"}, "none of: auto"),
+        ({"of": "best"}, "of is 'best'"),
+        ({"of": 1.5}, "of is 1.5"),
+        ({"of": lambda out: out}, "one element"),
+        ({"wrt": ["layer4"]}, "layer4"),
+        ({"input_names": ["a", "b"]}, "1 different names"),
+        ({"dynamic_shapes": {"input": {7: "n"}}}, "dimension 7"),
+        ({"dynamic_shapes": {"x": {0: "n"}}}, "names 'x'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_wrong_arguments_are_named_and_nothing_is_written(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    given = {"module": nn.Conv2d(3, 4, 3), "args": (image(),), "path": tmp_path / "m.onnx", **change}
+    with pytest.raises(cg.ConvGradError, match=message):
+        cg.export_gradient(**given)
+    assert os.listdir(tmp_path) == []
+
+
+def test_steps_are_shown_on_a_terminal_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cg.export_gradient(nn.Conv2d(3, 4, 3), (image(),))
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    cg.export_gradient(nn.Conv2d(3, 4, 3), (image(),))
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    for step in ("capture", "translate", "optimize", "check", "verify"):
+        assert step in shown.err
+
+
+def test_a_forward_without_gradients_says_so() -> None:
+    class Frozen(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                return super().forward(x)
+
+    with pytest.raises(cg.ConstantGradientError, match=r"torch\.no_grad"):
+        cg.export_gradient(Frozen(3, 4, 3), (image(),))
+
+
+def test_a_checkpointed_module_is_differentiated_with_its_own_parameters() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.part, x, use_reentrant=False)
+
+    report = cg.export_gradient(Checkpointed(), (image(),), wrt=["inputs", "parameters"], of=lambda o: o.pow(2).sum())
+    assert set(report.errors) == set(report.outputs)
+    assert not any(name.startswith("constant") for name in report.model.graph.initializers if "weight" in name)
+
+
+def test_a_gradient_penalty_and_its_parameter_gradients() -> None:
+    """Gulrajani et al., arXiv:1704.00028: the norm of an input gradient, differentiated by the parameters."""
+
+    class Penalty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.critic = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 1, 3))
+
+        def forward(self, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
+            x = (mix * real + (1 - mix) * fake).requires_grad_()
+            scores = self.critic(x)
+            (gradient,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True)
+            return ((gradient.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+
+    torch.manual_seed(0)
+    args = (image(), image().flip(0), torch.tensor([0.3, 0.8])[:, None, None, None])
+    report = cg.export_gradient(Penalty(), args, wrt="parameters")
+    assert {"critic.0.weight.grad", "critic.2.weight.grad"} <= set(report.errors)
+
+
 def test_a_constant_gradient_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(cg.ConstantGradientError):
         cg.export(CachedGradient(), (image(),), tmp_path / "m.onnx")

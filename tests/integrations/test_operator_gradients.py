@@ -108,6 +108,22 @@ PADDING_AND_SAMPLING: list[Case] = [
     ("bilinear-corners", IMAGE, lambda: nn.Upsample(size=(13, 11), mode="bilinear", align_corners=True)),
     ("bicubic", IMAGE, lambda: nn.Upsample(scale_factor=2, mode="bicubic")),
     ("trilinear", VOLUME, lambda: nn.Upsample(scale_factor=2, mode="trilinear")),
+    ("linear-size", SIGNAL, lambda: nn.Upsample(size=29, mode="linear", align_corners=True)),
+    ("bilinear-smaller", IMAGE, lambda: nn.Upsample(size=(5, 3), mode="bilinear")),
+    ("bilinear-one", IMAGE, lambda: nn.Upsample(size=(1, 5), mode="bilinear", align_corners=True)),
+    ("bilinear-fraction", IMAGE, lambda: nn.Upsample(scale_factor=(1.7, 2.3), mode="bilinear")),
+    ("bicubic-corners", IMAGE, lambda: nn.Upsample(size=(13, 5), mode="bicubic", align_corners=True)),
+    ("trilinear-size", VOLUME, lambda: nn.Upsample(size=(9, 5, 13), mode="trilinear", align_corners=True)),
+    ("nearest-1d-fraction", SIGNAL, lambda: nn.Upsample(scale_factor=1.7)),
+    ("nearest-3d", VOLUME, lambda: nn.Upsample(scale_factor=(2, 1, 3))),
+    ("nearest-exact-3d", VOLUME, lambda: nn.Upsample(size=(10, 5, 8), mode="nearest-exact")),
+    (
+        "bilinear-recomputed",
+        IMAGE,
+        lambda: Apply(
+            lambda x: functional.interpolate(x, scale_factor=1.6, mode="bilinear", recompute_scale_factor=True)
+        ),
+    ),
     ("area", IMAGE, lambda: Apply(lambda x: functional.interpolate(x, (4, 5), mode="area"))),
     ("pixel_shuffle", IMAGE, lambda: nn.PixelShuffle(2)),
     ("pixel_unshuffle", (2, 3, 6, 8), lambda: nn.PixelUnshuffle(2)),
@@ -161,6 +177,32 @@ TENSOR_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "maximum-ties": lambda x: torch.maximum(x, x.relu()) * torch.minimum(x, x.relu()),
     "max-pool-ties": lambda x: functional.max_pool2d((x * (x > 1)), 3, 2, 1) * 2,
     "amax-ties": lambda x: (x * (x > 1)).amax(3),
+    "channel-shuffle": lambda x: functional.channel_shuffle(x, 2) * x,
+    "matmul-batched": lambda x: torch.bmm(x[:, 0], x[:, 1].transpose(1, 2)),
+    "index-tensors": lambda x: x[torch.tensor([1, 0]), torch.tensor([3, 2])] * 2,
+    "index-repeated": lambda x: x.index_select(2, torch.tensor([4, 4, 0])) * x[:, :, :3],
+    "index-add": lambda x: x.index_add(2, torch.tensor([1, 1, 5]), x[:, :, :3].sin()),
+    "scatter": lambda x: x.scatter(3, torch.zeros(2, 4, 9, 1, dtype=torch.long) + 2, x[..., :1].cos()),
+    "scatter-add": lambda x: (x * 2).scatter_add(3, torch.ones(2, 4, 9, 8, dtype=torch.long), x.sin()),
+    "masked-fill": lambda x: x.masked_fill(x > 0.3, 2.0) * x,
+    "repeat": lambda x: x.repeat(1, 2, 1, 1) * 2,
+    "repeat-interleave": lambda x: x.repeat_interleave(2, 3),
+    "expand": lambda x: x[:, :1].expand(2, 5, 9, 8) * 2,
+    "pad-constant": lambda x: functional.pad(x, (1, 2, -1, 3), value=0.5),
+    "chunk-cat": lambda x: torch.cat([part * i for i, part in enumerate(x.chunk(4, 1))], 2),
+    "cumprod": lambda x: (x.abs() + 0.5).cumprod(3),
+    "var-mean": lambda x: torch.var_mean(x, (0, 2, 3))[0] + torch.var_mean(x, (0, 2, 3))[1],
+    "softmax-log": lambda x: torch.log_softmax(x, 1) + torch.softmax(x, 3),
+    "norm": lambda x: torch.linalg.vector_norm(x, dim=(2, 3)),
+    "frobenius": lambda x: torch.linalg.matrix_norm(x),
+    "attention": lambda x: functional.scaled_dot_product_attention(x, x.sin(), x.cos()),
+    "attention-causal": lambda x: functional.scaled_dot_product_attention(x, x.sin(), x.cos(), is_causal=True),
+    "addcmul": lambda x: torch.addcmul(x, x, x.sin(), value=0.3) + torch.addcdiv(x, x, x.abs() + 1),
+    "atan2": lambda x: torch.atan2(x, x.abs() + 1) + torch.hypot(x, x + 3),
+    "lerp": lambda x: torch.lerp(x, x.sin(), x.sigmoid()),
+    "meshgrid": lambda x: x * torch.stack(torch.meshgrid(x[0, 0, :, 0], x[0, 0, 0], indexing="ij")).sum(0),
+    "outer": lambda x: torch.outer(x[0, 0, 0], x[0, 1, 0]) + torch.kron(x[0, 0, :2, :2], x[0, 1, :4, :4]),
+    "bilinear-form": lambda x: functional.bilinear(x[0, 0], x[0, 1], x[1, :3, :8].reshape(3, 8, 8)),
     "bool-sum": lambda x: x * (x > 0).sum(),
     "integer-mean": lambda x: x * (torch.arange(8) * 0.5),
 }
@@ -221,6 +263,7 @@ FULLY_DYNAMIC = [
     *(case for case in NORMALIZATION if case[0] in ("batch_norm2d", "batch_norm2d-eval", "group_norm")),
     *(case for case in POOLING if case[1] == IMAGE and "adaptive_max" not in case[0]),
     *(case for case in PADDING_AND_SAMPLING if case[0] in ("replication_pad2d", "reflection_pad2d", "nearest")),
+    *(case for case in PADDING_AND_SAMPLING if case[1] == IMAGE and case[0].startswith(("bilinear", "bicubic"))),
 ]
 
 
@@ -231,9 +274,15 @@ def test_dynamic_batch_height_and_width(case: Case) -> None:
 
 
 @pytest.mark.parametrize("opset", [13, 15, 17, 23])
-@pytest.mark.parametrize("name", ["conv2d-grouped-dilated", "batch_norm2d", "max_pool2d", "max_pool3d", "layer_norm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("conv2d-grouped-dilated", "batch_norm2d", "max_pool2d", "max_pool3d", "layer_norm", "avg_pool2d-ceil"),
+        *("adaptive_avg_pool2d", "replication_pad2d", "bilinear", "nearest-size", "group_norm"),
+    ],
+)
 def test_other_opsets(name: str, opset: int) -> None:
-    (case,) = [c for c in CONVOLUTION + NORMALIZATION + POOLING if c[0] == name]
+    (case,) = [c for c in CONVOLUTION + NORMALIZATION + POOLING + PADDING_AND_SAMPLING if c[0] == name]
     _check(case, opset=opset)
 
 

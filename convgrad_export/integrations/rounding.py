@@ -1,0 +1,61 @@
+"""What rounding does to a PyTorch function: float64 runs in which every operator rounds at random, coarsely.
+
+Monte Carlo arithmetic (Parker, 1997): each element of an operator's result that the model's own type cannot hold
+exactly is moved by a random part of itself. Two or three such runs show how far the rounding inside the operators,
+whichever way it falls, moves the function's results. They see what moving the inputs alone does not: a ReLU or a max
+pooling deep inside that is as good as tied, and sums that cancel (the gradient of a bias before a normalization is zero
+but for rounding, and its rounding has the size of what cancels).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_PLACES = 4096
+
+
+class RandomRounding(TorchDispatchMode):
+    """While active, operators' floating-point results are moved by up to `amount` of themselves, element by element.
+
+    Elements that `storage` holds exactly stay: zeros, indices, positions on a grid, and whatever else does not round.
+
+    Args:
+        amount: relative, several units of the last place of the arithmetic that is imitated.
+        storage: the model's type, float32 for float32 and float64 models (a float64 computation that float32 holds
+            exactly is one without rounding).
+        seed: of this run's rounding.
+    """
+
+    def __init__(self, amount: float, storage: torch.dtype, seed: int) -> None:
+        super().__init__()
+        self._amount, self._storage = amount, storage
+        self._generator = torch.Generator().manual_seed(seed)
+        self._moves = torch.empty(0, dtype=torch.float64)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        aliases = [r.alias_info for r in func._schema.returns] if isinstance(func, torch._ops.OpOverload) else []
+        if all(alias is None or alias.is_write for alias in aliases):  # a view holds no new values
+            for tensor in pytree.tree_leaves(result):
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
+                    self._round(tensor)
+        return result
+
+    def _round(self, tensor: torch.Tensor) -> None:
+        exact = tensor.to(self._storage) == tensor
+        moves = self._drawn(tensor.numel()).to(tensor.dtype).view(tensor.shape)
+        tensor.addcmul_(tensor, moves.masked_fill(exact, 0.0))
+
+    def _drawn(self, count: int) -> torch.Tensor:
+        """Relative moves from one long sequence, at a random place: drawing anew would take most of the time."""
+        if self._moves.numel() < count + _PLACES:
+            fresh = torch.rand(count + _PLACES, generator=self._generator, dtype=torch.float32).double()
+            self._moves = fresh.mul_(2).sub_(1).mul_(self._amount)
+        start = int(torch.randint(_PLACES, (), generator=self._generator))
+        return self._moves[start : start + count]

@@ -1,0 +1,56 @@
+"""The scalar whose gradient `export_gradient` takes: a sum, a class score, a product with a cotangent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from convgrad_export.errors import ArgumentTypeError
+from convgrad_export.integrations.capture import capture
+
+
+def scalar_of(of: int | str | Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor] | None:
+    if of is None or of == "sum":
+        return None
+    if isinstance(of, int) and not isinstance(of, bool):
+        index = of
+
+        def class_score(output: torch.Tensor) -> torch.Tensor:
+            if (
+                not isinstance(output, torch.Tensor)
+                or output.dim() < 2
+                or not -output.shape[1] <= index < output.shape[1]
+            ):
+                shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+                raise ArgumentTypeError(f"of={index} takes class {index} of an output (batch, classes), got {shape}")
+            return output[:, index].sum()
+
+        return class_score
+    raise ArgumentTypeError(f"of is {of!r}, expected an int (class), 'sum', 'vjp' or a function of the output")
+
+
+def cotangent_product(output: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
+    return (output * cotangent).sum()
+
+
+def example_cotangent(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
+) -> tuple[torch.Tensor, Any]:
+    """An example cotangent, and its dynamic dimensions: those of the output that are not fixed."""
+    program = capture(module, args, kwargs, dynamic_shapes=dynamic_shapes)
+    outputs = [spec for spec in program.outputs if spec.kind == "output"]
+    if len(outputs) != 1:
+        raise ArgumentTypeError(f"of='vjp' needs a forward with one tensor as its output, this one has {len(outputs)}")
+    (node,) = [n for n in program.graph_module.graph.nodes if n.op == "output"]
+    value = node.args[0][program.outputs.index(outputs[0])].meta["val"]
+    sizes: list[int] = []
+    dynamic: dict[int, str] = {}
+    for axis, size in enumerate(value.shape):
+        if isinstance(size, torch.SymInt):
+            sizes.append(int(size.node.hint))
+            dynamic[axis] = program.symbol_names.get(str(size.node.expr), f"output_dim_{axis}")
+        else:
+            sizes.append(int(size))
+    return torch.ones(sizes, dtype=value.dtype), {"cotangent": dynamic}

@@ -1,0 +1,162 @@
+"""What verification catches, and what it must not take for an error: kinks, cancellation, halves, branches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import convgrad_export as cg
+from convgrad_export.integrations import verification
+from convgrad_export.integrations.capture import capture, capture_gradients
+from convgrad_export.integrations.rounding import RandomRounding
+
+from .gradient_modules import FORMS, image
+
+
+class Answers:
+    """Stands for onnxruntime: eager float32's own results, changed by the test."""
+
+    def __init__(self, program: Any, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+        self._program, self._change = program, change
+        self.input_names = [spec.name for spec in program.inputs if spec.kind == "user"]
+
+    def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        inputs = {name: torch.from_numpy(value) for name, value in feed.items()}
+        results = verification.eager(self._program, inputs, torch.float32)
+        outputs = {name: value.numpy().copy() for name, value in results.items()}
+        self._change(outputs)
+        return outputs
+
+
+def normalized() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU())
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_is_judged_by_the_terms_that_cancel() -> None:
+    report = cg.export_gradient(normalized(), (image(),), wrt="parameters", of=lambda out: out.pow(2).sum())
+    bias, weight = report.errors["0.bias.grad"], report.errors["0.weight.grad"]
+    assert bias.cancelled
+    assert not weight.cancelled
+    assert bias.relative < bias.bound < 1e-4
+
+
+@pytest.mark.parametrize("part", [1e-4, 1e-2])
+def test_a_wrong_gradient_is_caught_where_the_right_one_is_zero(part: float) -> None:
+    """A bias gradient in which a small part of the sum is missing, far below the weights' gradients."""
+    module, value = normalized(), lambda out: out.pow(2).sum()
+    program = capture_gradients(module, (image(),), wrt="parameters", value=value)
+    captured: dict[str, Tensor] = {}
+    module[0].register_full_backward_hook(lambda _m, _i, grads: captured.update(terms=grads[0]))
+    value(module(image().requires_grad_())).backward()
+    missing = captured["terms"].abs().sum((0, 2, 3)).numpy() * part
+
+    def change(outputs: dict[str, np.ndarray]) -> None:
+        outputs["0.bias.grad"] -= missing
+
+    verification.compare(Answers(program, lambda outputs: None), program, {"input": image()})
+    with pytest.raises(cg.VerificationError, match=r"0\.bias\.grad.*terms that cancel"):
+        verification.compare(Answers(program, change), program, {"input": image()})
+
+
+class Tie(nn.Module):
+    """A ReLU inside whose argument is zero but for rounding: either side is right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        third = x / 3
+        return torch.relu((third + third + third - x).sum(1)) + x.sum(1)
+
+
+def test_either_side_of_a_tie_is_accepted_and_a_third_value_is_not() -> None:
+    x = image(1, 3, 4, 4)
+    program = capture_gradients(Tie(), (x,), wrt="inputs")
+
+    def other_side(outputs: dict[str, np.ndarray]) -> None:
+        gradient = outputs["x.grad"]
+        gradient[:, :, 0, 0] = np.where(gradient[:, :, 0, 0] == 1, 1.0 + 1e-7, 1.0)
+
+    def wrong(outputs: dict[str, np.ndarray]) -> None:
+        outputs["x.grad"][:, :, 0, 0] = 2.0
+
+    verification.compare(Answers(program, other_side), program, {"x": x})
+    with pytest.raises(cg.VerificationError, match=r"x\.grad"):
+        verification.compare(Answers(program, wrong), program, {"x": x})
+
+
+def test_random_rounding_leaves_what_is_exact_and_moves_the_rest() -> None:
+    x = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).float().double()
+    with RandomRounding(2.0**-21, torch.float32, 0):
+        grid = (torch.arange(12, dtype=torch.float64) + 0.5) * 0.5 - 0.5
+        moved, view, in_place = x * 0.1, x.reshape(10, 100).T, x.clone().mul_(0.1)
+    assert torch.equal(grid, (torch.arange(12, dtype=torch.float64) + 0.5) * 0.5 - 0.5)
+    assert torch.equal(view, x.reshape(10, 100).T)
+    for result in (moved, in_place):
+        relative = (result - x * 0.1).abs() / (x * 0.1).abs()
+        assert 2.0**-23 < float(relative.mean()) < float(relative.max()) <= 2.0**-21 * 1.001
+
+
+@pytest.mark.parametrize(("form", "args"), FORMS, ids=lambda value: getattr(value, "__name__", ""))
+def test_random_rounding_reaches_every_form_of_gradient(form: type[nn.Module], args: tuple[Tensor, ...]) -> None:
+    torch.manual_seed(0)
+    program = capture(form(), args)
+    inputs = dict(zip([s.name for s in program.inputs if s.kind == "user"], args, strict=True))
+    exact = verification.eager(program, inputs, torch.float64)
+    with RandomRounding(2.0**-21, torch.float32, 0):
+        moved = verification.eager(program, inputs, torch.float64)
+    for name, value in exact.items():
+        distance = float((moved[name] - value).norm() / value.norm())
+        assert 1e-8 < distance < 1e-4, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_modules_are_held_to_their_own_rounding(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2)).to(dtype)
+    report = cg.export_gradient(module, (image().to(dtype),), wrt=["inputs", "parameters"])
+    assert report.verified
+    assert any("bfloat16" in note for note in report.notes) == (dtype == torch.bfloat16)
+    gradients = cg.GradientSession(report.model).run({"input": image().to(dtype)})
+    x = image().to(dtype).float().requires_grad_()
+    module.float()(x).sum().backward()
+    for name, wanted in {"input.grad": x.grad, "0.weight.grad": module[0].weight.grad}.items():
+        assert gradients[name].dtype == dtype
+        error = float((gradients[name].float() - wanted).norm() / wanted.norm())
+        assert error < {torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype], name
+
+
+class Branches(nn.Module):
+    """Does something else from three pictures on; nothing of that is in a trace with two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.shape[0] > 2 else -self.conv(x)
+
+
+def test_a_branch_on_a_dynamic_size_is_refused() -> None:
+    with pytest.raises(cg.DynamicShapeError, match=r"'batch'.*at 3 the forward does something else.*batch <= 2"):
+        cg.export(Branches(), (image(),), dynamic_shapes={"x": {0: "batch"}})
+    assert cg.export(Branches(), (image(),)).verified
+
+
+class Downsampled(nn.Module):
+    """Adds what a stride took apart: even heights only, and eager says so for the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 4, 2, 2), nn.ConvTranspose2d(4, 3, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(self.down(x))
+
+
+def test_sizes_that_eager_refuses_are_no_reason_to_refuse_the_export() -> None:
+    report = cg.export(Downsampled(), (image(2, 3, 8, 8),), dynamic_shapes={"x": {2: "height"}})
+    assert [sizes["height"] for sizes in report.verified_sizes] == [8, 10]

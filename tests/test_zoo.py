@@ -1,0 +1,45 @@
+"""Input and parameter gradients of whole networks, exported and held to float64 eager.
+
+Six small networks in every run; all of `networks.py` with `pytest -m "peer and slow" tests/test_zoo.py` (some four
+minutes, needs the packages named there), or as a table with `python -m tests.zoo`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from .networks import NETWORKS, Network
+from .small_networks import SMALL_NETWORKS
+from .zoo import export_network
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("network", SMALL_NETWORKS, ids=lambda network: network.name)
+def test_small_networks(network: Network, training: bool, tmp_path: Path) -> None:
+    report = export_network(network, training=training, path=tmp_path / "gradients.onnx")
+    assert report.verified
+    assert {name for name in report.errors if name.endswith(".grad")} >= {
+        f"{name}.grad" for name, _ in network.build().named_parameters()
+    }
+    # A file is its weights and the graph: nothing is stored twice.
+    assert report.sizes["files"] == (tmp_path / "gradients.onnx").stat().st_size
+    assert report.sizes["graph"] < 1200 * sum(report.operators.values())
+
+
+def test_biases_before_a_normalization_are_judged_by_what_cancels() -> None:
+    report = export_network(SMALL_NETWORKS[1])
+    cancelled = {name for name, error in report.errors.items() if error.cancelled}
+    assert cancelled == {"down.0.bias.grad", "bottom.0.bias.grad"}
+    assert all(error.bound < 1e-4 for error in report.errors.values())
+
+
+@pytest.mark.peer
+@pytest.mark.slow
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.name)
+def test_public_networks(network: Network) -> None:
+    if importlib.util.find_spec(network.package) is None:
+        pytest.skip(f"{network.package} is not installed")
+    assert export_network(network).verified
