@@ -66,6 +66,16 @@ def test_accuracy_table_is_the_committed_measurement() -> None:
     assert all(cell["worst"] <= 1.0 for name in table.values() for dtype in name.values() for cell in dtype.values())
 
 
+def test_the_table_of_compiled_steps_is_made_from_its_record() -> None:
+    from benchmarks.torch_compile.steps import NETWORKS, RESULT, readme
+    from benchmarks.torch_compile.steps import README as TABLE
+
+    record = json.loads(RESULT.read_text())
+    assert TABLE.read_text() == readme(record)
+    measured = {(row["network"], row["threads"]) for row in record["results"]}
+    assert measured == {(name, threads) for name in NETWORKS for threads in (1, 2)}
+
+
 def test_the_ci_script_runs_the_readmes_test_command() -> None:
     (line,) = [line for block in blocks("sh") for line in block.splitlines() if "pytest" in line]
     script = (ROOT / ".ci" / "run").read_text()

@@ -123,7 +123,8 @@ One step is forward, mean square loss and backward into every parameter's gradie
 `torch.compile` alone, which calls PyTorch's convolution_backward; `convgrad` is the same with the pass; `convgrad_ort`
 runs both graphs on onnxruntime. Median milliseconds of {rounds} alternating rounds in one process; in brackets the
 minima's ratio inductor / backend, above 1 where the backend is faster. Before timing, every backend's gradients are
-compared with eager float64.
+compared with eager float64. Rows marked \\* are no comparison: other work had a core at the time (eager itself took
+longer at two threads than at one), so their figures only say that the steps ran.
 
 {cpu}, {cores} cores, {versions}. Written by `python -m benchmarks.torch_compile.steps`; the figures are in
 [steps.json](steps.json), those of single layers, which the rules in `selection/aten_policy.py` rest on, in
@@ -141,9 +142,12 @@ def readme(record: dict[str, Any]) -> str:
     text = HEAD.format(cpu=environment["cpu"], cores=environment["cores"], versions=versions, rounds=rounds)
     columns = ("network", "input", "threads", *BACKENDS)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    eager = {(r["network"], r["threads"]): r["times"]["eager"]["median_ms"] for r in record["results"]}
     for result in record["results"]:
+        key = (result["network"], result["threads"])
+        disturbed = eager[key] > eager.get((key[0], 1), eager[key])
         base = result["times"]["inductor"]["min_ms"]
-        cells = [result["network"], "x".join(map(str, result["shape"])), str(result["threads"])]
+        cells = [result["network"] + " \\*" * disturbed, "x".join(map(str, result["shape"])), str(result["threads"])]
         cells += [f"{timing['median_ms']:.1f} ({base / timing['min_ms']:.2f})" for timing in result["times"].values()]
         lines.append("| " + " | ".join(cells) + " |")
     return text + "\n".join(lines) + "\n"
