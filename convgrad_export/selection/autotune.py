@@ -177,8 +177,8 @@ def _checked(
                 continue
             runner.bind(full)
             result = runner.result()
-        except Exception as error:  # onnxruntime raises a private class for each status code
-            if not type(error).__module__.startswith("onnxruntime"):
+        except Exception as error:  # onnxruntime raises a private class for each status code, or a RuntimeError
+            if not (type(error).__module__.startswith("onnxruntime") or type(error) is RuntimeError):
                 raise
             refused[name] = f"onnxruntime cannot run it: {error}"
             continue

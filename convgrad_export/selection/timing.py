@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import onnx_ir as ir
 
 from .. import dtypes
 from ..emit.onnx import GradientRequest, emit_model
-from ..errors import MissingDependencyError
+from ..errors import MissingDependencyError, UnsupportedLoweringError
 from ..geometry import ConvGeometry
 from ..lowering import CPU, CUDA, LOWERINGS
 
@@ -52,7 +53,14 @@ class Runner:
     def result(self) -> np.ndarray:
         """Of the latest run."""
         self.run()
-        return np.asarray(self._binding.copy_outputs_to_cpu()[0])
+        value = self._binding.get_outputs()[0]
+        if value.element_type() != dtypes.onnx_code("bfloat16"):
+            return np.asarray(value.numpy())
+        if value.device_name() != "cpu":  # onnxruntime hands numpy no bfloat16: copy its memory
+            raise UnsupportedLoweringError("bfloat16 results can be checked on the CPU provider only")
+        array = np.empty(tuple(value.shape()), dtypes.numpy_dtype("bfloat16"))
+        ctypes.memmove(array.ctypes.data, value.data_ptr(), array.nbytes)
+        return array
 
     def timed(self, repeats: int) -> float:
         """Milliseconds of one call, over `repeats` calls."""
