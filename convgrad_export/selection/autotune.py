@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from ..geometry import ConvGeometry
 from ..lowering import CPU, CUDA, LOWERINGS, candidates
 from . import timing
 from .cache import Timing, TuningRecord
+from .calibration import shipped
+from .cost_model import predict_ms
 from .graph_walk import workspace_bytes
 from .machine import default_threads, machine
 from .policy import AUTO, DIRECT, choose
@@ -111,7 +114,7 @@ def tune_gradient(
 
 
 def candidate_names(gradient: str, geometry: ConvGeometry, settings: TuningSettings) -> list[str]:
-    """What applies within the error limit, the policy's choice first."""
+    """What applies within the error limit: the policy's choice first, then the most promising by the cost model."""
     first = choose(
         gradient,
         geometry,
@@ -121,13 +124,15 @@ def candidate_names(gradient: str, geometry: ConvGeometry, settings: TuningSetti
         max_error_factor=settings.max_error_factor,
         max_workspace=settings.max_workspace,
     ).name
-    names = [first]
+    others = []
     for entry in candidates(gradient):
         if entry.name == first or entry.why_not(geometry, settings.dtype, settings.provider) is not None:
             continue
         if entry.error_factor <= settings.max_error_factor:
-            names.append(entry.name)
-    return names
+            others.append(entry.name)
+    arguments: dict[str, Any] = {"costs": shipped(), "threads": settings.thread_count}
+    others.sort(key=lambda name: predict_ms(name, geometry, settings.dtype, settings.provider, **arguments))
+    return [first, *others]
 
 
 def _limit_memory(workspaces: dict[str, int], settings: TuningSettings, refused: dict[str, str]) -> None:

@@ -69,12 +69,9 @@ def steps(
             f"the size of the intermediate tensors of {geometry.describe()} is open, expected integers only: "
             f"give the largest batch that will be run"
         )
-    import onnx
-
     lowering = LOWERINGS[name]
     model = emit_model(GradientRequest(geometry, {lowering.gradient: lowering}, dtype, opset, provider), "walk")
-    inferred = onnx.shape_inference.infer_shapes(ir.to_proto(model), data_prop=True)
-    return _walk(inferred.graph)
+    return graph_steps(ir.to_proto(model))
 
 
 def workspace_bytes(
@@ -121,6 +118,13 @@ def reads_directly(step: Step) -> bool:
         and all(s == 1 for s in attributes.get("strides", ()))
         and not any(attributes.get("pads", ()))
     )
+
+
+def graph_steps(model: Any) -> tuple[Step, ...]:
+    """The kernel calls of any ONNX model whose every size is known to shape inference."""
+    import onnx
+
+    return _walk(onnx.shape_inference.infer_shapes(model, data_prop=True).graph)
 
 
 def _walk(graph: Any) -> tuple[Step, ...]:
