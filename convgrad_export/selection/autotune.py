@@ -28,6 +28,8 @@ from .reference import expected, operands_for, with_checked_batch
 
 _MOST_ROUNDS = 15
 _FEWEST_ROUNDS = 3
+_ROUNDS_OF_QUICK_CALLS = 10  # where they cost next to nothing, a busy moment should not decide
+_QUICK_MS = 50.0  # for one round over all candidates
 _MIN_TURN_MS = 2.0  # a call shorter than this is repeated within its turn
 _HOPELESS = 4.0  # times the fastest: after its first turn such a candidate gets no other
 MEMORY = "needs more memory"  # how the reason begins that another limit or another day may lift
@@ -205,8 +207,10 @@ def _measure(ready: list[_Candidate], refused: dict[str, str], end: float, clock
         candidate.times.append(once)
     fastest = min((min(c.times) for c in ready), default=0.0)
     running = [c for c in ready if min(c.times) <= _HOPELESS * fastest]
+    one_round = sum(min(c.times) * c.repeats for c in running)
+    fewest = _ROUNDS_OF_QUICK_CALLS if one_round < _QUICK_MS else _FEWEST_ROUNDS
     rounds, spare = 0, _MOST_ROUNDS
-    while rounds < _MOST_ROUNDS and (rounds < _FEWEST_ROUNDS or clock() < end):
+    while rounds < _MOST_ROUNDS and (rounds < fewest or clock() < end):
         stolen = timing.stolen_ticks()
         taken = [(candidate, candidate.runner.timed(candidate.repeats)) for candidate in running]
         if timing.stolen_ticks() - stolen > 1 and spare > 0 and clock() < end:
