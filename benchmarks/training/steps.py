@@ -154,7 +154,7 @@ def measure(folder: Path, threads: int, rounds: int, contenders: list[str], old_
                 counts[name] = max(1, round(TURN_SECONDS / (workers[name].steps(1)["seconds"] + 1e-9)))
                 times[name] = []
             except (RuntimeError, OSError) as error:
-                failed[name] = str(error)[:400]
+                failed[name] = str(error)[-400:]  # onnxruntime names the cause last
                 if name in workers:
                     workers.pop(name).kill()
         for name, values in losses.items():
