@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import convgrad_export as cg
@@ -85,3 +87,18 @@ def test_without_the_gpu_build_the_error_says_what_to_install() -> None:
         pytest.skip("this onnxruntime has the CUDA provider")
     with pytest.raises(cg.ProviderError, match="onnxruntime-gpu in place of onnxruntime: uninstall both first"):
         providers.resolve(cg.CudaOptions())
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("given", ["cuda", cg.CudaOptions(), ("cuda", {"use_tf32": False})])
+def test_without_a_gpu_the_gpu_build_gives_an_error_and_no_session_on_the_cpu(given: Any) -> None:
+    if providers.CUDA not in providers.onnxruntime().get_available_providers():
+        pytest.skip("needs onnxruntime-gpu in place of onnxruntime")
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has a GPU")
+    model = cg.build_model("conv2d_input", input_shape=(2, 3, 8, 8), weight_shape=(4, 3, 3, 3), padding=1)
+    with pytest.raises(cg.ProviderError, match="could not start and onnxruntime fell back to CPUExecutionProvider"):
+        cg.GradientSession(model, given)
+    weight, grad = np.ones((4, 3, 3, 3), np.float32), np.ones((2, 4, 8, 8), np.float32)
+    with pytest.raises(cg.ProviderError, match="could not start"):
+        cg.conv2d_input((2, 3, 8, 8), weight, grad, padding=1, providers=given)
