@@ -93,6 +93,18 @@ def test_a_placement_report_names_the_nodes_that_left() -> None:
     assert "1 of 2 nodes left CUDAExecutionProvider: Col2Im 'b' on CPUExecutionProvider" in str(report)
 
 
+def test_sizes_that_cuda_leaves_to_the_cpu_have_not_left() -> None:
+    on_cuda, sizes = NodePlacement("a", "Conv", providers.CUDA), NodePlacement("b", "Concat", providers.CPU)
+    report = PlacementReport(providers.CUDA, (on_cuda, sizes))
+    assert (report.left, report.shape_arithmetic) == ((), (sizes,))
+    assert str(report) == "all 2 nodes run on CUDAExecutionProvider but 1 that compute sizes on the CPU"
+    pad = NodePlacement("c", "Pad", providers.CPU)
+    assert PlacementReport(providers.CUDA, (on_cuda, sizes, pad)).left == (pad,)
+    elsewhere = NodePlacement("d", "Concat", "OtherProvider")
+    assert PlacementReport(providers.CUDA, (elsewhere,)).left == (elsewhere,)
+    assert PlacementReport("OtherProvider", (sizes,)).left == (sizes,)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_thread_count_is_passed_on(threads: int) -> None:
     session = cg.GradientSession(MODEL, threads=threads)
