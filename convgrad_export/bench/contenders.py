@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,12 @@ from ..geometry import ConvGeometry
 from ..lowering import Lowering, candidates
 from ..lowering.kernels import CPU
 from ..selection.policy import choose
+from ..selection.tuned import TUNED, is_measured
 from .sampling import FORWARD, INPUT, WEIGHT
 
 TORCH, ORT_FORWARD, CONV_GRAD, GEMM = "torch", "onnxruntime", "ort_training", "gemm"
+# lowerings whose kernels work in small blocks, whatever the size of the layer
+SPARING = frozenset({"input.conv_transpose", "input.conv_transpose_crop", "input.flipped_conv", "input.conv"})
 _GEMM_SIDE = 1024
 GEMM_MULTIPLICATIONS = _GEMM_SIDE**3
 
@@ -82,6 +86,26 @@ def lowering_call(
 def applicable(operation: str, geometry: ConvGeometry) -> list[Lowering]:
     """The lowerings that can compute this gradient of this geometry in float32 on the CPU."""
     return [entry for entry in candidates(operation) if entry.why_not(geometry) is None]
+
+
+def column_bytes(geometry: ConvGeometry) -> int:
+    """A generous guess of what a lowering with a column buffer, or one copy for each tap, allocates."""
+    g = geometry
+    elements = max(
+        math.prod(g.input_shape), math.prod(g.output_shape), g.in_channels * math.prod(g.output_size) * g.batch
+    )
+    return int(4 * elements * 2 * (g.taps + 2))
+
+
+def available_bytes() -> int | None:
+    """Memory that can be taken without swapping; None where the kernel does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    except (OSError, IndexError, ValueError):
+        pass
+    return None
 
 
 def forward_call(geometry: ConvGeometry, feeds: Mapping[str, np.ndarray], threads: int) -> Call:
@@ -190,11 +214,6 @@ def choices(operation: str, geometry: ConvGeometry, threads: int) -> dict[str, s
 
 
 def _tuned(operation: str, geometry: ConvGeometry, threads: int) -> str | None:
-    try:
-        tuned = importlib.import_module("convgrad_export.selection.tuned")
-    except ImportError:  # a version without the tuning cache
+    if not is_measured(operation, geometry, "float32", CPU, threads):
         return None
-    if not tuned.is_measured(operation, geometry, "float32", CPU, threads):
-        return None
-    rule: dict[str, Any] = {"lowering": tuned.TUNED, "threads": threads}
-    return choose(operation, geometry, **rule).name
+    return choose(operation, geometry, lowering=TUNED, threads=threads).name

@@ -59,7 +59,7 @@ def measure(
         "wrong": {},
         "failed": {},
     }
-    checked = _checked(_calls(operation, geometry, feeds, threads), sample, record)
+    checked = _checked(_calls(operation, geometry, feeds, threads, record), sample, record)
     runners: dict[str, Contender] = {name: timed(call.run) for name, call in checked.items()}
     if peer is not None and operation != FORWARD and not geometry.transposed:
         try:
@@ -96,14 +96,18 @@ def measure(
 
 
 def _calls(
-    operation: str, geometry: ConvGeometry, feeds: Mapping[str, np.ndarray], threads: int
+    operation: str, geometry: ConvGeometry, feeds: Mapping[str, np.ndarray], threads: int, record: dict[str, Any]
 ) -> dict[str, Callable[[], Call]]:
     """How to build each contender of this process, PyTorch first: the others are compared with it."""
     calls: dict[str, Callable[[], Call]] = {TORCH: lambda: contenders.torch_call(operation, geometry, feeds)}
     if operation == FORWARD:
         calls[ORT_FORWARD] = lambda: contenders.forward_call(geometry, feeds, threads)
         return calls
+    need, available = contenders.column_bytes(geometry), contenders.available_bytes()
     for entry in contenders.applicable(operation, geometry):
+        if available is not None and need > available / 2 and entry.name not in contenders.SPARING:
+            record["failed"][entry.name] = f"left out: may need {need / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+            continue
         calls[entry.name] = partial(contenders.lowering_call, entry, geometry, feeds, threads)
     return calls
 

@@ -183,13 +183,14 @@ def troubles(results: Results) -> list[str]:
     """Contenders that were not timed because they failed or gave a wrong result, one line each."""
     lines = []
     for record in results.records.values():
+        use = record["uses"][0]
+        threads = f"{record['threads']} thread{'s' * (record['threads'] > 1)}"
+        where = f"{use[0]}/{use[1]} {record['operation']}, batch {record['batch']}, {threads}"
         for kind in ("wrong", "failed"):
+            by_reason: dict[str, list[str]] = {}
             for name, reason in record.get(kind, {}).items():
-                use = record["uses"][0]
-                lines.append(
-                    f"{use[0]}/{use[1]} {record['operation']}, batch {record['batch']}, {record['threads']} threads: "
-                    f"{name} {kind}: {reason}"
-                )
+                by_reason.setdefault(reason, []).append(name)
+            lines += [f"{where}: {', '.join(names)} {kind}: {reason}" for reason, names in by_reason.items()]
     return lines
 
 

@@ -65,6 +65,13 @@ def test_a_lowering_that_cannot_run_is_reported(monkeypatch: pytest.MonkeyPatch)
     assert set(record["times"]) == {"torch", "gemm"}
 
 
+def test_what_may_exceed_the_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "available_bytes", lambda: 1_000_000)
+    record = measure("input", Layer("large", 8, 8, (64, 64), (3, 3), 1, 1).geometry(2), 1, rounds=3, seconds=0.05)
+    assert set(record["times"]) == {"torch", "gemm", *contenders.SPARING} - {"input.conv"}
+    assert record["failed"]["input.col2im"] == "left out: may need 0.0 GB, 0.0 GB are free"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_peak_memory_sees_the_column_buffer() -> None:
     code = (

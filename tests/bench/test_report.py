@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from convgrad_export.bench.report import markdown, tables, write_plots
-from convgrad_export.bench.results import Results
+from convgrad_export.bench.results import Results, load
 from convgrad_export.bench.summary import groups, networks_of, troubles
 from convgrad_export.errors import OutputExistsError
 
@@ -58,10 +58,20 @@ def test_what_had_no_quiet_round_decides_nothing() -> None:
 def test_wrong_results_are_reported() -> None:
     results = example()
     first = next(iter(results.records.values()))
-    first["wrong"] = {"weight.im2col": "error 12 times its bound"}
+    first["wrong"] = dict.fromkeys(("weight.im2col", "weight.winograd6"), "error 12 times its bound")
     (line,) = troubles(results)
-    assert line == "resnet18/layer1 weight, batch 8, 1 threads: weight.im2col wrong: error 12 times its bound"
+    names = "weight.im2col, weight.winograd6"
+    assert line == f"resnet18/layer1 weight, batch 8, 1 thread: {names} wrong: error 12 times its bound"
     assert line in markdown(results)
+
+
+def test_the_committed_pages_are_the_committed_measurements() -> None:
+    from benchmarks.layers.__main__ import RESULT, pages
+
+    results = load(RESULT)
+    for path, text in pages(results).items():
+        assert path.read_text() == text, f"{path}: run python -m benchmarks.layers"
+    assert not any(record["wrong"] for record in results.records.values())
 
 
 def test_an_empty_file_gives_no_tables() -> None:
