@@ -86,6 +86,7 @@ def _monai(name: str, **options: Any) -> Callable[[], nn.Module]:
 
 def _transformers(name: str, **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
+        declare_torchvision_operators()  # imported by it where it is installed
         import transformers
 
         config = getattr(transformers, f"{name.removesuffix('Model')}Config")(**options)
@@ -96,6 +97,7 @@ def _transformers(name: str, **options: Any) -> Callable[[], nn.Module]:
 
 def _diffusers(name: str, **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
+        declare_torchvision_operators()  # as above, by way of transformers
         import diffusers
 
         return getattr(diffusers, name)(**options)
