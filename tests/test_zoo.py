@@ -7,13 +7,14 @@ minutes, needs the packages named there), or as a table with `python -m tests.zo
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
 from .networks import NETWORKS, Network
 from .small_networks import SMALL_NETWORKS
-from .zoo import export_network
+from .zoo import RESULTS, export_network
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
@@ -43,3 +44,13 @@ def test_public_networks(network: Network) -> None:
     if importlib.util.find_spec(network.package) is None:
         pytest.skip(f"{network.package} is not installed")
     assert export_network(network).verified
+
+
+def test_the_committed_results_are_of_this_list_and_all_passed() -> None:
+    results = json.loads(RESULTS.read_text())
+    assert results["failed"] == []
+    assert [row["network"] for row in results["passed"]] == [network.name for network in NETWORKS]
+    assert all(row["relative_error"] <= row["bound"] for row in results["passed"])
+    # A tie of a ReLU or a max pooling on one of the inputs widens a network's bound; few have one.
+    assert sorted(row["bound"] for row in results["passed"])[29] < 2e-4
+    assert max(row["bound"] for row in results["passed"]) < 2e-2
