@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..geometry import ConvGeometry
-from ..lowering import CPU, CUDA, LOWERINGS, candidates
+from ..lowering import CPU, CUDA, LOWERINGS, candidates, preferred_opset
 from . import timing
 from .cache import Timing, TuningRecord
 from .calibration import shipped
@@ -117,18 +117,20 @@ def tune_gradient(
 
 def candidate_names(gradient: str, geometry: ConvGeometry, settings: TuningSettings) -> list[str]:
     """What applies within the error limit: the policy's choice first, then the most promising by the cost model."""
+    opset = preferred_opset(settings.dtype, settings.provider)
     first = choose(
         gradient,
         geometry,
         settings.dtype,
         lowering=AUTO,
         provider=settings.provider,
+        opset=opset,
         max_error_factor=settings.max_error_factor,
         max_workspace=settings.max_workspace,
     ).name
     others = []
     for entry in candidates(gradient):
-        if entry.name == first or entry.why_not(geometry, settings.dtype, settings.provider) is not None:
+        if entry.name == first or entry.why_not(geometry, settings.dtype, settings.provider, opset) is not None:
             continue
         if entry.error_factor <= settings.max_error_factor:
             others.append(entry.name)
@@ -166,7 +168,7 @@ def _checked(
     dtype, provider = settings.dtype, settings.provider
     small = with_checked_batch(geometry)
     operands = operands_for(gradient, small, dtype, integers=False, seed=settings.seed)
-    reference = expected(gradient, small, operands, dtype, provider, settings.seed)
+    reference = expected(gradient, small, operands, dtype, settings.seed)
     placed = timing.place(operands, dtype, provider)
     full = timing.place(operands_for(gradient, geometry, dtype, integers=True, seed=settings.seed), dtype, provider)
     anchor: np.ndarray | None = None

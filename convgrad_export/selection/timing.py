@@ -15,7 +15,7 @@ from .. import dtypes
 from ..emit.onnx import GradientRequest, emit_model
 from ..errors import MissingDependencyError, UnsupportedLoweringError
 from ..geometry import ConvGeometry
-from ..lowering import CPU, CUDA, LOWERINGS
+from ..lowering import CPU, CUDA, LOWERINGS, preferred_opset
 
 
 class Runner:
@@ -33,7 +33,8 @@ class Runner:
     ) -> None:
         lowering = LOWERINGS[name]
         self.gradient = lowering.gradient
-        request = GradientRequest(geometry.with_batch("batch"), {self.gradient: lowering}, dtype, provider=provider)
+        opset = preferred_opset(dtype, provider)
+        request = GradientRequest(geometry.with_batch("batch"), {self.gradient: lowering}, dtype, opset, provider)
         model = ir.to_proto(emit_model(request, "candidate"))
         self._device = "cuda" if provider == CUDA else "cpu"
         self._session = open_session(model.SerializeToString(), provider, threads)
