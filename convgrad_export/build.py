@@ -13,7 +13,7 @@ from .emit.dynamic import emit_dynamic_model
 from .emit.onnx import MAX_OPSET, MIN_OPSET, GradientRequest, emit_model
 from .errors import ArgumentTypeError, GeometryError, UnsupportedLoweringError
 from .geometry import ConvGeometry
-from .lowering import CPU, candidates
+from .lowering import CPU, as_provider, candidates
 from .operators import CONVOLUTION_BACKWARD, Operator, operator
 from .selection.policy import AUTO, choose, is_way
 from .selection.tuned import TUNED, is_measured, is_tuned
@@ -65,7 +65,8 @@ def build_model(
         opset_version: of the standard operators, 13 to 23; 15 or newer for a canonical function.
         lowering: ``"auto"``, ``"tuned"`` for the fastest in the tuning cache (``"tuned:PATH"`` names the file), or a
             name from `lowerings`.
-        provider: the onnxruntime execution provider the model is meant for.
+        provider: the onnxruntime execution provider the model is meant for, ``"cpu"`` and ``"cuda"`` for short; it need
+            not be installed.
         max_error_factor: what ``"auto"`` may take, in units of the direct form's error bound; 1 keeps to direct forms,
             8 admits every Winograd form.
         max_workspace: most bytes of intermediate tensors at the batch of `input_shape`; None for no limit.
@@ -74,11 +75,11 @@ def build_model(
     Raises:
         GeometryError: shapes or attributes that no convolution has. DTypeError: another dtype.
         UnsupportedLoweringError: the lowering does not apply, or the provider has no kernel for the dtype.
-        ArgumentTypeError: an argument of the wrong type.
+        ProviderError: `provider` names no execution provider. ArgumentTypeError: an argument of the wrong type.
     """
     op = operator(operator_name)
     name = dtypes.name_of(dtype)
-    opset = _opset(opset_version)
+    opset, provider = _opset(opset_version), as_provider(provider)
     dims = _dynamic(dynamic)
     attributes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     if not set(dims) <= {BATCH_NAME}:
@@ -192,7 +193,7 @@ def lowerings(
 
     Args and errors: as in `build_model`. Give both shapes or neither.
     """
-    op = operator(operator_name)
+    op, provider = operator(operator_name), as_provider(provider)
     entries = [entry for gradient in op.gradients for entry in candidates(gradient)]
     if input_shape is None and weight_shape is None:
         return [LoweringInfo(entry.name, entry.gradient, entry.summary, entry.when) for entry in entries]

@@ -91,3 +91,18 @@ def test_dtypes_are_taken_from_numpy_and_torch() -> None:
     for dtype in ("float16", np.float16, np.dtype("float16"), torch.float16, "half"):
         model = cg.build_model("conv2d_input", **SHAPES, dtype=dtype)
         assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+
+
+@pytest.mark.parametrize("provider", ["nope", "CPU", "", None, 3, "ExecutionProvider"])
+def test_a_provider_that_is_no_provider_is_refused(provider: object) -> None:
+    for call in (cg.build_model, cg.lowerings):
+        with pytest.raises(cg.ProviderError, match=r"provider is .*expected 'cpu', 'cuda' or"):
+            call("conv2d_input", input_shape=(1, 2, 4, 4), weight_shape=(3, 2, 3, 3), provider=provider)  # type: ignore[operator]
+
+
+def test_short_provider_names_are_the_long_ones() -> None:
+    shapes = {"input_shape": (1, 2, 5, 5), "weight_shape": (3, 2, 3, 3), "padding": ((0, 1), (1, 1))}
+    for short, name in (("cpu", "CPUExecutionProvider"), ("cuda", "CUDAExecutionProvider")):
+        assert cg.build_model("conv2d_input", **shapes, provider=short) == cg.build_model(
+            "conv2d_input", **shapes, provider=name
+        )

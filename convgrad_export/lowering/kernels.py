@@ -12,10 +12,15 @@ type runs in float32 between two Casts.
 
 from __future__ import annotations
 
+from typing import Any
+
 from .. import dtypes
+from ..errors import ProviderError
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+_SHORT_NAMES = {"cpu": CPU, "cuda": CUDA}
+_SUFFIX = "ExecutionProvider"  # of every name in onnxruntime's list, those that need other builds included
 
 _FLOAT32_ONLY_ON_CPU = frozenset({"Conv", "ConvTranspose", "Col2Im"})
 
@@ -42,6 +47,18 @@ CUDA_KERNELS: dict[str, dict[str, int]] = {
     "Transpose": dict.fromkeys(_ALL_TYPES, 13),
     "Unsqueeze": dict.fromkeys(_ALL_TYPES, 13),
 }
+
+
+def as_provider(provider: Any) -> str:
+    """onnxruntime's full name of the provider that a graph is meant for, whether or not it is installed.
+
+    Raises:
+        ProviderError: no name of an execution provider.
+    """
+    name = _SHORT_NAMES.get(provider, provider) if isinstance(provider, str) else provider
+    if not isinstance(name, str) or not name.endswith(_SUFFIX) or name == _SUFFIX:
+        raise ProviderError(f"provider is {provider!r}, expected 'cpu', 'cuda' or an onnxruntime name such as {CPU!r}")
+    return name
 
 
 def cuda_kernel(operator: str, dtype: str, opset: int) -> bool:
