@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cuda.timing import Budget, medians
+from benchmarks.cuda.timing import Budget, cudnn_benchmark, medians
 from convgrad_export import CudaOptions, GradientSession
 from convgrad_export.bench.networks import NETWORKS
 from convgrad_export.emit.onnx import GradientRequest, emit_model
@@ -57,7 +57,8 @@ def run(
                     yield {**result, "skipped": "no time left"}
                     continue
                 try:
-                    measured = _measure(gradient, geometry, precision, device, rounds, every_lowering, cuda_graphs)
+                    with cudnn_benchmark(PRECISIONS[precision][1]):
+                        measured = _measure(gradient, geometry, precision, device, rounds, every_lowering, cuda_graphs)
                     yield {**result, **measured}
                 except (torch.OutOfMemoryError, ConvGradError) as error:
                     yield {**result, "error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
@@ -76,8 +77,6 @@ def _measure(
     provider = CUDA if device.startswith("cuda") else CPU
     opset = preferred_opset(dtype, provider)
     operands = _operands(geometry, dtype, device)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     kernel = _kernel(gradient, geometry, operands)
     expected = kernel()
     chosen = choose(gradient, geometry, dtype, provider=provider, opset=opset)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cuda.models import example
-from benchmarks.cuda.timing import Budget, medians
+from benchmarks.cuda.timing import Budget, cudnn_benchmark, medians
 
 # name: (allow TF32, autocast type)
 PRECISIONS: dict[str, tuple[bool, torch.dtype | None]] = {
@@ -90,8 +90,8 @@ def _measure(
             steps[name] = step
         else:
             failed[name] = f"wrong gradients: relative distance {errors[name]:.1e}"
-    _set_tf32(tf32)
-    times = medians(steps, device, rounds, round_ms=1.0) if steps else {}
+    with cudnn_benchmark(tf32):
+        times = medians(steps, device, rounds, round_ms=1.0) if steps else {}
     peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
     return {"times": times, "gradient_error": errors, "failed": failed, "peak_bytes": peak}
 
@@ -118,8 +118,8 @@ def _step(
 
 def _gradients(step: Callable[[], nn.Module], tf32: bool) -> list[Tensor]:
     """Copies of all gradients after one step from the model's first state."""
-    _set_tf32(tf32)
-    return [parameter.grad.clone() for parameter in step().parameters() if parameter.grad is not None]
+    with cudnn_benchmark(tf32):
+        return [parameter.grad.clone() for parameter in step().parameters() if parameter.grad is not None]
 
 
 def _distance(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -127,9 +127,3 @@ def _distance(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         return float("inf")
     square = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(got, expected, strict=True))
     return (square / sum(float(b.double().square().sum()) for b in expected)) ** 0.5
-
-
-def _set_tf32(allowed: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed
-    torch.backends.cudnn.benchmark = True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,18 @@ class Budget:
     @property
     def left(self) -> float:
         return self.seconds - self.spent
+
+
+@contextmanager
+def cudnn_benchmark(tf32: bool) -> Iterator[None]:
+    """cuDNN times its algorithms for every new shape; TF32 in convolutions and GEMMs as asked for; restored after."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=tf32):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def synchronise(device: str) -> None:

@@ -72,7 +72,21 @@ def save_checkpoint(
     target = check_output(path, overwrite=overwrite)
     arrays = {name: _array(value) for name, value in state.items()}
     header = {**(metadata or {}), "format": _FORMAT, "sha256": _digest(arrays)}
-    return write_atomically(target, save(arrays, metadata=header), overwrite=overwrite)
+    return write_atomically(target, _in_order(save(arrays, metadata=header)), overwrite=overwrite)
+
+
+def _in_order(file: bytes) -> bytes:
+    """The same safetensors file with the entries of its header sorted: the library writes them in random order.
+
+    The layout is eight bytes of header length (little endian), the header as JSON, then the tensors, whose offsets
+    count from the end of the header; spaces after the JSON keep the tensors aligned to eight bytes.
+    """
+    length = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + file[8 + length :]
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
