@@ -221,7 +221,7 @@ NETWORKS = [
         "inception_v3",
         "torchvision",
         _vision("inception_v3", init_weights=False, aux_logits=True),
-        (3, 96, 96),
+        (3, 299, 299),
         loss=auxiliary_cross_entropy,
     ),
     TrainedNetwork("unet", None, UNet, IMAGE, target="pixels", classes=3),
