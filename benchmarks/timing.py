@@ -9,18 +9,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+
+from convgrad_export.selection.timing import stolen_ticks
 
 MIN_SECONDS = 0.004  # a call shorter than this is repeated within its turn
-
-
-def stolen_ticks() -> int:
-    """CPU time, in clock ticks, that the host gave to other machines since boot; 0 where the kernel does not say."""
-    try:
-        first = Path("/proc/stat").read_text().splitlines()[0].split()
-        return int(first[8])
-    except (OSError, IndexError, ValueError):
-        return 0
 
 
 def rounds_of(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import environment
-from benchmarks.timing import stolen_ticks
+from convgrad_export.selection.timing import stolen_ticks
 from convgrad_export.serving.config import read_config, to_text
 from convgrad_export.serving.launch import Address, running, server_python
 from convgrad_export.serving.options import ServingOptions

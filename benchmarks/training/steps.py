@@ -35,10 +35,10 @@ import torch
 
 import convgrad_export as cg
 from benchmarks.environment import environment
-from benchmarks.timing import stolen_ticks
 from benchmarks.training.networks import BY_NAME, TrainedNetwork, without_dropout
 from benchmarks.training.parity import write_table
 from convgrad_export.bench.run import KEEP_MEMORY
+from convgrad_export.selection.timing import stolen_ticks
 
 RESULT = Path(__file__).parent / "steps.json"
 ROOT = Path(__file__).parents[2]
