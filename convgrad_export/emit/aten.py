@@ -27,10 +27,6 @@ from .onnx import GraphOps
 
 BATCH = "batch"
 
-# These round intermediate products to the element type and add them up afterwards. In float16 and bfloat16 that would
-# lose more than a sum that is rounded once, so they are computed in float32.
-_ADDS_ROUNDED_TERMS = frozenset({"input.matmul_taps", "input.col2im", "weight.depthwise_taps", "weight.depthwise_rows"})
-
 
 def run_lowering(lowering: Lowering, geometry: ConvGeometry, grad_output: Any, operand: Any = None) -> Any:
     """One gradient of one convolution as ATen calls.
@@ -46,8 +42,7 @@ def run_lowering(lowering: Lowering, geometry: ConvGeometry, grad_output: Any, o
     tensors = [value for value in (grad_output, operand) if value is not None]
     dtype = grad_output.dtype
     widened = dtypes.is_half(dtypes.name_of(dtype)) and (
-        lowering.name in _ADDS_ROUNDED_TERMS
-        or lowering.error_factor > 1
+        not lowering.sums_once  # rounding each term to a half type loses more than rounding their sum
         or ("ConvTranspose" in lowering.operators and _adds_in_half(grad_output))
     )
     if widened:

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 
 from ..errors import UnsupportedLoweringError
 from ..geometry import ConvGeometry
-from . import cook_toom, depthwise, input_conv, input_matmul, transposed_input, weight_grad, weight_shifted, winograd
+from . import (
+    columns,
+    cook_toom,
+    depthwise,
+    input_conv,
+    input_matmul,
+    transposed_input,
+    weight_grad,
+    weight_samples,
+    weight_shifted,
+    winograd,
+)
 from .blocks import Ops, Value
 from .kernels import CPU, CUDA, compute_dtype, missing_kernel
 
@@ -155,6 +166,16 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             min_opset=18,
         ),
         Lowering(
+            name="input.columns",
+            gradient="input",
+            body=columns.input_gradient,
+            condition=columns.input_why_not,
+            operators=_COL2IM,
+            transposed=False,
+            when="one or two spatial axes, opset 18 or newer",
+            min_opset=18,
+        ),
+        Lowering(
             name="input.matmul_taps",
             gradient="input",
             body=input_matmul.matmul_taps,
@@ -238,6 +259,21 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             body=weight_grad.matmul_taps,
             when=_ALSO_FLOAT64,
             sums_once=True,
+        ),
+        Lowering(
+            name="weight.columns",
+            gradient="weight",
+            body=columns.weight_gradient,
+            condition=columns.why_not,
+            when=_ALSO_FLOAT64,
+            sums_once=True,
+        ),
+        Lowering(
+            name="weight.sample_matmul",
+            gradient="weight",
+            body=weight_samples.sample_matmul,
+            condition=weight_samples.sample_matmul_why_not,
+            when="kernels with one tap, or several on an axis before the last, also in float64",
         ),
         Lowering(
             name="weight.depthwise_taps",

@@ -19,7 +19,12 @@ AUTO = "auto"
 DIRECT = 1.0  # error factor of every form that adds up the products themselves
 
 _FEW_CHANNELS = 16  # a GEMM with a side this short leaves most of its register tile empty
-_SMALL_IMAGE = 256  # output positions; up to here Col2Im's additions cost less than ConvTranspose's
+# Output positions of a sample.
+_TINY_IMAGE = 8  # up to here a GEMM a sample does little but read the weight
+_SMALL_IMAGE = 256  # up to here Col2Im's additions cost less than ConvTranspose's
+_COLUMN_IMAGE = 1024  # strided: up to here Col2Im's buffer for the whole batch is small enough
+_LARGE_IMAGE = 784  # pointwise: from here on a sample's GEMM is long enough by itself
+_COLUMNS, _ONE_THREAD_COLUMNS = 324, 64  # up to here copying the columns costs less than transposing the result
 _WINOGRAD_CHANNELS = {"winograd4": 256, "winograd6": 96}  # below, the tile transforms cost more than they save
 
 # What every plain input gradient and every weight gradient can fall back on, float64 included.
@@ -27,7 +32,7 @@ _ANY_INPUT = ("input.conv_transpose", "input.conv_transpose_crop", "input.pixel_
 _ANY_WEIGHT = ("weight.matmul_taps",)
 
 
-def _input_preferences(g: ConvGeometry, constant_weight: bool) -> tuple[str, ...]:
+def _input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) -> tuple[str, ...]:
     if g.transposed:
         return ("input.conv", "input.im2col")
     unit_stride = all(s == 1 for s in g.stride)
@@ -36,24 +41,48 @@ def _input_preferences(g: ConvGeometry, constant_weight: bool) -> tuple[str, ...
     if unit_stride and constant_weight and (g.groups == 1 or g.is_depthwise):
         # onnxruntime blocks the channels of a Conv whose weight is constant, and has no such form of ConvTranspose.
         return ("input.flipped_conv", *_ANY_INPUT)
-    if g.groups == 1 and g.is_static and math.prod(g.output_size) <= _SMALL_IMAGE:
+    if not g.is_static:
+        return _ANY_INPUT
+    positions = math.prod(g.output_size)
+    if g.groups > 1:
+        # ConvTranspose adds its columns up on one thread; a Conv divides all of its work.
+        return ("input.flipped_conv", *_ANY_INPUT) if unit_stride and not one_thread else _ANY_INPUT
+    if positions <= _TINY_IMAGE:
+        return ("input.columns", "input.col2im", *_ANY_INPUT)
+    if positions <= _SMALL_IMAGE:
         return ("input.col2im", *_ANY_INPUT)
-    return _ANY_INPUT
+    if g.in_channels < _FEW_CHANNELS or g.rank == 3:
+        return _ANY_INPUT
+    if unit_stride:
+        return ("input.flipped_conv", *_ANY_INPUT)
+    return ("input.col2im", *_ANY_INPUT) if positions <= _COLUMN_IMAGE else _ANY_INPUT
 
 
-def _weight_preferences(g: ConvGeometry) -> tuple[str, ...]:
+def _weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
     unit_stride = all(s == 1 for s in g.stride)
     if g.is_depthwise:
         if max(g.kernel_size) >= 5 or (unit_stride and g.output_size[-1] <= 28):
             return ("weight.depthwise_rows",)
         return _ANY_WEIGHT if unit_stride else ("weight.swapped_conv", "weight.depthwise_rows")
+    few = min(g.in_channels_per_group, g.out_channels_per_group) < _FEW_CHANNELS
+    if g.groups > 1:
+        return ("weight.shifted_matmul", "weight.im2col") if few and not g.is_pointwise else _ANY_WEIGHT
+    if not g.is_static:
+        return ("weight.im2col",) if few and not g.is_pointwise else _ANY_WEIGHT
+    positions = math.prod(g.output_size)
     if g.is_pointwise:
-        return _ANY_WEIGHT
-    if min(g.in_channels_per_group, g.out_channels_per_group) < _FEW_CHANNELS:
-        if g.groups > 1:
-            return ("weight.shifted_matmul", "weight.im2col")
-        return ("weight.im2col",) if unit_stride else ("weight.swapped_conv", "weight.im2col")
-    return _ANY_WEIGHT
+        # One product of weight size a sample is worth it where it is small beside the two operands.
+        small = g.in_channels * g.out_channels <= (g.in_channels + g.out_channels) * positions
+        return ("weight.sample_matmul", *_ANY_WEIGHT) if small and positions >= _LARGE_IMAGE else _ANY_WEIGHT
+    if few:
+        if g.rank == 1:
+            return _ANY_WEIGHT
+        if any(s > 1 for s in g.stride) and all(k <= s for k, s in zip(g.kernel_size, g.stride, strict=True)):
+            return ("weight.swapped_conv",)
+        return ("weight.columns",) if one_thread and unit_stride else ("weight.sample_matmul", "weight.columns")
+    if positions <= (_ONE_THREAD_COLUMNS if one_thread else _COLUMNS):
+        return ("weight.columns", *_ANY_WEIGHT)
+    return _ANY_WEIGHT if one_thread else ("weight.sample_matmul", *_ANY_WEIGHT)
 
 
 def _cuda_preferences(gradient: str, g: ConvGeometry, dtype: str, opset: int) -> tuple[str, ...]:
@@ -131,7 +160,7 @@ def choose(
         max_error_factor: largest allowed error bound, in units of the direct form's. The default, 1, takes direct forms
             only; 2 admits Winograd tiles of 4, and 8 tiles of 6 (`Lowering.error_factor`).
         max_workspace: most bytes of intermediate tensors, at the geometry's batch; None for no limit.
-        threads: that will run the graph, for ``"tuned"``; None for onnxruntime's default.
+        threads: that will run the graph; None for onnxruntime's default, which the rules take for more than one.
 
     Raises:
         UnsupportedLoweringError: the named lowering is unknown, does not apply, or exceeds `max_workspace`, or none
@@ -161,7 +190,9 @@ def choose(
             name, geometry, dtype, provider, opset, max_workspace
         )
 
-    automatic = _automatic(gradient, geometry, dtype, provider, opset, constant_weight, max_error_factor, why_not)
+    automatic = _automatic(
+        gradient, geometry, dtype, provider, opset, constant_weight, max_error_factor, threads == 1, why_not
+    )
     if not is_tuned(lowering) or constant_weight:
         return LOWERINGS[automatic]
     chosen = tuned_name(
@@ -185,6 +216,7 @@ def _automatic(
     opset: int,
     constant_weight: bool,
     max_error_factor: float,
+    one_thread: bool,
     why_not: Callable[[str], str | None],
 ) -> str:
     """The first preference that nothing speaks against, then any other entry of the catalogue."""
@@ -192,9 +224,9 @@ def _automatic(
     if provider == CUDA:
         preferences = _cuda_preferences(gradient, plain, dtype, opset)
     elif gradient == "input":
-        preferences = _input_preferences(plain, constant_weight)
+        preferences = _input_preferences(plain, constant_weight, one_thread)
     else:
-        preferences = _weight_preferences(plain)
+        preferences = _weight_preferences(plain, one_thread)
     if max_error_factor > DIRECT:
         preferences = (*_reduced_arithmetic(gradient, geometry, max_error_factor), *preferences)
     others = [entry.name for entry in candidates(gradient) if entry.error_factor == DIRECT]

@@ -92,15 +92,39 @@ def test_the_policy_always_finds_a_lowering_and_keeps_to_direct_forms(case) -> N
 def test_the_policy_obeys_the_allowed_error() -> None:
     wide = ConvGeometry.from_forward((8, 256, 14, 14), (256, 256, 3, 3), padding=1)
     chosen = {factor: choose("weight", wide, max_error_factor=factor).name for factor in (1.0, 2.0, 8.0)}
-    assert chosen == {1.0: "weight.matmul_taps", 2.0: "weight.winograd4", 8.0: "weight.winograd6"}
+    assert chosen == {1.0: "weight.columns", 2.0: "weight.winograd4", 8.0: "weight.winograd6"}
     narrow = ConvGeometry.from_forward((8, 16, 14, 14), (16, 16, 3, 3), padding=1)
     assert choose("weight", narrow, max_error_factor=8.0).error_factor == 1.0
 
 
 def test_a_constant_weight_changes_the_choice_where_the_runtime_profits() -> None:
     depthwise = ConvGeometry.from_forward((8, 96, 14, 14), (96, 1, 3, 3), padding=1, groups=96)
-    assert choose("input", depthwise).name == "input.conv_transpose"
-    assert choose("input", depthwise, constant_weight=True).name == "input.flipped_conv"
+    assert choose("input", depthwise, threads=1).name == "input.conv_transpose"
+    assert choose("input", depthwise, threads=1, constant_weight=True).name == "input.flipped_conv"
+
+
+@pytest.mark.parametrize(
+    ("gradient", "input_shape", "weight_shape", "stride", "one", "several"),
+    [
+        ("input", (8, 64, 56, 56), (64, 64, 3, 3), 1, "input.flipped_conv", "input.flipped_conv"),
+        ("input", (8, 64, 28, 28), (64, 64, 3, 3), 2, "input.col2im", "input.col2im"),
+        ("input", (8, 512, 2, 2), (512, 512, 3, 3), 1, "input.columns", "input.columns"),
+        ("input", (8, 3, 224, 224), (64, 3, 7, 7), 2, "input.conv_transpose", "input.conv_transpose"),
+        ("input", (8, 96, 56, 56), (96, 1, 3, 3), 1, "input.conv_transpose", "input.flipped_conv"),
+        ("weight", (8, 64, 56, 56), (64, 64, 3, 3), 1, "weight.matmul_taps", "weight.sample_matmul"),
+        ("weight", (8, 512, 7, 7), (512, 512, 3, 3), 1, "weight.columns", "weight.columns"),
+        ("weight", (8, 256, 56, 56), (64, 256, 1, 1), 1, "weight.sample_matmul", "weight.sample_matmul"),
+        ("weight", (8, 2048, 7, 7), (512, 2048, 1, 1), 1, "weight.matmul_taps", "weight.matmul_taps"),
+        ("weight", (8, 3, 224, 224), (64, 3, 7, 7), 2, "weight.sample_matmul", "weight.sample_matmul"),
+        ("weight", (8, 3, 224, 224), (96, 3, 4, 4), 4, "weight.swapped_conv", "weight.swapped_conv"),
+    ],
+)
+def test_the_rules_know_the_number_of_threads(gradient, input_shape, weight_shape, stride, one, several) -> None:
+    groups = input_shape[1] // weight_shape[1]
+    padding = weight_shape[2] // 2 if stride < weight_shape[2] else 0
+    geometry = ConvGeometry.from_forward(input_shape, weight_shape, stride, padding, groups=groups)
+    chosen = [choose(gradient, geometry, threads=threads).name for threads in (1, 2, None)]
+    assert chosen == [one, several, several]
 
 
 def test_a_name_for_one_gradient_leaves_the_others_to_the_policy() -> None:

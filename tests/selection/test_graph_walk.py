@@ -55,9 +55,9 @@ def test_transposes_that_onnxruntime_folds_into_matmul_are_no_step() -> None:
 
 
 def test_choose_obeys_the_limit_and_says_what_is_too_large() -> None:
-    assert choose("weight", DENSE).name == "weight.matmul_taps"
-    need = workspace_bytes("weight.matmul_taps", DENSE)
-    assert choose("weight", DENSE, max_workspace=need).name == "weight.matmul_taps"
+    assert choose("weight", DENSE).name == "weight.sample_matmul"
+    need = workspace_bytes("weight.sample_matmul", DENSE)
+    assert choose("weight", DENSE, max_workspace=need).name == "weight.sample_matmul"
     smaller = choose("weight", DENSE, max_workspace=need - 1)
     assert workspace_bytes(smaller.name, DENSE) < need
     with pytest.raises(cg.UnsupportedLoweringError, match="bytes of workspace, max_workspace is 10"):
@@ -70,7 +70,7 @@ def test_choose_obeys_the_limit_and_says_what_is_too_large() -> None:
 
 def test_build_model_takes_the_limit() -> None:
     arguments = {"input_shape": (8, 64, 28, 28), "weight_shape": (64, 64, 3, 3), "padding": 1}
-    need = workspace_bytes("weight.matmul_taps", DENSE)
+    need = workspace_bytes("weight.sample_matmul", DENSE)
     model = cg.build_model("conv2d_weight", **arguments, max_workspace=need - 1)
     name = next(item.value for item in model.metadata_props if item.key == "convgrad.lowering")
     assert workspace_bytes(name, DENSE) < need
