@@ -14,6 +14,7 @@ import onnx_ir.passes.common as passes
 from convgrad_export.emit.onnx import ir_version
 from convgrad_export.errors import ArgumentTypeError, ConvGradError, VerificationError
 from convgrad_export.integrations.opset_downgrade import downgrade
+from convgrad_export.integrations.scalar_rank import raise_scalar_ranks
 
 BASE_OPSET, MIN_OPSET, MAX_OPSET = 18, 13, 23
 _SHARED_CONSTANT_BYTES = 65536
@@ -51,6 +52,7 @@ def finish(model: ir.Model, *, opset: int = BASE_OPSET) -> ir.Model:
         passes.RemoveUnusedNodesPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
     )(model)
+    raise_scalar_ranks(model, parameters)
     _share_equal_constants(model, parameters)
     ir.passes.Sequential(
         passes.CommonSubexpressionEliminationPass(),
