@@ -44,6 +44,17 @@ def as_bool(value: Any, name: str) -> bool:
     raise ArgumentTypeError(f"{name} is {value!r} ({type(value).__name__}), expected True or False")
 
 
+def check_threads(threads: Any) -> int | None:
+    """A number of threads, or None for several.
+
+    Raises:
+        ArgumentTypeError: anything else.
+    """
+    if threads is None or (isinstance(threads, int) and not isinstance(threads, bool) and threads >= 1):
+        return threads
+    raise ArgumentTypeError(f"threads is {threads!r}, expected a number of threads, at least 1, or None for several")
+
+
 def as_mask(value: Any, name: str = "output_mask") -> tuple[bool, bool, bool]:
     """Three booleans: input, weight, bias.
 

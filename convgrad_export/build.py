@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import dtypes
-from .arguments import as_bool, as_int, as_mask
+from .arguments import as_bool, as_int, as_mask, check_threads
 from .emit.dynamic import emit_dynamic_model
 from .emit.onnx import MAX_OPSET, MIN_OPSET, GradientRequest, emit_model
 from .errors import ArgumentTypeError, GeometryError, UnsupportedLoweringError
@@ -42,6 +42,7 @@ def build_model(
     opset_version: int = 18,
     lowering: str = AUTO,
     provider: str = CPU,
+    threads: int | None = None,
     max_error_factor: float = 1.0,
     max_workspace: int | None = None,
     inline: bool = True,
@@ -67,6 +68,8 @@ def build_model(
             name from `lowerings`.
         provider: the onnxruntime execution provider the model is meant for, ``"cpu"`` and ``"cuda"`` for short; it need
             not be installed.
+        threads: number of threads the model is meant for; None stands for several. The best lowering for one thread is
+            often another.
         max_error_factor: what ``"auto"`` may take, in units of the direct form's error bound; 1 keeps to direct forms,
             8 admits every Winograd form.
         max_workspace: most bytes of intermediate tensors at the batch of `input_shape`; None for no limit.
@@ -81,6 +84,7 @@ def build_model(
     name = dtypes.name_of(dtype)
     opset, provider = _opset(opset_version), as_provider(provider)
     dims = _dynamic(dynamic)
+    check_threads(threads)
     attributes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     if not set(dims) <= {BATCH_NAME}:
         if op.name == CONVOLUTION_BACKWARD or transposed:
@@ -125,6 +129,7 @@ def build_model(
             lowering=lowering,
             provider=provider,
             opset=opset,
+            threads=threads,
             max_error_factor=max_error_factor,
             max_workspace=max_workspace,
         )

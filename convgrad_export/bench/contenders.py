@@ -206,8 +206,8 @@ def choices(operation: str, geometry: ConvGeometry, threads: int) -> dict[str, s
         return {}
     textbook = {INPUT: "input.conv" if geometry.transposed else "input.conv_transpose", WEIGHT: "weight.swapped_conv"}
     return {
-        "policy": choose(operation, geometry).name,
-        "policy_8": choose(operation, geometry, max_error_factor=8.0).name,
+        "policy": choose(operation, geometry, threads=threads).name,
+        "policy_8": choose(operation, geometry, max_error_factor=8.0, threads=threads).name,
         "tuned": _tuned(operation, geometry, threads),
         "textbook": textbook[operation],
     }

@@ -36,6 +36,7 @@ def build(
     dynamic: Annotated[str, typer.Option(help="Of batch, channels, space, kernel; separated by commas.")] = "batch",
     opset: options.Opset = 18,
     lowering: Annotated[str, typer.Option(help="auto, tuned, or a name that `convgrad lowerings` lists.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads the lowerings are for; several by default.")] = None,
     max_error_factor: Annotated[float, typer.Option(help="What auto may take; 1 keeps to direct forms.")] = 1.0,
     max_workspace: Annotated[
         int | None, typer.Option(help="Most bytes of intermediate tensors, at the batch of --input-shape.")
@@ -63,6 +64,7 @@ def build(
         dynamic=tuple(name for name in dynamic.split(",") if name),
         opset_version=opset,
         lowering=lowering,
+        threads=threads,
         max_error_factor=max_error_factor,
         max_workspace=max_workspace,
         inline=not keep_function,

@@ -40,6 +40,7 @@ def export(
     train_mode: Annotated[bool, typer.Option("--train-mode", help="Export in training mode.")] = False,
     opset: options.Opset = 18,
     lowering: Annotated[str, typer.Option(help="auto, or a name that `convgrad lowerings` lists.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads the lowerings are for; several by default.")] = None,
     verify: Annotated[bool, typer.Option(help="Compare with float64 eager before writing.")] = True,
     seed: Annotated[int, typer.Option(help="Of random weights and the example input.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
@@ -66,6 +67,7 @@ def export(
     common: dict[str, Any] = {
         "opset_version": opset,
         "lowering": lowering,
+        "threads": threads,
         "verify": verify,
         "overwrite": overwrite,
         "target": runs_on,

@@ -1,4 +1,7 @@
-"""`aten.convolution_backward` for torch.onnx: read the call's integers, choose a lowering, record it."""
+"""`aten.convolution_backward` for torch.onnx: read the call's integers, choose a lowering, record it.
+
+And `aten.convolution` of models whose weights are inputs, where one GEMM over the batch beats Conv.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from convgrad_export.emit.onnx import GradientRequest, record_gradients
 from convgrad_export.errors import DTypeError
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.integrations import dynamic_convolution as dynamic
-from convgrad_export.lowering import CPU, CUDA
+from convgrad_export.lowering import CPU, CUDA, columns
+from convgrad_export.selection.forward_policy import forward_by_columns
 from convgrad_export.selection.policy import AUTO, check_name, choose
 
 GRADIENTS = ("input", "weight", "bias")
@@ -36,10 +40,12 @@ class ConvolutionBackwardTranslation:
             apply to every convolution of the model whose spatial sizes are known.
         provider: The execution provider to choose for.
         opset: The opset the model will have; lowerings that need a newer one are not chosen.
+        threads: That will run the model; None for onnxruntime's default.
     """
 
-    def __init__(self, lowering: str = AUTO, provider: str = CPU, opset: int = 18) -> None:
+    def __init__(self, lowering: str = AUTO, provider: str = CPU, opset: int = 18, threads: int | None = None) -> None:
         self._lowering, self._provider, self._opset = check_name(lowering), provider, opset
+        self._threads = threads
         self.choices: list[LoweringChoice] = []
 
         # torch.onnx reads the signature of a function; it accepts no callable object.
@@ -112,7 +118,13 @@ class ConvolutionBackwardTranslation:
         )
         lowerings = {
             gradient: choose(
-                gradient, geometry, dtype, lowering=self._lowering, provider=self._provider, opset=self._opset
+                gradient,
+                geometry,
+                dtype,
+                lowering=self._lowering,
+                provider=self._provider,
+                opset=self._opset,
+                threads=self._threads,
             )
             for gradient in wanted
         }
@@ -139,6 +151,56 @@ class ConvolutionBackwardTranslation:
             self.choices.append(LoweringChoice(gradient, f"weight {g.weight_shape}, dynamic size", chosen))
             results[gradient] = build()
         return results
+
+
+def convolution_translation(otherwise: Callable[..., Any], provider: str = CPU) -> Callable[..., Any]:
+    """The translation of `aten.convolution` for weights that are inputs of the model.
+
+    Args:
+        otherwise: torch.onnx's own translation, for every call that is better left to Conv or ConvTranspose.
+        provider: The execution provider the model is for.
+    """
+
+    def aten_convolution(
+        input: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Sequence[int] = (1,),
+        padding: Sequence[int] = (0,),
+        dilation: Sequence[int] = (1,),
+        transposed: bool = False,
+        output_padding: Sequence[int] = (0,),
+        groups: int = 1,
+    ) -> Any:
+        def unchanged() -> Any:
+            return otherwise(
+                input,
+                weight,
+                bias,
+                stride=stride,
+                padding=padding,
+                dilation=dilation,
+                transposed=transposed,
+                output_padding=output_padding,
+                groups=groups,
+            )
+
+        shape, weight_shape = list(input.shape), list(weight.shape)
+        if transposed or not all(isinstance(size, int) for size in (*shape[1:], *weight_shape)):
+            return unchanged()
+        batch = shape[0] if isinstance(shape[0], int) else "batch"
+        geometry = ConvGeometry.from_forward(
+            (batch, *shape[1:]), weight_shape, list(stride), list(padding), list(dilation), groups
+        )
+        if not forward_by_columns(geometry, dtypes.from_onnx_code(int(input.dtype)) or "", provider):
+            return unchanged()
+        result = columns.forward(op, geometry, input, weight)
+        if bias is None:
+            return result
+        aligned: Any = op.Constant(value_ints=[1, -1, *[1] * geometry.rank])
+        return op.Add(result, op.Reshape(bias, aligned))
+
+    return aten_convolution
 
 
 def _bias_gradient(g: dynamic.DynamicConvolution, grad_output: Any) -> Any:

@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from convgrad_export.arguments import check_threads
 from convgrad_export.errors import ArgumentTypeError, ProviderError
 from convgrad_export.integrations import saving
 from convgrad_export.integrations.capture import capture, capture_gradients
@@ -51,6 +52,7 @@ class _Settings:
     overwrite: bool
     lowering: str
     provider: str
+    threads: int | None
     custom_translation_table: Mapping[Any, Callable[..., Any]] | None
     progress: bool | None
     target: str | None
@@ -73,6 +75,7 @@ def export(
     overwrite: bool = False,
     lowering: str = AUTO,
     provider: str = CPU,
+    threads: int | None = None,
     custom_translation_table: Mapping[Any, Callable[..., Any]] | None = None,
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     progress: bool | None = None,
@@ -100,6 +103,7 @@ def export(
         overwrite: Replace an existing file.
         lowering: "auto", or one catalogue name for every convolution gradient (`convgrad lowerings` lists them).
         provider: The onnxruntime execution provider that lowerings are chosen for.
+        threads: The number of threads they are chosen for; None stands for several.
         custom_translation_table: ATen overload to onnxscript function, as in torch.onnx.export.
         decompositions: ATen overload to Python function, applied before translation.
         progress: Show the step at work on the terminal; None shows it when standard error is one.
@@ -126,6 +130,7 @@ def export(
         overwrite,
         lowering,
         provider,
+        threads,
         custom_translation_table,
         progress,
         target,
@@ -161,6 +166,7 @@ def export_gradient(
     overwrite: bool = False,
     lowering: str = AUTO,
     provider: str = CPU,
+    threads: int | None = None,
     custom_translation_table: Mapping[Any, Callable[..., Any]] | None = None,
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     progress: bool | None = None,
@@ -186,7 +192,8 @@ def export_gradient(
         hessian_vector: Also take "<name>.vector" and return "<name>.hvp", Hessian times vector.
         return_outputs: Also return the forward's outputs.
         kwargs, dynamic_shapes, opset_version, verify, samples, input_names, output_names, external_data,
-        external_data_above, overwrite, lowering, provider, custom_translation_table, decompositions, progress, target:
+        external_data_above, overwrite, lowering, provider, threads, custom_translation_table, decompositions, progress,
+        target:
             As for `export`.
 
     Returns:
@@ -208,6 +215,7 @@ def export_gradient(
         overwrite,
         lowering,
         provider,
+        threads,
         custom_translation_table,
         progress,
         target,
@@ -242,6 +250,7 @@ def export_gradient(
 
 def _check(settings: _Settings) -> None:
     check_opset(settings.opset_version)
+    check_threads(settings.threads)
     if settings.target is not None:
         check_target(settings.target)
     samples = settings.samples
@@ -263,6 +272,7 @@ def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> Exp
             program,
             lowering=settings.lowering,
             provider=settings.provider,
+            threads=settings.threads,
             opset=settings.opset_version,
             custom=settings.custom_translation_table,
         )

@@ -20,7 +20,11 @@ from onnxscript import opset18 as op
 
 from convgrad_export.emit.onnx import ir_version
 from convgrad_export.errors import UnsupportedOperatorError
-from convgrad_export.integrations.convolution_translation import ConvolutionBackwardTranslation, LoweringChoice
+from convgrad_export.integrations.convolution_translation import (
+    ConvolutionBackwardTranslation,
+    LoweringChoice,
+    convolution_translation,
+)
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
 from convgrad_export.lowering import CPU
 from convgrad_export.selection.policy import AUTO
@@ -76,6 +80,7 @@ def translate(
     opset: int = BASE_OPSET,
     custom: Mapping[Any, Callable[..., Any]] | None = None,
     as_inputs: Callable[[GraphInput], bool] = lambda spec: spec.kind == "user",
+    threads: int | None = None,
 ) -> Translation:
     """Translate every node; parameters, buffers and constants become initializers under their names.
 
@@ -86,6 +91,7 @@ def translate(
         opset: The version the model will be converted to.
         custom: Further translations by ATen overload, which take precedence.
         as_inputs: Which graph inputs become model inputs; a training step also takes parameters and buffers.
+        threads: That will run the model, for the choice of lowerings; None for onnxruntime's default.
 
     Raises:
         UnsupportedOperatorError: Operators without a translation, all of them, with the modules that call them.
@@ -97,8 +103,12 @@ def translate(
         graph.erase_node(node)
     for node in graph.nodes:
         node.meta.setdefault("nn_module_stack", {"0": ("", torch.nn.Module)})  # else torch.onnx logs a line a node
-    convolution = ConvolutionBackwardTranslation(lowering, provider, min(opset, BASE_OPSET))
+    convolution = ConvolutionBackwardTranslation(lowering, provider, min(opset, BASE_OPSET), threads)
     registry = _registry()
+    if any(spec.kind == "parameter" and as_inputs(spec) for spec in program.inputs):
+        target = torch.ops.aten.convolution.default
+        own = registry.get_decomps(target)[0].onnx_function
+        registry.register_op(target, convolution_translation(own, provider))
     registry.register_op(torch.ops.aten.convolution_backward.default, convolution.function)
     registry.register_op(torch.ops.prims.prod.default, _reduce_prod)
     registry.register_op(torch.ops.aten.sym_numel.default, _size)

@@ -6,7 +6,7 @@ single GEMM, in which the weight is used, and its gradient comes out, in the ord
 the weight gradient read the same columns, and both gradients the same rearranged grad_output: a graph that holds more
 than one of them shares those nodes.
 
-Columns are (G, C/G * taps, P), where P runs over the outer output positions, the batch, and the last axis's positions.
+Columns are (G, C/G * taps, P), where P runs over the output positions, and within each over the batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 
 from ..geometry import ConvGeometry
-from .blocks import Ops, Value, extend, ints, reshape, slices, stack, transpose
+from .blocks import Ops, Value, extend, ints, reshape
 
 
 def forward(op: Ops, g: ConvGeometry, input: Value, weight: Value) -> Value:
@@ -50,53 +50,45 @@ def input_gradient(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) 
 
 
 def _columns(op: Ops, g: ConvGeometry, input: Value) -> Value:
-    """What each tap reads of the extended input."""
-    outer, last = math.prod(g.kernel_size[:-1]), g.kernel_size[-1]
+    """What each tap reads of the extended input: one Gather, whose blocks are the batch."""
     data = extend(op, input, g.read_windows(), g.input_size)
-    data = _batch_inside(op, data, g.in_channels, math.prod(g.span[:-1]), g.span[-1])
-    parts = []
-    for tap in range(last):
-        start = tap * g.dilation[-1]
-        part = data
-        if last > 1 or g.stride[-1] > 1:
-            stop = start + (g.output_size[-1] - 1) * g.stride[-1] + 1
-            part = slices(op, data, [start], [stop], 3, [g.stride[-1]])
-        if g.rank > 1 and (outer > 1 or any(s > 1 for s in g.stride[:-1])):
-            part = op.Gather(part, ints(op, rows_read(g)), axis=1)
-        parts.append(reshape(op, part, [g.in_channels, outer, 1, -1]))
-    return reshape(op, stack(op, parts, axis=2), [g.groups, g.in_channels_per_group * g.taps, -1])
+    data = _batch_last(op, data, g.in_channels, g.span)
+    if g.taps > 1 or any(s > 1 for s in g.stride):
+        data = op.Gather(data, ints(op, positions_read(g)), axis=1)
+    return reshape(op, data, [g.groups, g.in_channels_per_group * g.taps, -1])
 
 
 def _grad_rows(op: Ops, g: ConvGeometry, grad_output: Value) -> Value:
     """grad_output as (G, M/G, P)."""
-    inside = _batch_inside(op, grad_output, g.out_channels, math.prod(g.output_size[:-1]), g.output_size[-1])
-    return reshape(op, inside, [g.groups, g.out_channels_per_group, -1])
+    last = _batch_last(op, grad_output, g.out_channels, g.output_size)
+    return reshape(op, last, [g.groups, g.out_channels_per_group, -1])
 
 
-def _batch_inside(op: Ops, value: Value, channels: int, rows: int, last: int) -> Value:
-    """(N, channels, *sizes) as (channels, rows, N, last)."""
-    return op.Transpose(reshape(op, value, [-1, channels, rows, last]), perm=[1, 2, 0, 3])
+def _batch_last(op: Ops, value: Value, channels: int, sizes: Sequence[int]) -> Value:
+    """(N, channels, *sizes) as (channels, positions, N)."""
+    return op.Transpose(reshape(op, value, [-1, channels, math.prod(sizes)]), perm=[1, 2, 0])
 
 
 def _from_rows(op: Ops, value: Value, channels: int, sizes: Sequence[int]) -> Value:
     """(G, channels/G, P) as (N, channels, *sizes)."""
-    split = reshape(op, value, [channels, math.prod(sizes[:-1]), -1, sizes[-1]])
-    return reshape(op, transpose(op, split, [2, 0, 1, 3]), [-1, channels, *sizes])
+    split = reshape(op, value, [channels, math.prod(sizes), -1])
+    return reshape(op, op.Transpose(split, perm=[2, 0, 1]), [-1, channels, *sizes])
 
 
-def rows_read(g: ConvGeometry) -> list[int]:
-    """The rows of the span (its outer axes flattened) that each tap of the outer axes reads, in the output's order."""
+def positions_read(g: ConvGeometry, axes: int | None = None) -> list[int]:
+    """Where the first `axes` axes' taps read in the span, those axes flattened: by tap, then by output position."""
+    axes = g.rank if axes is None else axes
     numbers = []
-    for tap in itertools.product(*(range(k) for k in g.kernel_size[:-1])):
-        axes = [
+    for tap in itertools.product(*(range(k) for k in g.kernel_size[:axes])):
+        steps = [
             [d * k + s * o for o in range(size)]
             for d, k, s, size in zip(g.dilation, tap, g.stride, g.output_size, strict=False)
         ]
-        for position in itertools.product(*axes):
-            row = 0
-            for index, size in zip(position, g.span[:-1], strict=True):
-                row = row * size + index
-            numbers.append(row)
+        for position in itertools.product(*steps):
+            number = 0
+            for index, size in zip(position, g.span[:axes], strict=True):
+                number = number * size + index
+            numbers.append(number)
     return numbers
 
 

@@ -14,7 +14,7 @@ import math
 
 from ..geometry import ConvGeometry
 from .blocks import Ops, Value, extend, ints, reshape, slices, stack, transpose
-from .columns import rows_read
+from .columns import positions_read
 
 
 def sample_matmul(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
@@ -27,7 +27,7 @@ def sample_matmul(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) ->
     for shifted in _shifts(op, g, data):
         picked = shifted
         if _outer_taps(g) > 1 or any(s > 1 for s in g.stride[:-1]):
-            picked = op.Gather(shifted, ints(op, rows_read(g)), axis=1)
+            picked = op.Gather(shifted, ints(op, positions_read(g, g.rank - 1)), axis=1)
         columns = reshape(op, picked, [-1, g.groups, g.in_channels_per_group * _outer_taps(g), positions])
         products.append(op.ReduceSum(op.MatMul(columns, right), ints(op, [0]), keepdims=1))
     # for each tap of the last axis (1, G, C/G * outer taps, M/G)

@@ -20,11 +20,12 @@ DIRECT = 1.0  # error factor of every form that adds up the products themselves
 
 _FEW_CHANNELS = 16  # a GEMM with a side this short leaves most of its register tile empty
 # Output positions of a sample.
-_TINY_IMAGE = 8  # up to here a GEMM a sample does little but read the weight
+_TINY_IMAGE, _ONE_THREAD_TINY_IMAGE = 64, 8  # up to here a GEMM a sample does little but read the weight
 _SMALL_IMAGE = 256  # up to here Col2Im's additions cost less than ConvTranspose's
 _COLUMN_IMAGE = 1024  # strided: up to here Col2Im's buffer for the whole batch is small enough
 _LARGE_IMAGE = 784  # pointwise: from here on a sample's GEMM is long enough by itself
 _COLUMNS, _ONE_THREAD_COLUMNS = 324, 64  # up to here copying the columns costs less than transposing the result
+_FEW_SAMPLES, _FEW_SAMPLES_COLUMNS = 4, 49  # the columns' Gather copies runs of one element a sample
 _WINOGRAD_CHANNELS = {"winograd4": 256, "winograd6": 96}  # below, the tile transforms cost more than they save
 
 # What every plain input gradient and every weight gradient can fall back on, float64 included.
@@ -47,7 +48,7 @@ def _input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool)
     if g.groups > 1:
         # ConvTranspose adds its columns up on one thread; a Conv divides all of its work.
         return ("input.flipped_conv", *_ANY_INPUT) if unit_stride and not one_thread else _ANY_INPUT
-    if positions <= _TINY_IMAGE:
+    if positions <= (_ONE_THREAD_TINY_IMAGE if one_thread else _TINY_IMAGE):
         return ("input.columns", "input.col2im", *_ANY_INPUT)
     if positions <= _SMALL_IMAGE:
         return ("input.col2im", *_ANY_INPUT)
@@ -80,7 +81,10 @@ def _weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
         if any(s > 1 for s in g.stride) and all(k <= s for k, s in zip(g.kernel_size, g.stride, strict=True)):
             return ("weight.swapped_conv",)
         return ("weight.columns",) if one_thread and unit_stride else ("weight.sample_matmul", "weight.columns")
-    if positions <= (_ONE_THREAD_COLUMNS if one_thread else _COLUMNS):
+    limit = _ONE_THREAD_COLUMNS if one_thread else _COLUMNS
+    if isinstance(g.batch, int) and g.batch < _FEW_SAMPLES:
+        limit = _FEW_SAMPLES_COLUMNS
+    if positions <= limit:
         return ("weight.columns", *_ANY_WEIGHT)
     return _ANY_WEIGHT if one_thread else ("weight.sample_matmul", *_ANY_WEIGHT)
 

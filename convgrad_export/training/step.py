@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from ..arguments import check_threads
 from ..errors import ArgumentTypeError, UnsupportedOperatorError
 from ..files import staged
 from ..integrations import saving
@@ -72,6 +73,7 @@ def export_training_step(
     verify: bool = True,
     lowering: str = AUTO,
     provider: str = CPU,
+    threads: int | None = None,
     overwrite: bool = False,
 ) -> TrainingStepReport:
     """Export one step of training: loss, gradients, and the optimizer's update, for any onnxruntime build.
@@ -99,7 +101,7 @@ def export_training_step(
         return_outputs: also return the forward's outputs.
         opset_version: 13 to 23.
         verify: run three steps beside float64 eager PyTorch before anything is written.
-        lowering, provider: as in `convgrad_export.export`.
+        lowering, provider, threads: as in `convgrad_export.export`.
         overwrite: replace existing files.
 
     Raises:
@@ -109,6 +111,7 @@ def export_training_step(
         CaptureError, ConstantGradientError, DynamicShapeError, OutputExistsError, OutputPathError: as in `export`.
     """
     check_opset(opset_version)
+    check_threads(threads)
     check_numbers(max_grad_norm, max_grad_value, gradient_accumulation)
     target_path = None if path is None else saving.check_path(path, overwrite)
     if target_path is not None:
@@ -130,6 +133,7 @@ def export_training_step(
         provider=provider,
         opset=opset_version,
         as_inputs=lambda spec: spec.kind != "constant",
+        threads=threads,
     )
     model = finish(translation.model, opset=opset_version)
     state = {spec.name: spec.value.detach() for spec in program.inputs if _is_state(spec, program)}
