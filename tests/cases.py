@@ -104,6 +104,8 @@ CASES = [
     ConvCase("asymmetric_padding_1d_causal", 2, 4, 4, (12,), (3,), padding=((4, 0),), dilation=2),
     ConvCase("same_even_kernel", 2, 2, 3, (6, 7), (4, 2), padding="same"),
     ConvCase("valid_by_name", 2, 2, 3, (6, 7), (3, 2), padding="valid"),
+    ConvCase("wide_planes3d", 2, 2, 3, (3, 9, 8), (3, 3, 3), padding=1),
+    ConvCase("depth_taps_apart3d", 2, 2, 3, (2, 3, 4), (7, 2, 2), (3, 1, 2), (6, 1, 0)),
     ConvCase("winograd_channels", 2, 5, 7, (9, 10), (3, 3), padding=1),
     ConvCase("winograd_3d", 1, 3, 2, (5, 6, 4), (3, 3, 3), padding=1),
     ConvCase("winograd_mixed_kernel", 2, 3, 2, (7, 8), (1, 3), padding=(0, 1)),

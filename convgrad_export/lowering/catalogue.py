@@ -288,14 +288,6 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             when="kernels with one tap, or several on an axis before the last, also in float64",
         ),
         Lowering(
-            name="weight.batch_columns",
-            gradient="weight",
-            body=depth_weight.batch_columns,
-            condition=depth.why_not,
-            when="three spatial axes, also in float64",
-            sums_once=True,
-        ),
-        Lowering(
             name="weight.depth_taps",
             gradient="weight",
             body=depth_weight.depth_taps,

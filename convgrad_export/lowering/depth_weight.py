@@ -18,27 +18,6 @@ from .blocks import Ops, Value, extend, ints, pad, reshape, slices, stack, total
 from .depth import depth_pairs, planes_by_taps, used_taps
 
 _WORTH_SPLITTING = 1.1  # products of whole planes over those needed, from which on planes are told apart by their taps
-_FEW_POSITIONS = 16  # of a sample: up to here a GEMM over unused depth taps costs less than zeros put in afterwards
-
-
-def batch_columns(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
-    """Small images: columns by one Gather of runs over the batch, and a GEMM whose result is the gradient."""
-    used, positions, places = used_taps(g), math.prod(g.output_size), math.prod(g.input_size)
-    keep_all = positions < _FEW_POSITIONS
-    first, last = (0, g.kernel_size[0]) if keep_all else (used[0], used[-1] + 1)
-    taps = itertools.product(range(first, last), *(range(k) for k in g.kernel_size[1:]))
-    index = [place for tap in taps for place in _places(g, tap, (0, 1, 2))]
-    data = op.Transpose(reshape(op, input, [-1, g.in_channels, places]), perm=[1, 2, 0])
-    columns = op.Gather(_with_zeros(op, data, places in index), ints(op, index), axis=1)
-    count = (last - first) * math.prod(g.kernel_size[1:])
-    columns = reshape(op, columns, [g.groups, g.in_channels_per_group * count, -1])
-    grad = op.Transpose(reshape(op, grad_output, [-1, g.out_channels, positions]), perm=[1, 2, 0])
-    rows = reshape(op, grad, [g.groups, g.out_channels_per_group, -1])
-    product = op.MatMul(rows, op.Transpose(columns, perm=[0, 2, 1]))
-    if last - first < g.kernel_size[0]:
-        product = reshape(op, product, [g.out_channels, g.in_channels_per_group, last - first, *g.kernel_size[1:]])
-        product = pad(op, product, [first], [g.kernel_size[0] - last], first_axis=2, trailing=2)
-    return reshape(op, product, g.weight_shape)
 
 
 def depth_taps(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
@@ -60,7 +39,7 @@ def depth_taps(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Va
 def depth_taps_gathered(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
     """`depth_taps` with the batch innermost: a Gather of runs over the batch for each tap of a plane."""
     places = math.prod(g.input_size[1:])
-    index = [_places(g, (0, *tap), (1, 2)) for tap in itertools.product(*(range(k) for k in g.kernel_size[1:]))]
+    index = [_places(g, tap) for tap in itertools.product(*(range(k) for k in g.kernel_size[1:]))]
     data = reshape(op, input, [-1, g.in_channels, g.input_size[0], places])
     data = op.Transpose(data, perm=[1, 2, 3, 0])
     data = _with_zeros(op, data, any(places in entry for entry in index), axis=2)
@@ -128,17 +107,15 @@ def _tap_range(g: ConvGeometry) -> tuple[int, int]:
     return used[0], used[-1] + 1
 
 
-def _places(g: ConvGeometry, tap: Sequence[int], axes: Sequence[int]) -> list[int]:
-    """Where a tap reads the input for each output position, flat over `axes`; one past the last for padding."""
-    sizes = [g.input_size[axis] for axis in axes]
-    result = []
-    for out in itertools.product(*(range(g.output_size[axis]) for axis in axes)):
-        place = 0
-        for axis, position, size in zip(axes, out, sizes, strict=True):
-            at = position * g.stride[axis] - g.begin[axis] + g.dilation[axis] * tap[axis]
-            place = place * size + at if 0 <= at < size and place >= 0 else -1
-        result.append(place if place >= 0 else math.prod(sizes))
-    return result
+def _places(g: ConvGeometry, tap: Sequence[int]) -> list[int]:
+    """Where a tap of a plane reads an input plane, flat, for each output position; one past the last for padding."""
+    (height, width), none = g.input_size[1:], math.prod(g.input_size[1:])
+    rows, columns = (
+        [o * s - lo + d * k for o in range(size)]
+        for size, s, lo, d, k in zip(g.output_size[1:], g.stride[1:], g.begin[1:], g.dilation[1:], tap, strict=True)
+    )
+    inside = range(width)
+    return [y * width + x if 0 <= y < height and x in inside else none for y in rows for x in columns]
 
 
 def _with_zeros(op: Ops, value: Value, wanted: bool, axis: int = 1, trailing: int = 1) -> Value:

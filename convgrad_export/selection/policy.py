@@ -22,6 +22,9 @@ _FEW_CHANNELS = 16  # a GEMM with a side this short leaves most of its register 
 # Output positions of a sample.
 _TINY_IMAGE, _ONE_THREAD_TINY_IMAGE = 64, 8  # up to here a GEMM a sample does little but read the weight
 _SMALL_IMAGE = 256  # up to here Col2Im's additions cost less than ConvTranspose's
+_SMALL_VOLUME = 64  # up to here plane by plane pays for strided 1x1x1 kernels
+_SMALL_PLANE, _ONE_THREAD_PLANE = 256, 64  # up to here a Gather of runs over the batch is faster than a Slice of rows
+_RUN = 8  # samples from which on a run over the batch is worth copying as such
 _COLUMN_IMAGE = 1024  # strided: up to here Col2Im's buffer for the whole batch is small enough
 _LARGE_IMAGE = 784  # pointwise: from here on a sample's GEMM is long enough by itself
 _COLUMNS, _ONE_THREAD_COLUMNS = 324, 64  # up to here copying the columns costs less than transposing the result
@@ -39,6 +42,9 @@ def _input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool)
     unit_stride = all(s == 1 for s in g.stride)
     if unit_stride and g.is_pointwise:
         return ("input.flipped_conv", *_ANY_INPUT)
+    volume = g.rank == 3 and g.groups == 1 and g.is_static
+    if volume and (not g.is_pointwise or math.prod(g.output_size) <= _SMALL_VOLUME):
+        return ("input.plane_col2im", *_ANY_INPUT)
     if unit_stride and constant_weight and (g.groups == 1 or g.is_depthwise):
         # onnxruntime blocks the channels of a Conv whose weight is constant, and has no such form of ConvTranspose.
         return ("input.flipped_conv", *_ANY_INPUT)
@@ -82,8 +88,16 @@ def _weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
             return ("weight.swapped_conv",)
         return ("weight.columns",) if one_thread and unit_stride else ("weight.sample_matmul", "weight.columns")
     limit = _ONE_THREAD_COLUMNS if one_thread else _COLUMNS
+    if g.rank == 3:
+        limit = _ONE_THREAD_TINY_IMAGE
     if isinstance(g.batch, int) and g.batch < _FEW_SAMPLES:
         limit = _FEW_SAMPLES_COLUMNS
+    if positions > limit and g.rank == 3:
+        # A Slice picks what a stride leaves of a row one by one.
+        small = math.prod(g.output_size[1:]) <= (_ONE_THREAD_PLANE if one_thread else _SMALL_PLANE)
+        if isinstance(g.batch, int) and g.batch >= _RUN and (small or any(s > 1 for s in g.stride[1:])):
+            return ("weight.depth_taps_gathered", *_ANY_WEIGHT)
+        return ("weight.depth_taps", *_ANY_WEIGHT)
     if positions <= limit:
         return ("weight.columns", *_ANY_WEIGHT)
     return _ANY_WEIGHT if one_thread else ("weight.sample_matmul", *_ANY_WEIGHT)

@@ -15,6 +15,7 @@ from ..running import model_of
 
 PLAIN = ConvGeometry.from_forward((2, 4, 8, 8), (6, 4, 3, 3), padding=1)
 STRIDED = ConvGeometry.from_forward((2, 4, 9, 9), (6, 4, 3, 3), stride=2, padding=1)
+PADDING_ONLY = ConvGeometry.from_forward((2, 2, 1, 4, 4), (3, 2, 2, 2, 2), stride=(9, 1, 1), padding=(4, 0, 0))
 UNEVEN = ConvGeometry.from_forward((2, 4, 8, 8), (6, 4, 3, 3), padding=((1, 0), (1, 1)))
 
 
@@ -64,6 +65,8 @@ def test_names_start_with_their_gradient_and_duplicates_are_refused() -> None:
         ("weight.winograd4", STRIDED, {}, "stride"),
         ("input.winograd6", PLAIN, {"dtype": "float64"}, "constants are float32"),
         ("weight.shifted_matmul", STRIDED, {}, "stride"),
+        ("input.plane_col2im", PLAIN, {}, "spatial axes: 2, it needs 3"),
+        ("weight.depth_taps", PADDING_ONLY, {}, "every depth tap reads padding only"),
     ],
 )
 def test_a_lowering_says_why_it_does_not_apply(name: str, geometry: ConvGeometry, options: dict, reason: str) -> None:
@@ -95,6 +98,29 @@ def test_the_policy_obeys_the_allowed_error() -> None:
     assert chosen == {1.0: "weight.columns", 2.0: "weight.winograd4", 8.0: "weight.winograd6"}
     narrow = ConvGeometry.from_forward((8, 16, 14, 14), (16, 16, 3, 3), padding=1)
     assert choose("weight", narrow, max_error_factor=8.0).error_factor == 1.0
+
+
+def test_planes_that_no_depth_tap_tells_apart_share_their_products() -> None:
+    """One plane under three taps: a third of the products, and for 16 planes one set of them in spite of the edges."""
+    for depth, count in ((1, 9), (4, 27), (16, 9)):
+        geometry = ConvGeometry.from_forward((8, 4, depth, 5, 5), (6, 4, 3, 3, 3), padding=1)
+        assert operators("weight.depth_taps", geometry).count("MatMul") == count
+        assert operators("weight.depth_taps_gathered", geometry).count("MatMul") == count
+
+
+def test_three_axes_are_taken_plane_by_plane() -> None:
+    def chosen(channels: int, size: tuple[int, ...], kernel: int = 3, stride: int = 1, batch: int = 8) -> list[str]:
+        geometry = ConvGeometry.from_forward(
+            (batch, channels, *size), (64, channels, *[kernel] * 3), stride, padding=kernel // 2
+        )
+        return [choose(gradient, geometry, threads=1).name.split(".")[1] for gradient in ("input", "weight")]
+
+    assert chosen(64, (4, 16, 16)) == ["plane_col2im", "depth_taps"]
+    assert chosen(64, (2, 8, 8)) == ["plane_col2im", "depth_taps_gathered"]
+    assert chosen(64, (2, 8, 8), batch=1) == ["plane_col2im", "depth_taps"]
+    assert chosen(64, (1, 2, 2)) == ["plane_col2im", "columns"]
+    assert chosen(64, (4, 16, 16), 1, 2) == ["conv_transpose", "matmul_taps"]
+    assert chosen(64, (1, 4, 4), 1, 2) == ["plane_col2im", "matmul_taps"]
 
 
 def test_a_constant_weight_changes_the_choice_where_the_runtime_profits() -> None:
