@@ -74,7 +74,6 @@ CASES = [
     ConvCase("dilation_shares_factor_with_stride1d", (2, 3, 13), (2, 3, 3), (2,), (2,), (2,)),
     ConvCase("depthwise_multiplier1d", (3, 2, 9), (4, 1, 4), (1,), (2,), (1,), groups=2),
     ConvCase("mixed2d", (2, 4, 10, 8), (6, 2, 3, 2), (2, 3), (1, 0), (1, 2), groups=2),
-    ConvCase("flat_volume3d", (2, 3, 1, 5, 4), (4, 3, 3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1)),
     ConvCase("plain3x3", (2, 3, 7, 6), (4, 3, 3, 3), (1, 1), (1, 1), (1, 1)),
     ConvCase("pointwise2d", (2, 3, 5, 4), (4, 3, 1, 1), (1, 1), (0, 0), (1, 1)),
     ConvCase("pointwise_strided2d", (2, 3, 6, 5), (4, 3, 1, 1), (2, 2), (0, 0), (1, 1)),
@@ -99,4 +98,5 @@ CASES = [
         output_padding=(2, 2),
     ),
     ConvCase("transposed3d", (2, 2, 3, 2, 3), (2, 2, 2, 3, 2), (2, 1, 2), (1, 1, 0), (1, 2, 1), transposed=True),
+    ConvCase("flat_volume3d", (2, 3, 1, 5, 4), (4, 3, 3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1)),
 ]
