@@ -9,7 +9,8 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - batch normalization: the translation of `_native_batch_norm_legit_functional` ignores `training=True`.
 - nll_loss_forward: the translation has no total weight, so mean-reduced losses lose a factor in the gradient.
 - hardtanh_backward (ReLU6): the translation lets the gradient through exactly at the clamps; a zero is common there.
-- threshold_backward, leaky_relu_backward: right, but slow (Where); a non-finite gradient times 0 is not-a-number.
+- threshold_backward, leaky_relu_backward, hardswish_backward, hardsigmoid_backward: right, but slow (Where); a
+  non-finite gradient times 0 is not-a-number.
 - copy: the translation does not broadcast.
 - full, full_like, scalar_tensor: the translation rounds a float64 value to float32.
 - mv: onnxruntime is wrong for a transposed matrix times a vector.
@@ -65,6 +66,17 @@ def threshold_backward(grad: Tensor, x: Tensor, threshold: Any) -> Tensor:
 def hardtanh_backward(grad: Tensor, x: Tensor, min_val: float, max_val: float) -> Tensor:
     """The gradient of ReLU6, zero at both clamps."""
     return grad * ((x > min_val).to(grad.dtype) * (x < max_val).to(grad.dtype))
+
+
+def hardswish_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Slope x/3 + 1/2 between -3 and 3, 0 below and 1 above; clamped first, so that no infinite x meets a zero."""
+    outside = (x <= -3).to(grad.dtype) - (x >= 3).to(grad.dtype)
+    return grad * (x.clamp(-3, 3) / 3 + (outside * 0.5 + 0.5))
+
+
+def hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient inside (-3, 3) alone, times 1/6."""
+    return grad * ((x > -3).to(grad.dtype) * (x < 3).to(grad.dtype) * (1.0 / 6.0))
 
 
 def leaky_relu_backward(grad: Tensor, x: Tensor, negative_slope: float, self_is_result: bool) -> Tensor:
@@ -227,6 +239,8 @@ OWN: Table = {
     aten.copy.default: copy,
     aten.threshold_backward.default: threshold_backward,
     aten.hardtanh_backward.default: hardtanh_backward,
+    aten.hardswish_backward.default: hardswish_backward,
+    aten.hardsigmoid_backward.default: hardsigmoid_backward,
     aten.leaky_relu_backward.default: leaky_relu_backward,
     aten.mv.default: matrix_vector,
     aten.as_strided.default: as_strided,

@@ -173,6 +173,8 @@ TENSOR_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "stack": lambda x: torch.stack(x.unbind(1), -1) * 2,
     "power": lambda x: x.abs().pow(1.7),
     "clamp-kinks": lambda x: x.round().clamp(-1.0, 1.0) * x.clamp(-1.0, 1.0),
+    "hardswish-kinks": lambda x: functional.hardswish(_multiples_of_three(x)) * x,
+    "hardsigmoid-kinks": lambda x: functional.hardsigmoid(_multiples_of_three(x)) * x,
     "abs-kinks": lambda x: (x * (x > 0)).abs() * x + (x * (x > 1)).abs(),
     "maximum-ties": lambda x: torch.maximum(x, x.relu()) * torch.minimum(x, x.relu()),
     "max-pool-ties": lambda x: functional.max_pool2d((x * (x > 1)), 3, 2, 1) * 2,
@@ -210,6 +212,11 @@ TENSOR_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _grid(x: Tensor) -> Tensor:
     return 0.9 * torch.sin(torch.arange(2 * 5 * 6 * 2).to(x.dtype).view(2, 5, 6, 2))
+
+
+def _multiples_of_three(x: Tensor) -> Tensor:
+    """Values at the kinks of hardswish and hardsigmoid, with the gradient of 3 * x."""
+    return 3 * (x.detach().round() + (x - x.detach()))
 
 
 def _assigned(x: Tensor) -> Tensor:
