@@ -5,11 +5,11 @@
         [--seconds 280] [--again]
 
 Every contender is a process of its own that loads the same weights and the same batch and waits; they take turns in
-short rounds, and a round during which the host took time away is thrown out. The optimizer is AdamW everywhere: as
-torch.optim.AdamW comes in "eager", with fused=True in "eager_fused" and "inductor". Dropout is off. Before anything is
-timed, the losses before and after the first update are compared with eager PyTorch's. Memory is the process's peak
-less what was resident after its imports. glibc keeps freed blocks in every process alike: with its defaults, PyTorch
-would pay for fresh pages at every step (benchmarks/NOTES.md, "Fresh memory").
+short rounds, and a round during which the host took time away, or other processes ran, is thrown out. The optimizer is
+AdamW everywhere: as torch.optim.AdamW comes in "eager", with fused=True in "eager_fused" and "inductor". Dropout is
+off. Before anything is timed, the losses before and after the first update are compared with eager PyTorch's. Memory is
+the process's peak less what was resident after its imports. glibc keeps freed blocks in every process alike: with its
+defaults, PyTorch would pay for fresh pages at every step (benchmarks/NOTES.md, "Fresh memory").
 
 A cell (network, batch, threads) that steps.json holds already is left out unless --again is given; after --seconds no
 new cell is begun. So a long run can be made of short ones. --table writes README.md from what there is.
@@ -38,14 +38,14 @@ from benchmarks.environment import environment
 from benchmarks.training.networks import BY_NAME, TrainedNetwork, without_dropout
 from benchmarks.training.parity import write_table
 from convgrad_export.bench.run import KEEP_MEMORY
-from convgrad_export.selection.timing import stolen_ticks
+from convgrad_export.bench.timing import alternate
 
 RESULT = Path(__file__).parent / "steps.json"
 ROOT = Path(__file__).parents[2]
 CONTENDERS = ("onnxruntime", "eager", "eager_fused", "inductor", "ort_training")
 LEARNING_RATE = 1e-3
 TURN_SECONDS = 0.25  # a contender's turn is as many steps as fill this, at least one
-PAUSE_SECONDS = 0.02  # for the last contender's idle threads to fall asleep
+SETTLE_SECONDS = 0.02  # for the last contender's idle threads to fall asleep
 LOSS_TOLERANCE = 2e-3  # of the first loss, for the losses before and after the first update
 
 
@@ -79,6 +79,14 @@ class Worker:
         self._process.stdin.write(f"{count}\n")
         self._process.stdin.flush()
         return self._answer()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def turn(self, count: int) -> float:
+        """Seconds of `count` steps."""
+        return float(self.steps(count)["seconds"])
 
     def close(self) -> dict[str, Any]:
         """The memory; the process ends."""
@@ -143,16 +151,12 @@ def measure(folder: Path, threads: int, rounds: int, contenders: list[str], old_
     """Times, memory and failures of every contender."""
     workers: dict[str, Worker] = {}
     failed: dict[str, str] = {}
-    counts: dict[str, int] = {}
     losses: dict[str, list[float]] = {}
-    times: dict[str, list[float]] = {}
     try:
         for name in contenders:
             try:
                 workers[name] = start(name, folder, threads, old_python)
                 losses[name] = workers[name].steps(3)["losses"]
-                counts[name] = max(1, round(TURN_SECONDS / (workers[name].steps(1)["seconds"] + 1e-9)))
-                times[name] = []
             except (RuntimeError, OSError) as error:
                 failed[name] = str(error)[-400:]  # onnxruntime names the cause last
                 if name in workers:
@@ -164,27 +168,24 @@ def measure(folder: Path, threads: int, rounds: int, contenders: list[str], old_
             scale = LOSS_TOLERANCE * abs(expected[0])
             if any(not abs(a - b) <= scale for a, b in zip(values[:2], expected[:2], strict=True)):
                 raise SystemExit(f"{name} computes something else than eager: {values}, {losses.get('eager')}")
-        spare = rounds
-        kept = 0
-        while kept < rounds:
-            stolen = stolen_ticks()
-            taken = {}
-            for name, worker in workers.items():
-                taken[name] = worker.steps(counts[name])["seconds"] / counts[name]
-                time.sleep(PAUSE_SECONDS)
-            if stolen_ticks() - stolen > 1 and spare > 0:
-                spare -= 1
-                continue
-            kept += 1
-            for name, value in taken.items():
-                times[name].append(value)
+        timed = alternate(
+            {name: worker.turn for name, worker in workers.items()},
+            rounds,
+            math.inf,
+            always=tuple(workers),
+            processes=tuple(worker.pid for worker in workers.values()),
+            turn_seconds=TURN_SECONDS,
+            settle_seconds=SETTLE_SECONDS,
+        )
+        times = {name: timing.values for name, timing in timed.timings.items()}
         memory = {name: worker.close() for name, worker in workers.items()}
     finally:
         for worker in workers.values():
             worker.kill()
     return {
-        "rounds": rounds,
-        "discarded": rounds - spare,
+        "rounds": timed.kept,
+        "discarded": timed.discarded,
+        "disturbed": timed.disturbed,
         "failed": failed,
         "contenders": {
             name: {

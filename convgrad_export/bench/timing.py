@@ -23,7 +23,7 @@ FEWEST_ROUNDS = 3
 HOPELESS = 4.0  # a contender this many times slower than the fastest stops after two rounds
 _MOST_REPEATS = 500
 FOREIGN_CORES = 0.1  # used by other processes: above, the round is disturbed
-_SETTLE_SECONDS = 0.002  # for another contender's threads to stop spinning
+SETTLE_SECONDS = 0.002  # for another contender's threads to stop spinning
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ def alternate(
     always: tuple[str, ...] = (),
     processes: tuple[int, ...] = (),
     foreign_cores: float = FOREIGN_CORES,
+    turn_seconds: float = TURN_SECONDS,
+    settle_seconds: float = SETTLE_SECONDS,
     read: Callable[[tuple[int, ...]], Ticks] = read_ticks,
 ) -> Rounds:
     """Time contenders that have run once already.
@@ -111,17 +113,19 @@ def alternate(
         always: contenders that are never given up as hopeless.
         processes: ids of other processes that work for a contender.
         foreign_cores: what the rest of the machine may use before a round counts as disturbed.
+        settle_seconds: pause before each turn.
+        turn_seconds: a call shorter than this is repeated within its turn.
         read: where processor times come from.
     """
     started = time.perf_counter()
-    repeats = {name: _repeats(turn) for name, turn in contenders.items()}
+    repeats = {name: _repeats(turn, turn_seconds) for name, turn in contenders.items()}
     result = Rounds({name: Timing() for name in contenders})
     active = list(contenders)
     while result.kept < rounds and (result.kept < FEWEST_ROUNDS or time.perf_counter() - started < seconds):
         before, start = read(processes), time.perf_counter()
         taken = {}
         for name in active if result.kept % 2 == 0 else active[::-1]:
-            time.sleep(_SETTLE_SECONDS)
+            time.sleep(settle_seconds)
             taken[name] = contenders[name](repeats[name]) * 1e3 / repeats[name]
         after, elapsed = read(processes), time.perf_counter() - start
         stolen = after.stolen - before.stolen
@@ -144,6 +148,6 @@ def alternate(
     return result
 
 
-def _repeats(turn: Contender) -> int:
+def _repeats(turn: Contender, seconds: float) -> int:
     once = max(turn(1), 1e-7)
-    return max(1, min(_MOST_REPEATS, round(TURN_SECONDS / once)))
+    return max(1, min(_MOST_REPEATS, round(seconds / once)))

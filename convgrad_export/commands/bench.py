@@ -70,8 +70,8 @@ def bench(
     items = plan.items(
         _words(networks),
         _words(layers),
-        batches=_integers(batch, "batch"),
-        threads=_integers(threads, "threads"),
+        batches=options.integers(batch, "--batch", BenchmarkError),
+        threads=options.integers(threads, "--threads", BenchmarkError),
         operations=_words(gradients),
         max_gmac=max_gmac,
     )
@@ -96,13 +96,6 @@ def bench(
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _integers(text: str, option: str) -> list[int]:
-    try:
-        return [int(word) for word in _words(text)]
-    except ValueError:
-        raise BenchmarkError(f"{option} is {text!r}, expected integers separated by commas") from None
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import GeometryError
+from ..errors import ConvGradError, GeometryError
 
 InputShape = Annotated[str | None, typer.Option("--input-shape", help="N,C,I0[,I1[,I2]] of the forward call.")]
 WeightShape = Annotated[str | None, typer.Option("--weight-shape", help="M,C/groups,K0[,K1[,K2]].")]
@@ -22,12 +22,12 @@ Opset = Annotated[int, typer.Option(help="Version of the standard ONNX operators
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-def integers(text: str, option: str) -> tuple[int, ...]:
+def integers(text: str, option: str, error: type[ConvGradError] = GeometryError) -> tuple[int, ...]:
     """``"2,1"`` as (2, 1)."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise GeometryError(f"{option} is {text!r}, expected integers separated by commas") from None
+        raise error(f"{option} is {text!r}, expected integers separated by commas") from None
 
 
 def padding(text: str) -> Any:
