@@ -57,6 +57,9 @@ class TrainingSession:
         source = model_source(model)
         wanted = resolve(providers)
         options = self._ort.SessionOptions()
+        # One block planned for a whole run is larger than what the arena hands out as it goes (365 against 417 MiB for
+        # ResNet-18 at batch 8), at the same speed.
+        options.enable_mem_pattern = False
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
@@ -111,8 +114,15 @@ class TrainingSession:
         # Tensors that no path of the step reads (an unused parameter) are no inputs of the graph.
         values = {name: value for name, value in values.items() if name in self._expected or not self._is_unread(name)}
         check_matches(origin, values, self._expected)
-        self._current = {name: self._ort_value(values[name]) for name in self._expected}
-        self._next = {name: self._ort_value(np.array(values[name])) for name in self._updated}
+        # One array at a time: the state may fill most of the memory, and is held twice while a step runs.
+        self._current, self._next = {}, {}
+        for name in self._expected:
+            self._current[name] = self._ort_value(values.pop(name))
+        for name in self._updated:
+            dtype, _ = self._expected[name]
+            self._next[name] = self._ort.OrtValue.ortvalue_from_shape_and_type(
+                self._current[name].shape(), np.dtype(dtype), self._device, 0
+            )
 
     def _is_unread(self, name: str) -> bool:
         return name in _metadata(self._session)["state"]
