@@ -7,9 +7,9 @@
 Every contender is a process of its own that loads the same weights and the same batch and waits; they take turns in
 short rounds, and a round during which the host took time away, or other processes ran, is thrown out. The optimizer is
 AdamW everywhere: as torch.optim.AdamW comes in "eager", with fused=True in "eager_fused" and "inductor". Dropout is
-off. Before anything is timed, the losses before and after the first update are compared with eager PyTorch's. Memory is
-the process's peak less what was resident after its imports. glibc keeps freed blocks in every process alike: with its
-defaults, PyTorch would pay for fresh pages at every step (benchmarks/NOTES.md, "Fresh memory").
+off. Before anything is timed, the first loss and what the first update takes off it are compared with eager PyTorch's.
+Memory is the process's peak less what was resident after its imports. glibc keeps freed blocks in every process alike:
+with its defaults, PyTorch would pay for fresh pages at every step (benchmarks/NOTES.md, "Fresh memory").
 
 A cell (network, batch, threads) that steps.json holds already is left out unless --again is given; after --seconds no
 new cell is begun. So a long run can be made of short ones. --table writes README.md from what there is.
@@ -46,7 +46,8 @@ CONTENDERS = ("onnxruntime", "eager", "eager_fused", "inductor", "ort_training")
 LEARNING_RATE = 1e-3
 TURN_SECONDS = 0.25  # a contender's turn is as many steps as fill this, at least one
 SETTLE_SECONDS = 0.02  # for the last contender's idle threads to fall asleep
-LOSS_TOLERANCE = 2e-3  # of the first loss, for the losses before and after the first update
+LOSS_TOLERANCE = 2e-3  # of the loss before the first update
+GAIN_TOLERANCE = 0.1  # of what the first update takes off the loss
 
 
 class Worker:
@@ -163,11 +164,17 @@ def measure(folder: Path, threads: int, rounds: int, contenders: list[str], old_
                     workers.pop(name).kill()
         for name, values in losses.items():
             expected = losses.get("eager", values)
-            # The second loss depends on every gradient and update. Later ones part: AdamW's first updates are as large
-            # for a gradient that is rounding alone as for any other. parity.py bounds every tensor.
-            scale = LOSS_TOLERANCE * abs(expected[0])
-            if any(not abs(a - b) <= scale for a, b in zip(values[:2], expected[:2], strict=True)):
-                raise SystemExit(f"{name} computes something else than eager: {values}, {losses.get('eager')}")
+            # What an update gains depends on every gradient. AdamW's first updates are as large for a gradient that is
+            # rounding alone as for any other, so losses part soon. parity.py bounds every tensor.
+            gained, gain = values[0] - values[1], expected[0] - expected[1]
+            same = abs(values[0] - expected[0]) <= LOSS_TOLERANCE * abs(expected[0])
+            if same and abs(gained - gain) <= GAIN_TOLERANCE * abs(gain):
+                continue
+            reason = f"computes something else than eager: {values[:2]}, {expected[:2]}"
+            if name == "onnxruntime":
+                raise SystemExit(f"{name} {reason}")
+            failed[name] = reason
+            workers.pop(name).kill()
         timed = alternate(
             {name: worker.turn for name, worker in workers.items()},
             rounds,
@@ -177,7 +184,7 @@ def measure(folder: Path, threads: int, rounds: int, contenders: list[str], old_
             turn_seconds=TURN_SECONDS,
             settle_seconds=SETTLE_SECONDS,
         )
-        times = {name: timing.values for name, timing in timed.timings.items()}
+        times = {name: [value / 1e3 for value in timing.values] for name, timing in timed.timings.items()}
         memory = {name: worker.close() for name, worker in workers.items()}
     finally:
         for worker in workers.values():
