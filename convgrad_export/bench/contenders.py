@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,17 +94,6 @@ def column_bytes(geometry: ConvGeometry) -> int:
         math.prod(g.input_shape), math.prod(g.output_shape), g.in_channels * math.prod(g.output_size) * g.batch
     )
     return int(4 * elements * 2 * (g.taps + 2))
-
-
-def available_bytes() -> int | None:
-    """Memory that can be taken without swapping; None where the kernel does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) * 1024
-    except (OSError, IndexError, ValueError):
-        pass
-    return None
 
 
 def forward_call(geometry: ConvGeometry, feeds: Mapping[str, np.ndarray], threads: int) -> Call:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import ConvGradError
 from ..geometry import ConvGeometry
+from ..selection import timing
 from . import contenders
 from .contenders import CONV_GRAD, GEMM, ORT_FORWARD, TORCH, Call
 from .layer import multiplications
@@ -103,7 +104,7 @@ def _calls(
     if operation == FORWARD:
         calls[ORT_FORWARD] = lambda: contenders.forward_call(geometry, feeds, threads)
         return calls
-    need, available = contenders.column_bytes(geometry), contenders.available_bytes()
+    need, available = contenders.column_bytes(geometry), timing.available_bytes()
     for entry in contenders.applicable(operation, geometry):
         if available is not None and need > available / 2 and entry.name not in contenders.SPARING:
             record["failed"][entry.name] = f"left out: may need {need / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"

@@ -6,10 +6,11 @@ Every step here emits single-output operators of opset 13 with the same meaning 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from ..geometry import Window
+from ..geometry import ConvGeometry, Window
 
 Value = Any  # a graph value of whatever recorder `op` is
 
@@ -55,6 +56,19 @@ def slices(
     if steps is not None and any(step != 1 for step in steps):
         inputs.append(ints(op, steps))
     return op.Slice(value, *inputs)
+
+
+def tap_slices(op: Ops, g: ConvGeometry, value: Value, first_axis: int, axes: slice = slice(None)) -> Iterator[Value]:
+    """What each kernel tap of the spatial axes `axes` reads of an extended `value`, in row-major tap order.
+
+    Args:
+        first_axis: the axis of `value` that the first of them is.
+    """
+    stride, sizes = g.stride[axes], g.output_size[axes]
+    for tap in itertools.product(*(range(k) for k in g.kernel_size[axes])):
+        starts = [d * k for d, k in zip(g.dilation[axes], tap, strict=True)]
+        stops = [b + (o - 1) * s + 1 for b, o, s in zip(starts, sizes, stride, strict=True)]
+        yield slices(op, value, starts, stops, first_axis, stride)
 
 
 def reverse(op: Ops, value: Value, first_axis: int, sizes: Sequence[int]) -> Value:
@@ -111,6 +125,31 @@ def zeros_like_batch(op: Ops, value: Value, shape: Sequence[int]) -> Value:
     batch = op.Slice(op.Shape(value), ints(op, [0]), ints(op, [1]), ints(op, [0]))
     zero = op.ReduceSum(op.Reshape(empty, ints(op, [-1])), keepdims=1)
     return op.Expand(zero, op.Concat(batch, ints(op, shape), axis=0))
+
+
+def columns_to_image(
+    op: Ops,
+    columns: Value,
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    pads: Sequence[tuple[int, int]],
+) -> Value:
+    """Columns (N, C * taps, positions) added up into (N, C, *size), over one axis (then (N, C, 1, size)) or two.
+
+    onnxruntime 1.32 has one Col2Im for two spatial axes and another, wrong for most geometries, otherwise: one axis is
+    lifted to two.
+    """
+    unit, zero = [1] * (2 - len(size)), [0] * (2 - len(size))
+    return op.Col2Im(
+        columns,
+        ints(op, [*unit, *size]),
+        ints(op, [*unit, *kernel]),
+        strides=[*unit, *stride],
+        dilations=[*unit, *dilation],
+        pads=[*zero, *(lo for lo, _ in pads), *zero, *(hi for _, hi in pads)],
+    )
 
 
 def total(op: Ops, terms: Sequence[Value]) -> Value:

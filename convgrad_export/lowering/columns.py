@@ -17,12 +17,12 @@ from collections.abc import Sequence
 
 from ..geometry import ConvGeometry
 from .blocks import Ops, Value, extend, ints, reshape
+from .input_conv import add_columns
 
 
 def forward(op: Ops, g: ConvGeometry, input: Value, weight: Value) -> Value:
     """The convolution itself, (N, M, *O)."""
-    rows = reshape(op, weight, [g.groups, g.out_channels_per_group, g.in_channels_per_group * g.taps])
-    return _from_rows(op, op.MatMul(rows, _columns(op, g, input)), g.out_channels, g.output_size)
+    return _from_rows(op, op.MatMul(_weight_rows(op, g, weight), _columns(op, g, input)), g.out_channels, g.output_size)
 
 
 def weight_gradient(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
@@ -33,20 +33,14 @@ def weight_gradient(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) 
 
 def input_gradient(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
     """One GEMM over the batch gives every tap's contribution, then Col2Im adds them up sample by sample."""
-    rows = reshape(op, weight, [g.groups, g.out_channels_per_group, g.in_channels_per_group * g.taps])
-    product = op.MatMul(op.Transpose(rows, perm=[0, 2, 1]), _grad_rows(op, g, grad_output))
+    product = op.MatMul(op.Transpose(_weight_rows(op, g, weight), perm=[0, 2, 1]), _grad_rows(op, g, grad_output))
     per_sample = _from_rows(op, product, g.in_channels * g.taps, g.output_size)
-    columns = reshape(op, per_sample, [-1, g.in_channels * g.taps, math.prod(g.output_size)])
-    unit, zero = [1] * (2 - g.rank), [0] * (2 - g.rank)  # one spatial axis is lifted to two, as in input_conv.col2im
-    image = op.Col2Im(
-        columns,
-        ints(op, [*unit, *g.input_size]),
-        ints(op, [*unit, *g.kernel_size]),
-        strides=[*unit, *g.stride],
-        dilations=[*unit, *g.dilation],
-        pads=[*zero, *(lo for lo, _ in g.pads), *zero, *(hi for _, hi in g.pads)],
-    )
-    return image if g.rank == 2 else reshape(op, image, [-1, g.in_channels, *g.input_size])
+    return add_columns(op, g, reshape(op, per_sample, [-1, g.in_channels * g.taps, math.prod(g.output_size)]))
+
+
+def _weight_rows(op: Ops, g: ConvGeometry, weight: Value) -> Value:
+    """The weight as it lies, (G, M/G, C/G * taps)."""
+    return reshape(op, weight, [g.groups, g.out_channels_per_group, g.in_channels_per_group * g.taps])
 
 
 def _columns(op: Ops, g: ConvGeometry, input: Value) -> Value:
@@ -94,7 +88,3 @@ def positions_read(g: ConvGeometry, axes: int | None = None) -> list[int]:
 
 def why_not(g: ConvGeometry) -> str | None:
     return None if g.is_static else "the rows that a tap reads are listed in the graph, which needs fixed sizes"
-
-
-def input_why_not(g: ConvGeometry) -> str | None:
-    return "onnxruntime's Col2Im adds up wrongly over three spatial axes" if g.rank == 3 else None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 from ..geometry import ConvGeometry
-from .blocks import Ops, Value, ints, reshape, stack, transpose, zeros_like_batch
+from .blocks import Ops, Value, columns_to_image, ints, reshape, stack, transpose, zeros_like_batch
 
 _FEW_POSITIONS = 64  # of a plane: a GEMM a sample with fewer columns is slower than one over the batch
 _FEW_COLUMNS = 16  # a sample: for so few, turning the weight round costs more than the GEMM loses by not doing it
@@ -134,12 +134,6 @@ def _image(op: Ops, g: ConvGeometry, columns: Value, planes: int) -> Value:
     """Columns added up over the two axes of each plane: (N, C, planes, *I[1:])."""
     size, kernel = g.input_size[1:], g.kernel_size[1:]
     rows = g.in_channels * planes * math.prod(kernel)
-    image = op.Col2Im(
-        reshape(op, columns, [-1, rows, math.prod(g.output_size[1:])]),
-        ints(op, size),
-        ints(op, kernel),
-        strides=list(g.stride[1:]),
-        dilations=list(g.dilation[1:]),
-        pads=[*g.begin[1:], *(hi for _, hi in g.pads[1:])],
-    )
+    columns = reshape(op, columns, [-1, rows, math.prod(g.output_size[1:])])
+    image = columns_to_image(op, columns, size, kernel, g.stride[1:], g.dilation[1:], g.pads[1:])
     return reshape(op, image, [-1, g.in_channels, planes, *size])

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from ..geometry import ConvGeometry
-from .blocks import Ops, Value, extend, ints, pad, reshape, slices, stack, total
+from .blocks import Ops, Value, extend, ints, pad, reshape, slices, stack, tap_slices, total
 from .depth import depth_pairs, planes_by_taps, used_taps
 
 _WORTH_SPLITTING = 1.1  # products of whole planes over those needed, from which on planes are told apart by their taps
@@ -28,10 +28,7 @@ def depth_taps(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Va
     grad = op.Transpose(grad, perm=[1, 2, 0, 3])
 
     def parts(planes: Value) -> Iterator[Value]:
-        for tap in itertools.product(*(range(k) for k in g.kernel_size[1:])):
-            starts = [d * k for d, k in zip(g.dilation[1:], tap, strict=True)]
-            stops = [b + (o - 1) * s + 1 for b, o, s in zip(starts, g.output_size[1:], g.stride[1:], strict=True)]
-            yield slices(op, planes, starts, stops, 3, g.stride[1:])
+        return tap_slices(op, g, planes, 3, slice(1, None))
 
     return _by_planes(op, g, grad, data, parts)
 

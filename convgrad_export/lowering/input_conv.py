@@ -12,10 +12,10 @@ from ..geometry import ConvGeometry, Phase, window
 from .blocks import (
     Ops,
     Value,
+    columns_to_image,
     conv_operand,
     crop,
     extend,
-    ints,
     reshape,
     reverse,
     slices,
@@ -134,18 +134,15 @@ def col2im(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value
     positions = math.prod(g.output_size)
     data = reshape(op, grad_output, [-1, g.groups, g.out_channels_per_group, positions])
     columns = reshape(op, op.MatMul(rows, data), [-1, g.in_channels * g.taps, positions])
-    unit, zero = [1] * (2 - g.rank), [0] * (2 - g.rank)  # one spatial axis is lifted to two, see col2im_why_not
-    image = op.Col2Im(
-        columns,
-        ints(op, [*unit, *g.input_size]),
-        ints(op, [*unit, *kernel]),
-        strides=[*unit, *g.stride],
-        dilations=[*unit, *g.dilation],
-        pads=[*zero, *(lo for lo, _ in g.pads), *zero, *(hi for _, hi in g.pads)],
-    )
+    return add_columns(op, g, columns)
+
+
+def add_columns(op: Ops, g: ConvGeometry, columns: Value) -> Value:
+    """Every tap's contribution (N, C * taps, positions), one or two spatial axes, added up into the input gradient."""
+    image = columns_to_image(op, columns, g.input_size, g.kernel_size, g.stride, g.dilation, g.pads)
     return image if g.rank == 2 else reshape(op, image, [-1, g.in_channels, *g.input_size])
 
 
 def col2im_why_not(g: ConvGeometry) -> str | None:
-    """onnxruntime 1.32 has one Col2Im for two spatial axes and another, wrong for most geometries, otherwise."""
+    """The reason against `add_columns`, see `blocks.columns_to_image`."""
     return "onnxruntime's Col2Im adds up wrongly over three spatial axes" if g.rank == 3 else None

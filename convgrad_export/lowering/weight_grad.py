@@ -6,12 +6,11 @@ that of its adjoint with the two operands exchanged; the catalogue does the exch
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 
 from ..geometry import ConvGeometry, window
-from .blocks import Ops, Value, conv_operand, extend, ints, reshape, reverse, slices, stack, transpose
+from .blocks import Ops, Value, conv_operand, extend, ints, reshape, reverse, stack, tap_slices, transpose
 
 
 def swapped_conv(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
@@ -119,10 +118,7 @@ def _each_tap(op: Ops, g: ConvGeometry, data: Value, first_axis: int) -> Iterato
     if g.is_pointwise and all(s == 1 for s in g.stride):
         yield data
         return
-    for tap in itertools.product(*(range(k) for k in g.kernel_size)):
-        starts = [d * k for d, k in zip(g.dilation, tap, strict=True)]
-        stops = [b + (o - 1) * s + 1 for b, o, s in zip(starts, g.output_size, g.stride, strict=True)]
-        yield slices(op, data, starts, stops, first_axis, g.stride)
+    yield from tap_slices(op, g, data, first_axis)
 
 
 def _tap_slices(op: Ops, g: ConvGeometry, input: Value) -> Iterator[Value]:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 
 from ..geometry import ConvGeometry
-from .blocks import Ops, Value, extend, ints, reshape, slices, stack, transpose
-from .columns import positions_read
+from .blocks import Ops, Value, extend, ints, reshape, stack, tap_slices, transpose
+from .columns import positions_read, why_not
 
 
 def sample_matmul(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
@@ -41,19 +41,14 @@ def _outer_taps(g: ConvGeometry) -> int:
 
 def _shifts(op: Ops, g: ConvGeometry, data: Value) -> list[Value]:
     """`data` (N*C, rows, span of the last axis) as each tap of the last axis reads it."""
-    stride, dilation, last = g.stride[-1], g.dilation[-1], g.output_size[-1]
-    if g.kernel_size[-1] == 1 and stride == 1:
+    if g.kernel_size[-1] == 1 and g.stride[-1] == 1:
         return [data]
-    shifted = []
-    for tap in range(g.kernel_size[-1]):
-        start = tap * dilation
-        shifted.append(slices(op, data, [start], [start + (last - 1) * stride + 1], 2, [stride]))
-    return shifted
+    return list(tap_slices(op, g, data, 2, slice(-1, None)))
 
 
 def sample_matmul_why_not(g: ConvGeometry) -> str | None:
-    if not g.is_static:
-        return "the rows that a tap reads are listed in the graph, which needs fixed sizes"
+    if reason := why_not(g):
+        return reason
     if _outer_taps(g) == 1 and g.taps > 1:
         return "the kernel has one tap on every axis but the last, so there are no rows to choose between"
     return None

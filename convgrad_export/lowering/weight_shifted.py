@@ -14,7 +14,7 @@ import itertools
 import math
 
 from ..geometry import ConvGeometry
-from .blocks import Ops, Value, extend, pad, reshape, slices, stack
+from .blocks import Ops, Value, extend, pad, reshape, stack, tap_slices
 
 
 def shifted_matmul(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
@@ -40,20 +40,17 @@ def shifted_matmul(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -
 
 def _input_shifts(op: Ops, g: ConvGeometry, input: Value) -> list[Value]:
     """The extended input seen by each tap of the last axis: (G, C/G, N * rows * last output size)."""
-    rank, stride, dilation = g.rank, g.stride[-1], g.dilation[-1]
+    rank = g.rank
     data = reshape(
         op,
         extend(op, input, g.read_windows(), g.input_size),
         [-1, g.groups, g.in_channels_per_group, *g.span],
     )
     data = op.Transpose(data, perm=[1, 2, 0, *range(3, 3 + rank)])
-    shifted = []
-    for tap in range(g.kernel_size[-1]):
-        start = tap * dilation
-        stop = start + (g.output_size[-1] - 1) * stride + 1
-        part = slices(op, data, [start], [stop], 2 + rank, [stride])
-        shifted.append(reshape(op, part, [g.groups, g.in_channels_per_group, -1]))
-    return shifted
+    return [
+        reshape(op, part, [g.groups, g.in_channels_per_group, -1])
+        for part in tap_slices(op, g, data, 2 + rank, slice(-1, None))
+    ]
 
 
 def _grad_output_shifts(op: Ops, g: ConvGeometry, grad_output: Value) -> list[Value]:

@@ -92,14 +92,14 @@ def _weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
         limit = _ONE_THREAD_TINY_IMAGE
     if isinstance(g.batch, int) and g.batch < _FEW_SAMPLES:
         limit = _FEW_SAMPLES_COLUMNS
-    if positions > limit and g.rank == 3:
+    if positions <= limit:
+        return ("weight.columns", *_ANY_WEIGHT)
+    if g.rank == 3:
         # A Slice picks what a stride leaves of a row one by one.
         small = math.prod(g.output_size[1:]) <= (_ONE_THREAD_PLANE if one_thread else _SMALL_PLANE)
         if isinstance(g.batch, int) and g.batch >= _RUN and (small or any(s > 1 for s in g.stride[1:])):
             return ("weight.depth_taps_gathered", *_ANY_WEIGHT)
         return ("weight.depth_taps", *_ANY_WEIGHT)
-    if positions <= limit:
-        return ("weight.columns", *_ANY_WEIGHT)
     return _ANY_WEIGHT if one_thread else ("weight.sample_matmul", *_ANY_WEIGHT)
 
 

@@ -18,6 +18,7 @@ from convgrad_export.bench.measure import measure
 from convgrad_export.bench.memory import ENVIRONMENT
 from convgrad_export.bench.peer import OrtTraining
 from convgrad_export.lowering import LOWERINGS
+from convgrad_export.selection import timing
 
 SMALL = Layer("small", 8, 6, (9, 7), (3, 3), 2, 1).geometry(2)
 
@@ -66,7 +67,7 @@ def test_a_lowering_that_cannot_run_is_reported(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_may_exceed_the_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contenders, "available_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(timing, "available_bytes", lambda: 1_000_000)
     record = measure("input", Layer("large", 8, 8, (64, 64), (3, 3), 1, 1).geometry(2), 1, rounds=3, seconds=0.05)
     assert set(record["times"]) == {"torch", "gemm", *contenders.SPARING} - {"input.conv"}
     assert record["failed"]["input.col2im"] == "left out: may need 0.0 GB, 0.0 GB are free"
