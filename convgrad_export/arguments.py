@@ -44,6 +44,20 @@ def as_bool(value: Any, name: str) -> bool:
     raise ArgumentTypeError(f"{name} is {value!r} ({type(value).__name__}), expected True or False")
 
 
+def check_error_factor(max_error_factor: Any) -> float:
+    """A limit on the error bound, in units of the direct form's.
+
+    Raises:
+        ArgumentTypeError: anything but a number of at least 1.
+    """
+    number = isinstance(max_error_factor, int | float) and not isinstance(max_error_factor, bool)
+    if number and max_error_factor >= 1:  # NaN is not
+        return float(max_error_factor)
+    raise ArgumentTypeError(
+        f"max_error_factor is {max_error_factor!r}, expected a number of at least 1, the error bound of the direct form"
+    )
+
+
 def check_threads(threads: Any) -> int | None:
     """A number of threads, or None for several.
 

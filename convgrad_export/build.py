@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import dtypes
-from .arguments import as_bool, as_int, as_mask, check_threads
+from .arguments import as_bool, as_int, as_mask, check_error_factor, check_threads
 from .emit.dynamic import emit_dynamic_model
 from .emit.onnx import MAX_OPSET, MIN_OPSET, GradientRequest, emit_model
 from .errors import ArgumentTypeError, GeometryError, UnsupportedLoweringError
@@ -16,6 +16,7 @@ from .geometry import ConvGeometry
 from .lowering import CPU, as_provider, candidates
 from .operators import CONVOLUTION_BACKWARD, Operator, operator
 from .selection.policy import AUTO, choose, is_way
+from .selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 from .selection.tuned import TUNED, is_measured, is_tuned
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def build_model(
     lowering: str = AUTO,
     provider: str = CPU,
     threads: int | None = None,
-    max_error_factor: float = 1.0,
+    max_error_factor: float = DEFAULT_ERROR_FACTOR,
     max_workspace: int | None = None,
     inline: bool = True,
 ) -> onnx.ModelProto:
@@ -70,8 +71,8 @@ def build_model(
             not be installed.
         threads: number of threads the model is meant for; None stands for several. The best lowering for one thread is
             often another.
-        max_error_factor: what ``"auto"`` may take, in units of the direct form's error bound; 1 keeps to direct forms,
-            8 admits every Winograd form.
+        max_error_factor: what ``"auto"`` may take, in units of the direct form's error bound: 1 keeps to direct forms,
+            2 admits Winograd tiles of 4, 8 every Winograd form.
         max_workspace: most bytes of intermediate tensors at the batch of `input_shape`; None for no limit.
         inline: False keeps the canonical function as a ``convgrad`` function node.
 
@@ -85,6 +86,7 @@ def build_model(
     opset, provider = _opset(opset_version), as_provider(provider)
     dims = _dynamic(dynamic)
     check_threads(threads)
+    check_error_factor(max_error_factor)
     attributes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     if not set(dims) <= {BATCH_NAME}:
         if op.name == CONVOLUTION_BACKWARD or transposed:

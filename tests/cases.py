@@ -107,6 +107,8 @@ CASES = [
     ConvCase("wide_planes3d", 2, 2, 3, (3, 9, 8), (3, 3, 3), padding=1),
     ConvCase("depth_taps_apart3d", 2, 2, 3, (2, 3, 4), (7, 2, 2), (3, 1, 2), (6, 1, 0)),
     ConvCase("winograd_channels", 2, 5, 7, (9, 10), (3, 3), padding=1),
+    ConvCase("winograd_dilated", 2, 3, 4, (11, 8), (3, 2), padding=(3, 0), dilation=(3, 2)),
+    ConvCase("winograd_1d_dilated", 2, 3, 4, (13,), (3,), padding=((4, 0),), dilation=2),
     ConvCase("winograd_3d", 1, 3, 2, (5, 6, 4), (3, 3, 3), padding=1),
     ConvCase("winograd_mixed_kernel", 2, 3, 2, (7, 8), (1, 3), padding=(0, 1)),
     ConvCase("batch_0", 0, 3, 4, (7, 6), (3, 3), padding=1),

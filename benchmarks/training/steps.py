@@ -43,7 +43,7 @@ from convgrad_export.bench.timing import alternate
 RESULT = Path(__file__).parent / "steps.json"
 ROOT = Path(__file__).parents[2]
 CONTENDERS = ("onnxruntime", "eager", "eager_fused", "inductor", "ort_training")
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 1e-5
 TURN_SECONDS = 0.25  # a contender's turn is as many steps as fill this, at least one
 SETTLE_SECONDS = 0.02  # for the last contender's idle threads to fall asleep
 LOSS_TOLERANCE = 2e-3  # of the loss before the first update

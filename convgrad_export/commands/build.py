@@ -37,7 +37,7 @@ def build(
     opset: options.Opset = 18,
     lowering: Annotated[str, typer.Option(help="auto, tuned, or a name that `convgrad lowerings` lists.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads the lowerings are for; several by default.")] = None,
-    max_error_factor: Annotated[float, typer.Option(help="What auto may take; 1 keeps to direct forms.")] = 1.0,
+    max_error_factor: options.MaxErrorFactor = 2.0,
     max_workspace: Annotated[
         int | None, typer.Option(help="Most bytes of intermediate tensors, at the batch of --input-shape.")
     ] = None,

@@ -19,6 +19,9 @@ Transposed = Annotated[bool, typer.Option("--transposed", help="The forward oper
 OutputPadding = Annotated[str, typer.Option(help="Of a transposed convolution.")]
 DType = Annotated[str, typer.Option(help="float32, float64, float16 or bfloat16.")]
 Opset = Annotated[int, typer.Option(help="Version of the standard ONNX operators.")]
+MaxErrorFactor = Annotated[
+    float, typer.Option(help="Largest error bound, in those of the direct form: 1 for no Winograd form, 8 for each.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 

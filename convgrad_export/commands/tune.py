@@ -29,7 +29,7 @@ def tune(
     budget: Annotated[float, typer.Option(help="Seconds for everything; a second run goes on from there.")] = 60.0,
     threads: Annotated[int | None, typer.Option(help="onnxruntime's threads; its own default without it.")] = None,
     provider: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    max_error_factor: Annotated[float, typer.Option(help="8 measures every Winograd form too; 1 none.")] = 1.0,
+    max_error_factor: options.MaxErrorFactor = 2.0,
     max_workspace: Annotated[int | None, typer.Option(help="Most bytes of intermediate tensors.")] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Cache file; CONVGRAD_TUNING_CACHE or the user's cache folder without it.")

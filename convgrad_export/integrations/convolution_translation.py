@@ -1,6 +1,6 @@
 """`aten.convolution_backward` for torch.onnx: read the call's integers, choose a lowering, record it.
 
-And `aten.convolution` of models whose weights are inputs, where one GEMM over the batch beats Conv.
+And `aten.convolution` of models whose weights are inputs, where another formula beats Conv.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from convgrad_export.emit.onnx import GradientRequest, record_gradients
 from convgrad_export.errors import DTypeError
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.integrations import dynamic_convolution as dynamic
-from convgrad_export.lowering import CPU, CUDA, columns
-from convgrad_export.selection.forward_policy import forward_by_columns
+from convgrad_export.lowering import CPU, CUDA
+from convgrad_export.selection.forward_policy import forward_body
 from convgrad_export.selection.policy import AUTO, check_name, choose
+from convgrad_export.selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 
 GRADIENTS = ("input", "weight", "bias")
 
@@ -41,11 +42,19 @@ class ConvolutionBackwardTranslation:
         provider: The execution provider to choose for.
         opset: The opset the model will have; lowerings that need a newer one are not chosen.
         threads: That will run the model; None for onnxruntime's default.
+        max_error_factor: Largest allowed error bound, in units of the direct form's.
     """
 
-    def __init__(self, lowering: str = AUTO, provider: str = CPU, opset: int = 18, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        lowering: str = AUTO,
+        provider: str = CPU,
+        opset: int = 18,
+        threads: int | None = None,
+        max_error_factor: float = DEFAULT_ERROR_FACTOR,
+    ) -> None:
         self._lowering, self._provider, self._opset = check_name(lowering), provider, opset
-        self._threads = threads
+        self._threads, self._max_error_factor = threads, max_error_factor
         self.choices: list[LoweringChoice] = []
 
         # torch.onnx reads the signature of a function; it accepts no callable object.
@@ -125,6 +134,7 @@ class ConvolutionBackwardTranslation:
                 provider=self._provider,
                 opset=self._opset,
                 threads=self._threads,
+                max_error_factor=self._max_error_factor,
             )
             for gradient in wanted
         }
@@ -153,12 +163,18 @@ class ConvolutionBackwardTranslation:
         return results
 
 
-def convolution_translation(otherwise: Callable[..., Any], provider: str = CPU) -> Callable[..., Any]:
+def convolution_translation(
+    otherwise: Callable[..., Any],
+    provider: str = CPU,
+    threads: int | None = None,
+    max_error_factor: float = DEFAULT_ERROR_FACTOR,
+) -> Callable[..., Any]:
     """The translation of `aten.convolution` for weights that are inputs of the model.
 
     Args:
         otherwise: torch.onnx's own translation, for every call that is better left to Conv or ConvTranspose.
         provider: The execution provider the model is for.
+        threads, max_error_factor: As in `ConvolutionBackwardTranslation`.
     """
 
     def aten_convolution(
@@ -192,9 +208,11 @@ def convolution_translation(otherwise: Callable[..., Any], provider: str = CPU) 
         geometry = ConvGeometry.from_forward(
             (batch, *shape[1:]), weight_shape, list(stride), list(padding), list(dilation), groups
         )
-        if not forward_by_columns(geometry, dtypes.from_onnx_code(int(input.dtype)) or "", provider):
+        dtype = dtypes.from_onnx_code(int(input.dtype)) or ""
+        body = forward_body(geometry, dtype, provider, max_error_factor, threads)
+        if body is None:
             return unchanged()
-        result = columns.forward(op, geometry, input, weight)
+        result = body(op, geometry, input, weight)
         if bias is None:
             return result
         aligned: Any = op.Constant(value_ints=[1, -1, *[1] * geometry.rank])

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from convgrad_export.arguments import check_threads
+from convgrad_export.arguments import check_error_factor, check_threads
 from convgrad_export.errors import ArgumentTypeError, ProviderError
 from convgrad_export.integrations import saving
 from convgrad_export.integrations.capture import capture, capture_gradients
@@ -31,6 +31,7 @@ from convgrad_export.integrations.verification import verify as run_verification
 from convgrad_export.lowering import CPU, CUDA
 from convgrad_export.runtime.session import GradientSession
 from convgrad_export.selection.policy import AUTO
+from convgrad_export.selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 from convgrad_export.web_target import check_target, require_web
 
 PathLike = str | os.PathLike[str]
@@ -53,6 +54,7 @@ class _Settings:
     lowering: str
     provider: str
     threads: int | None
+    max_error_factor: float
     custom_translation_table: Mapping[Any, Callable[..., Any]] | None
     progress: bool | None
     target: str | None
@@ -76,6 +78,7 @@ def export(
     lowering: str = AUTO,
     provider: str = CPU,
     threads: int | None = None,
+    max_error_factor: float = DEFAULT_ERROR_FACTOR,
     custom_translation_table: Mapping[Any, Callable[..., Any]] | None = None,
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     progress: bool | None = None,
@@ -104,6 +107,8 @@ def export(
         lowering: "auto", or one catalogue name for every convolution gradient (`convgrad lowerings` lists them).
         provider: The onnxruntime execution provider that lowerings are chosen for.
         threads: The number of threads they are chosen for; None stands for several.
+        max_error_factor: What "auto" may take, in units of the direct form's error bound: 1 for direct forms only, 2
+            for Winograd tiles of 4 too, 8 for tiles of 6.
         custom_translation_table: ATen overload to onnxscript function, as in torch.onnx.export.
         decompositions: ATen overload to Python function, applied before translation.
         progress: Show the step at work on the terminal; None shows it when standard error is one.
@@ -131,6 +136,7 @@ def export(
         lowering,
         provider,
         threads,
+        max_error_factor,
         custom_translation_table,
         progress,
         target,
@@ -167,6 +173,7 @@ def export_gradient(
     lowering: str = AUTO,
     provider: str = CPU,
     threads: int | None = None,
+    max_error_factor: float = DEFAULT_ERROR_FACTOR,
     custom_translation_table: Mapping[Any, Callable[..., Any]] | None = None,
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     progress: bool | None = None,
@@ -192,8 +199,8 @@ def export_gradient(
         hessian_vector: Also take "<name>.vector" and return "<name>.hvp", Hessian times vector.
         return_outputs: Also return the forward's outputs.
         kwargs, dynamic_shapes, opset_version, verify, samples, input_names, output_names, external_data,
-        external_data_above, overwrite, lowering, provider, threads, custom_translation_table, decompositions, progress,
-        target:
+        external_data_above, overwrite, lowering, provider, threads, max_error_factor, custom_translation_table,
+        decompositions, progress, target:
             As for `export`.
 
     Returns:
@@ -216,6 +223,7 @@ def export_gradient(
         lowering,
         provider,
         threads,
+        max_error_factor,
         custom_translation_table,
         progress,
         target,
@@ -251,6 +259,7 @@ def export_gradient(
 def _check(settings: _Settings) -> None:
     check_opset(settings.opset_version)
     check_threads(settings.threads)
+    check_error_factor(settings.max_error_factor)
     if settings.target is not None:
         check_target(settings.target)
     samples = settings.samples
@@ -273,6 +282,7 @@ def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> Exp
             lowering=settings.lowering,
             provider=settings.provider,
             threads=settings.threads,
+            max_error_factor=settings.max_error_factor,
             opset=settings.opset_version,
             custom=settings.custom_translation_table,
         )

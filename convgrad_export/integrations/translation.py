@@ -28,6 +28,7 @@ from convgrad_export.integrations.convolution_translation import (
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
 from convgrad_export.lowering import CPU
 from convgrad_export.selection.policy import AUTO
+from convgrad_export.selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 
 PRODUCER = "convgrad_export"
 # torch.onnx writes its graphs at this opset; other versions are reached by conversion.
@@ -81,6 +82,7 @@ def translate(
     custom: Mapping[Any, Callable[..., Any]] | None = None,
     as_inputs: Callable[[GraphInput], bool] = lambda spec: spec.kind == "user",
     threads: int | None = None,
+    max_error_factor: float = DEFAULT_ERROR_FACTOR,
 ) -> Translation:
     """Translate every node; parameters, buffers and constants become initializers under their names.
 
@@ -92,6 +94,7 @@ def translate(
         custom: Further translations by ATen overload, which take precedence.
         as_inputs: Which graph inputs become model inputs; a training step also takes parameters and buffers.
         threads: That will run the model, for the choice of lowerings; None for onnxruntime's default.
+        max_error_factor: What "auto" may take, in units of the direct form's error bound.
 
     Raises:
         UnsupportedOperatorError: Operators without a translation, all of them, with the modules that call them.
@@ -103,12 +106,12 @@ def translate(
         graph.erase_node(node)
     for node in graph.nodes:
         node.meta.setdefault("nn_module_stack", {"0": ("", torch.nn.Module)})  # else torch.onnx logs a line a node
-    convolution = ConvolutionBackwardTranslation(lowering, provider, min(opset, BASE_OPSET), threads)
+    convolution = ConvolutionBackwardTranslation(lowering, provider, min(opset, BASE_OPSET), threads, max_error_factor)
     registry = _registry()
     if any(spec.kind == "parameter" and as_inputs(spec) for spec in program.inputs):
         target = torch.ops.aten.convolution.default
         own = registry.get_decomps(target)[0].onnx_function
-        registry.register_op(target, convolution_translation(own, provider))
+        registry.register_op(target, convolution_translation(own, provider, threads, max_error_factor))
     registry.register_op(torch.ops.aten.convolution_backward.default, convolution.function)
     registry.register_op(torch.ops.prims.prod.default, _reduce_prod)
     registry.register_op(torch.ops.aten.sym_numel.default, _size)

@@ -50,6 +50,7 @@ class Lowering:
         when: in words, the convolutions it is for.
         min_opset: first standard opset that has all its operators.
         error_factor: its error bound in units of the direct form's; 1 for every direct form.
+        exact_on_integers: integers come out exactly while its sums stay small enough for the type.
         float32_only: it holds float32 constants, so it cannot compute in another type.
         sums_once: every result is one sum inside one operator, so that a half type loses nothing but the final rounding
             where the operator accumulates in float32; everything else it does to values is to move them.
@@ -64,6 +65,7 @@ class Lowering:
     when: str = "any convolution"
     min_opset: int = 13
     error_factor: float = 1.0
+    exact_on_integers: bool = True
     float32_only: bool = False
     sums_once: bool = False
 
@@ -227,8 +229,9 @@ LOWERINGS: dict[str, Lowering] = _by_name(
                 body=bodies[tile],
                 condition=winograd.why_not(tile),
                 transposed=False if gradient == "input" else None,
-                when=f"stride 1, dilation 1, one group, kernels of 2 to {tile - 1} taps an axis",
+                when=f"stride 1, one group, kernels of 2 to {tile - 1} taps an axis",
                 error_factor=winograd.ERROR_FACTORS[tile],
+                exact_on_integers=tile == 4,
                 float32_only=True,
             )
             for gradient, bodies in (("input", winograd.INPUT_BODIES), ("weight", winograd.WEIGHT_BODIES))

@@ -47,7 +47,7 @@ def minimal_filtering(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, 
         scale = Fraction(1)
         for other in points:
             if other != point:
-                scale *= point - other
+                scale *= abs(point - other)
         b_transposed[row] = [value * scale for value in b_transposed[row]]
         g[row] = [value / scale for value in g[row]]
     return _array(_transpose(a)), _array(g), _array(b_transposed)

@@ -23,7 +23,8 @@ from .calibration import shipped
 from .cost_model import predict_ms
 from .graph_walk import workspace_bytes
 from .machine import default_threads, machine
-from .policy import AUTO, DIRECT, choose
+from .policy import AUTO, choose
+from .reduced_arithmetic import DEFAULT_ERROR_FACTOR, DIRECT
 from .reference import expected, operands_for, with_checked_batch
 
 _MOST_ROUNDS = 15
@@ -52,7 +53,7 @@ class TuningSettings:
     dtype: str = "float32"
     provider: str = CPU
     threads: int | None = None
-    max_error_factor: float = DIRECT
+    max_error_factor: float = DEFAULT_ERROR_FACTOR
     max_workspace: int | None = None
     seconds: float = 5.0
     seed: int = 0

@@ -1,29 +1,46 @@
-"""When the forward convolution of a training step is better one GEMM over the batch than onnxruntime's Conv.
+"""What stands for the forward convolution of a training step where onnxruntime's Conv is slower.
 
-Conv runs one GEMM a sample and reads the whole weight for each. Measured in benchmarks/NOTES.md, "Forward".
+Conv runs one GEMM a sample and reads the whole weight for each. Measured in benchmarks/NOTES.md, "Forward" and
+"Winograd".
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from ..geometry import ConvGeometry
-from ..lowering import CPU
+from ..lowering import CPU, columns, winograd
+from .reduced_arithmetic import winograd_tiles
 
 _TINY_IMAGE = 8  # output positions; a sample's GEMM does little but read the weight
 _SMALL_IMAGE = 64  # the same where the weight does not stay in a core's cache either
 _CACHED_WEIGHT = 1 << 18  # float32 elements: 1 MiB
 
 
-def forward_by_columns(geometry: ConvGeometry, dtype: str, provider: str) -> bool:
-    """Whether `lowering.columns.forward` is to stand for Conv, with the weight an input of the model.
+def forward_body(
+    geometry: ConvGeometry, dtype: str, provider: str, max_error_factor: float, threads: int | None
+) -> Callable[..., Any] | None:
+    """The formula ``(op, geometry, input, weight)`` that is to stand for Conv; None where Conv is as good.
 
-    A weight that is a constant is better left to Conv, for which onnxruntime rearranges it when the model is loaded.
+    For a weight that is an input of the model. One that is a constant is better left to Conv, for which onnxruntime
+    rearranges it when the model is loaded.
     """
     g = geometry
     if provider != CPU or g.transposed or g.groups > 1 or not g.is_static or dtype != "float32":
-        return False
+        return None
+    tiles = winograd_tiles("weight", g, max_error_factor, constant_weight=False, one_thread=threads == 1)
+    if tiles:
+        return partial(_winograd, tile=tiles[0])
     if isinstance(g.batch, int) and g.batch < 2:
-        return False
+        return None
     positions = math.prod(g.output_size)
-    return positions <= _TINY_IMAGE or (positions <= _SMALL_IMAGE and math.prod(g.weight_shape) > _CACHED_WEIGHT)
+    if positions <= _TINY_IMAGE or (positions <= _SMALL_IMAGE and math.prod(g.weight_shape) > _CACHED_WEIGHT):
+        return columns.forward
+    return None
+
+
+def _winograd(op: Any, geometry: ConvGeometry, input: Any, weight: Any, *, tile: int) -> Any:
+    return winograd.forward(op, geometry, input, weight, tile)

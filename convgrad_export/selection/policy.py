@@ -13,10 +13,10 @@ from ..errors import ArgumentTypeError, UnsupportedLoweringError
 from ..geometry import ConvGeometry
 from ..lowering import CPU, CUDA, LOWERINGS, Lowering, by_name, candidates, cuda_kernel
 from .graph_walk import workspace_bytes
+from .reduced_arithmetic import DEFAULT_ERROR_FACTOR, DIRECT, winograd_tiles
 from .tuned import TUNED, is_tuned, tuned_name
 
 AUTO = "auto"
-DIRECT = 1.0  # error factor of every form that adds up the products themselves
 
 _FEW_CHANNELS = 16  # a GEMM with a side this short leaves most of its register tile empty
 # Output positions of a sample.
@@ -29,7 +29,6 @@ _COLUMN_IMAGE = 1024  # strided: up to here Col2Im's buffer for the whole batch 
 _LARGE_IMAGE = 784  # pointwise: from here on a sample's GEMM is long enough by itself
 _COLUMNS, _ONE_THREAD_COLUMNS = 324, 64  # up to here copying the columns costs less than transposing the result
 _FEW_SAMPLES, _FEW_SAMPLES_COLUMNS = 4, 49  # the columns' Gather copies runs of one element a sample
-_WINOGRAD_CHANNELS = {"winograd4": 256, "winograd6": 96}  # below, the tile transforms cost more than they save
 
 # What every plain input gradient and every weight gradient can fall back on, float64 included.
 _ANY_INPUT = ("input.conv_transpose", "input.conv_transpose_crop", "input.pixel_shuffle", "input.matmul_taps")
@@ -121,17 +120,6 @@ def _cuda_preferences(gradient: str, g: ConvGeometry, dtype: str, opset: int) ->
     return _ANY_WEIGHT
 
 
-def _reduced_arithmetic(gradient: str, g: ConvGeometry, max_error_factor: float) -> tuple[str, ...]:
-    """Lowerings with fewer multiplications that the allowed error admits and whose transforms pay."""
-    names = (f"{gradient}.winograd6", f"{gradient}.winograd4")
-    return tuple(
-        name
-        for name in names
-        if LOWERINGS[name].error_factor <= max_error_factor
-        and min(g.in_channels, g.out_channels) >= _WINOGRAD_CHANNELS[name.split(".")[1]]
-    )
-
-
 def check_name(lowering: object) -> str:
     """`lowering` if it is "auto", "tuned", "tuned:PATH" or a catalogue name.
 
@@ -159,7 +147,7 @@ def choose(
     provider: str = CPU,
     opset: int = 18,
     constant_weight: bool = False,
-    max_error_factor: float = DIRECT,
+    max_error_factor: float = DEFAULT_ERROR_FACTOR,
     max_workspace: int | None = None,
     threads: int | None = None,
 ) -> Lowering:
@@ -175,8 +163,8 @@ def choose(
         opset: version of the standard operators.
         constant_weight: the weight is an initializer of the model that no input overrides. Nothing measures that case,
             so ``"tuned"`` leaves it to the policy.
-        max_error_factor: largest allowed error bound, in units of the direct form's. The default, 1, takes direct forms
-            only; 2 admits Winograd tiles of 4, and 8 tiles of 6 (`Lowering.error_factor`).
+        max_error_factor: largest allowed error bound, in units of the direct form's: 1 takes direct forms only, 2 (the
+            default) admits Winograd tiles of 4, and 8 tiles of 6 (`Lowering.error_factor`).
         max_workspace: most bytes of intermediate tensors, at the geometry's batch; None for no limit.
         threads: that will run the graph; None for onnxruntime's default, which the rules take for more than one.
 
@@ -245,8 +233,11 @@ def _automatic(
         preferences = _input_preferences(plain, constant_weight, one_thread)
     else:
         preferences = _weight_preferences(plain, one_thread)
-    if max_error_factor > DIRECT:
-        preferences = (*_reduced_arithmetic(gradient, geometry, max_error_factor), *preferences)
+    if provider != CUDA:  # cuDNN chooses its own arithmetic
+        tiles = winograd_tiles(
+            gradient, plain, max_error_factor, constant_weight=constant_weight, one_thread=one_thread
+        )
+        preferences = (*(f"{gradient}.winograd{tile}" for tile in tiles), *preferences)
     others = [entry.name for entry in candidates(gradient) if entry.error_factor == DIRECT]
     reasons = []
     for name in dict.fromkeys((*preferences, *others)):

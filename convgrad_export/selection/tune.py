@@ -18,7 +18,8 @@ from . import cache as store
 from .autotune import MEMORY, TuningSettings, candidate_names, tune_gradient
 from .cache import TuningRecord
 from .layers import BOTH, LayerToTune, at_batch, merged, model_layers, module_layers
-from .policy import AUTO, DIRECT, choose
+from .policy import AUTO, choose
+from .reduced_arithmetic import DEFAULT_ERROR_FACTOR
 from .tuned import TUNED
 
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA, CPU: CPU, CUDA: CUDA}
@@ -96,7 +97,7 @@ def tune(
     provider: str = CPU,
     threads: int | None = None,
     budget: float = 60.0,
-    max_error_factor: float = DIRECT,
+    max_error_factor: float = DEFAULT_ERROR_FACTOR,
     max_workspace: int | None = None,
     cache: str | os.PathLike[str] | None = None,
     again: bool = False,

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from ..arguments import check_threads
+from ..arguments import check_error_factor, check_threads
 from ..errors import ArgumentTypeError, UnsupportedOperatorError
 from ..files import staged
 from ..integrations import saving
@@ -27,6 +27,7 @@ from ..integrations.tracing import swapped_tensors, trace_function
 from ..integrations.translation import translate
 from ..lowering import CPU
 from ..selection.policy import AUTO
+from ..selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 from .checkpoint import checkpoint_path, save_checkpoint
 from .cumulative import cumulative_averages
 from .losses import resolve_loss
@@ -74,6 +75,7 @@ def export_training_step(
     lowering: str = AUTO,
     provider: str = CPU,
     threads: int | None = None,
+    max_error_factor: float = DEFAULT_ERROR_FACTOR,
     overwrite: bool = False,
 ) -> TrainingStepReport:
     """Export one step of training: loss, gradients, and the optimizer's update, for any onnxruntime build.
@@ -101,7 +103,7 @@ def export_training_step(
         return_outputs: also return the forward's outputs.
         opset_version: 13 to 23.
         verify: run three steps beside float64 eager PyTorch before anything is written.
-        lowering, provider, threads: as in `convgrad_export.export`.
+        lowering, provider, threads, max_error_factor: as in `convgrad_export.export`.
         overwrite: replace existing files.
 
     Raises:
@@ -112,6 +114,7 @@ def export_training_step(
     """
     check_opset(opset_version)
     check_threads(threads)
+    check_error_factor(max_error_factor)
     check_numbers(max_grad_norm, max_grad_value, gradient_accumulation)
     target_path = None if path is None else saving.check_path(path, overwrite)
     if target_path is not None:
@@ -134,6 +137,7 @@ def export_training_step(
         opset=opset_version,
         as_inputs=lambda spec: spec.kind != "constant",
         threads=threads,
+        max_error_factor=max_error_factor,
     )
     model = finish(translation.model, opset=opset_version)
     state = {spec.name: spec.value.detach() for spec in program.inputs if _is_state(spec, program)}

@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 import convgrad_export as cg
-from convgrad_export.emit.onnx import GraphOps
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.lowering import CPU, CUDA, columns
-from convgrad_export.runtime.session import GradientSession
-from convgrad_export.selection.forward_policy import forward_by_columns
+from convgrad_export.selection.forward_policy import forward_body
 
 from ..cases import CASES, ConvCase
-
-
-def forward_model(g: ConvGeometry, dtype: ir.DataType) -> ir.Model:
-    ops = GraphOps()
-    shapes = {"input": ("batch", *g.input_shape[1:]), "weight": g.weight_shape}
-    inputs = {n: ir.Value(name=n, type=ir.TensorType(dtype), shape=ir.Shape(s)) for n, s in shapes.items()}
-    output = columns.forward(ops, g.with_batch("batch"), inputs["input"], inputs["weight"])
-    output.name, output.type = "output", ir.TensorType(dtype)
-    output.shape = ir.Shape(("batch", *g.output_shape[1:]))
-    graph = ir.Graph(
-        list(inputs.values()),
-        [output],
-        nodes=ops.nodes,
-        initializers=ops.initializers,
-        opset_imports={"": 13},
-        name="forward",
-    )
-    return ir.Model(graph, ir_version=7)
+from .forward import assert_forward_is_exact
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.geometry.transposed], ids=lambda case: case.name)
 def test_forward_is_exact_on_integers(case: ConvCase) -> None:
-    g = case.geometry
-    operands = case.operands("float64", integers=True)
-    x, w = torch.from_numpy(operands["input"]), torch.from_numpy(operands["weight"])
-    padded = functional.pad(x, [side for pair in reversed(g.pads) for side in pair])
-    convolution = (functional.conv1d, functional.conv2d, functional.conv3d)[g.rank - 1]
-    expected = convolution(padded, w, None, g.stride, 0, g.dilation, g.groups).numpy()
-    for dtype, array in ((ir.DataType.FLOAT, np.float32), (ir.DataType.DOUBLE, np.float64)):
-        session = GradientSession(ir.to_proto(forward_model(g, dtype)), threads=1)
-        (result,) = session.run({n: operands[n].astype(array) for n in ("input", "weight")}).values()
-        assert result.dtype == array
-        assert np.array_equal(result, expected)
+    assert_forward_is_exact(case, columns.forward, ("float32", "float64"))
 
 
 def geometry(batch, channels: int, size: int, kernel: int = 3, groups: int = 1) -> ConvGeometry:
@@ -57,15 +25,20 @@ def geometry(batch, channels: int, size: int, kernel: int = 3, groups: int = 1) 
     return ConvGeometry.from_forward((batch, channels, size, size), weight, 1, kernel // 2, groups=groups)
 
 
+def by_columns(g: ConvGeometry, dtype: str = "float32", provider: str = CPU, factor: float = 1.0) -> bool:
+    return forward_body(g, dtype, provider, factor, None) is columns.forward
+
+
 def test_the_rule_takes_small_images_under_large_weights() -> None:
-    assert forward_by_columns(geometry(8, 512, 2), "float32", CPU)
-    assert forward_by_columns(geometry("batch", 512, 7), "float32", CPU)
-    assert not forward_by_columns(geometry(8, 128, 8), "float32", CPU)
-    assert not forward_by_columns(geometry(8, 64, 56), "float32", CPU)
-    assert not forward_by_columns(geometry(1, 512, 2), "float32", CPU)  # one sample: Conv is that GEMM already
-    assert not forward_by_columns(geometry(8, 512, 2, groups=8), "float32", CPU)
-    assert not forward_by_columns(geometry(8, 512, 2), "float32", CUDA)
-    assert not forward_by_columns(geometry(8, 512, 2), "float64", CPU)
+    assert by_columns(geometry(8, 512, 2))
+    assert by_columns(geometry(8, 512, 2), factor=2.0)  # too few tiles for Winograd
+    assert by_columns(geometry("batch", 512, 7))
+    assert not by_columns(geometry(8, 128, 8))
+    assert not by_columns(geometry(8, 64, 56))
+    assert not by_columns(geometry(1, 512, 2))  # one sample: Conv is that GEMM already
+    assert not by_columns(geometry(8, 512, 2, groups=8))
+    assert not by_columns(geometry(8, 512, 2), provider=CUDA)
+    assert not by_columns(geometry(8, 512, 2), "float64")
 
 
 class Small(nn.Module):

@@ -38,7 +38,7 @@ def test_integer_data_is_exact_and_random_data_within_the_bound(case: ConvCase, 
                 assert result.dtype == dtypes.numpy_dtype(dtype)
                 report = compare(result, reference, bound, lowering.error_factor)
                 assert report.within, (dtype, integers, any_batch, report)
-                if integers and lowering.error_factor == 1.0:
+                if integers and lowering.exact_on_integers:
                     assert report.exact, (dtype, any_batch, report)
 
 
@@ -110,7 +110,7 @@ def test_random_geometries_agree_exactly_on_integers(geometry: ConvGeometry, see
             reference, bound = expected[lowering.gradient]
             report = compare(run_lowering(geometry, lowering, operands), reference, bound, lowering.error_factor)
             assert report.within, (lowering.name, report)
-            assert report.exact or lowering.error_factor > 1.0, (lowering.name, report)
+            assert report.exact or not lowering.exact_on_integers, (lowering.name, report)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -49,12 +49,12 @@ def wrong(name: str, monkeypatch: pytest.MonkeyPatch, spoil) -> None:
 
 
 @pytest.mark.parametrize("gradient", ["input", "weight"])
-def test_every_direct_lowering_is_measured(gradient: str) -> None:
+def test_every_allowed_lowering_is_measured(gradient: str) -> None:
     record = tune_gradient(gradient, GEOMETRY, QUICK, clock=stopped)
     applicable = {
         name
         for name, entry in LOWERINGS.items()
-        if entry.gradient == gradient and entry.why_not(GEOMETRY) is None and entry.error_factor == 1
+        if entry.gradient == gradient and entry.why_not(GEOMETRY) is None and entry.error_factor <= 2
     }
     assert {timing.lowering for timing in record.timings} == applicable
     assert record.refused == {}

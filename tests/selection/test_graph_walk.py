@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 import convgrad_export as cg
@@ -54,24 +56,30 @@ def test_transposes_that_onnxruntime_folds_into_matmul_are_no_step() -> None:
     assert product.transposed == (False, True)
 
 
+direct = partial(choose, max_error_factor=1.0)
+
+
 def test_choose_obeys_the_limit_and_says_what_is_too_large() -> None:
-    assert choose("weight", DENSE).name == "weight.sample_matmul"
+    assert direct("weight", DENSE).name == "weight.sample_matmul"
     need = workspace_bytes("weight.sample_matmul", DENSE)
-    assert choose("weight", DENSE, max_workspace=need).name == "weight.sample_matmul"
-    smaller = choose("weight", DENSE, max_workspace=need - 1)
+    assert direct("weight", DENSE, max_workspace=need).name == "weight.sample_matmul"
+    smaller = direct("weight", DENSE, max_workspace=need - 1)
     assert workspace_bytes(smaller.name, DENSE) < need
+    wasteful = choose("weight", DENSE)
+    assert wasteful.name == "weight.winograd4"
+    assert choose("weight", DENSE, max_workspace=workspace_bytes(wasteful.name, DENSE) - 1) != wasteful
     with pytest.raises(cg.UnsupportedLoweringError, match="bytes of workspace, max_workspace is 10"):
-        choose("weight", DENSE, max_workspace=10)
+        direct("weight", DENSE, max_workspace=10)
     with pytest.raises(cg.UnsupportedLoweringError, match=r"weight\.im2col.*max_workspace is 10: raise the limit"):
-        choose("weight", DENSE, lowering="weight.im2col", max_workspace=10)
+        direct("weight", DENSE, lowering="weight.im2col", max_workspace=10)
     with pytest.raises(cg.GeometryError, match="give the largest batch"):
-        choose("weight", DENSE.with_batch("batch"), max_workspace=10**9)
+        direct("weight", DENSE.with_batch("batch"), max_workspace=10**9)
 
 
 def test_build_model_takes_the_limit() -> None:
     arguments = {"input_shape": (8, 64, 28, 28), "weight_shape": (64, 64, 3, 3), "padding": 1}
     need = workspace_bytes("weight.sample_matmul", DENSE)
-    model = cg.build_model("conv2d_weight", **arguments, max_workspace=need - 1)
+    model = cg.build_model("conv2d_weight", **arguments, max_error_factor=1, max_workspace=need - 1)
     name = next(item.value for item in model.metadata_props if item.key == "convgrad.lowering")
     assert workspace_bytes(name, DENSE) < need
     with pytest.raises(cg.UnsupportedLoweringError, match="no fixed size"):

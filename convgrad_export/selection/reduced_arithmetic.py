@@ -1,0 +1,61 @@
+"""Where Winograd's minimal filtering pays: fewer multiplications, against transforms of both operands and the result.
+
+The rules come from the timings in benchmarks/NOTES.md, "Winograd".
+"""
+
+from __future__ import annotations
+
+import math
+
+from ..geometry import ConvGeometry
+from ..lowering import LOWERINGS
+
+DIRECT = 1.0  # error factor of every form that adds up the products themselves
+# What "auto" may take unless it is told otherwise: Winograd tiles of 4, whose transforms hold halves and whole numbers
+# only. Their error bound is twice the direct form's, and small integers come out exactly.
+DEFAULT_ERROR_FACTOR = 2.0
+
+# Channels, the harmonic mean of both sides, below which the transforms cost more than the multiplications they save:
+# they are in proportion to the sum of the two, the multiplications to their product.
+_CHANNELS, _ONE_THREAD_CHANNELS = 42, 32
+_LARGE_IMAGE, _LARGE_IMAGE_CHANNELS = 1024, 60  # positions; the untransformed tensors leave the cache as well
+_ONE_AXIS_CHANNELS = 256  # three taps on one axis save a third of the multiplications, on two axes more than half
+_CONSTANT_WEIGHT_CHANNELS = 128  # onnxruntime runs a Conv in its blocked layout then
+_TILES = 32  # of all samples: fewer do not pay for transforming the weight
+_ASSUMED_BATCH = 8  # where the batch is open
+_TAPS = {4: 3, 6: 5}  # the largest kernel worth it: n - K + 1 positions a tile, at least two of them
+
+
+def winograd_tiles(
+    gradient: str, g: ConvGeometry, max_error_factor: float, *, constant_weight: bool, one_thread: bool
+) -> list[int]:
+    """Tile sizes that the allowed error admits and whose transforms pay, the largest first.
+
+    Args:
+        gradient: ``"input"`` or ``"weight"``; the forward convolution goes by ``"weight"``, whose tiles it shares.
+        g: of the plain convolution; a transposed one goes by its adjoint.
+    """
+    if not g.is_static or g.transposed or g.groups > 1 or g.rank > 2 or any(s > 1 for s in g.stride):
+        return []
+    filtered = [axis for axis, k in enumerate(g.kernel_size) if k > 1]
+    size = g.input_size if gradient == "input" else g.output_size
+    needed = _ONE_THREAD_CHANNELS if one_thread else _CHANNELS
+    if math.prod(size) > _LARGE_IMAGE:
+        needed = _LARGE_IMAGE_CHANNELS
+    if len(filtered) < 2:
+        needed = _ONE_AXIS_CHANNELS
+    if constant_weight:
+        needed = max(needed, _CONSTANT_WEIGHT_CHANNELS)
+    channels = 2 * g.in_channels * g.out_channels / (g.in_channels + g.out_channels)
+    if not filtered or channels < needed:
+        return []
+    batch = g.batch if isinstance(g.batch, int) else _ASSUMED_BATCH
+
+    def pays(tile: int) -> bool:
+        if not 3 <= max(g.kernel_size) <= _TAPS[tile]:
+            return False
+        counts = (math.ceil(size[axis] / (tile - g.kernel_size[axis] + 1)) for axis in filtered)
+        return batch * math.prod(counts) >= _TILES
+
+    factors = {tile: LOWERINGS[f"{gradient}.winograd{tile}"].error_factor for tile in sorted(_TAPS, reverse=True)}
+    return [tile for tile, factor in factors.items() if factor <= max_error_factor and pays(tile)]
