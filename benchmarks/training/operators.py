@@ -35,7 +35,7 @@ def profile(name: str, batch: int, threads: int) -> tuple[float, list[dict[str, 
     torch.manual_seed(0)
     module = without_dropout(network.build()).train()
     ((x, y),) = network.data(1, batch)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
     report = cg.export_training_step(module, network.loss, optimizer, (x, y), verify=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.onnx"
@@ -48,7 +48,7 @@ def profile(name: str, batch: int, threads: int) -> tuple[float, list[dict[str, 
         state = {key: value.detach().numpy() for key, value in report.state.items()}
         batch_names = [value.name for value in session.get_inputs() if value.name not in state]
         feeds = {**state, **dict(zip(batch_names, (x.numpy(), y.numpy()), strict=False))}
-        feeds["learning_rate"] = np.array(1e-3, np.float32)
+        feeds["learning_rate"] = np.array(1e-5, np.float32)
         for _ in range(RUNS):
             session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()})
         events = json.loads(Path(session.end_profiling()).read_text())

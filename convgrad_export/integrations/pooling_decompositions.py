@@ -47,10 +47,7 @@ def _spread(grad: Tensor, axis: int, size: Any, k: int, s: int, p: int) -> Tenso
     axis = axis % grad.dim()
     outputs = grad.shape[axis]
     trailing = grad.dim() - 1 - axis
-
-    def padded(x: Tensor, before: Any, after: Any, behind: int) -> Tensor:
-        return aten.constant_pad_nd(x, [0, 0] * behind + [before, after], 0.0) if before or after else x
-
+    padded = _padded
     if s > 1 and k == s and p == 0:
         shape = [*grad.shape[: axis + 1], k, *grad.shape[axis + 1 :]]
         full = grad.unsqueeze(axis + 1).expand(shape)
@@ -62,12 +59,26 @@ def _spread(grad: Tensor, axis: int, size: Any, k: int, s: int, p: int) -> Tenso
         full = padded(grad, 0, k - 1, trailing)
         for tap in range(1, k):
             full = full + padded(grad, tap, k - 1 - tap, trailing)
-    # `full` starts `p` before the axis. With s > k the forward may have left a remainder that it does not reach.
+    return _cut(full, axis, size, s, p)
+
+
+def _padded(x: Tensor, before: Any, after: Any, behind: int) -> Tensor:
+    return aten.constant_pad_nd(x, [0, 0] * behind + [before, after], 0.0) if before or after else x
+
+
+def _cut(full: Tensor, axis: int, size: Any, s: int, p: int) -> Tensor:
+    """The `size` positions of `axis` from `full`, which starts `p` before it.
+
+    With s > k the forward may have left a remainder that `full` does not reach.
+    """
+    trailing = full.dim() - 1 - axis % full.dim()
     missing = size + p - full.shape[axis]
     if isinstance(missing, int):
-        full = padded(full, 0, missing, trailing) if missing > 0 else full
+        if missing == 0 and p == 0:
+            return full
+        full = _padded(full, 0, missing, trailing) if missing > 0 else full
     elif s > 1:
-        full = padded(full, 0, s, trailing)
+        full = _padded(full, 0, s, trailing)
     return full.narrow(axis, p, size)
 
 
@@ -158,6 +169,10 @@ def avg_pool_backward(
                 divisor *= count
     if divisor != 1:
         grad = grad / divisor
+    if grad.dim() == 4 and rank == 2 and kernel == strides and not any(pads) and grad.dtype == torch.float32:
+        # Resize: 30 times as fast in onnxruntime as an Expand onto several axes; its kernel is for float32.
+        full = aten.upsample_nearest2d(grad, [grad.shape[-2] * kernel[0], grad.shape[-1] * kernel[1]])
+        return _cut(_cut(full, -2, x.shape[-2], kernel[0], 0), -1, x.shape[-1], kernel[1], 0)
     for axis in range(rank):
         spatial = axis - rank
         grad = _spread(grad, spatial, x.shape[spatial], kernel[axis], strides[axis], pads[axis])

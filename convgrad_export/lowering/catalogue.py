@@ -16,6 +16,7 @@ from . import (
     depth,
     depth_weight,
     depthwise,
+    image_matmul,
     input_conv,
     input_matmul,
     transposed_input,
@@ -51,6 +52,7 @@ class Lowering:
         min_opset: first standard opset that has all its operators.
         error_factor: its error bound in units of the direct form's; 1 for every direct form.
         exact_on_integers: integers come out exactly while its sums stay small enough for the type.
+        spreads_non_finite: a NaN or infinity also reaches results that do not depend on it.
         float32_only: it holds float32 constants, so it cannot compute in another type.
         sums_once: every result is one sum inside one operator, so that a half type loses nothing but the final rounding
             where the operator accumulates in float32; everything else it does to values is to move them.
@@ -66,6 +68,7 @@ class Lowering:
     min_opset: int = 13
     error_factor: float = 1.0
     exact_on_integers: bool = True
+    spreads_non_finite: bool = False
     float32_only: bool = False
     sums_once: bool = False
 
@@ -224,6 +227,22 @@ LOWERINGS: dict[str, Lowering] = _by_name(
         ),
         *(
             Lowering(
+                name=f"{gradient}.image_matmul",
+                gradient=gradient,
+                body=body,
+                condition=image_matmul.why_not,
+                transposed=False if gradient == "input" else None,
+                when="depthwise, small images",
+                spreads_non_finite=True,
+                float32_only=True,
+            )
+            for gradient, body in (
+                ("input", image_matmul.input_gradient),
+                ("weight", image_matmul.weight_gradient),
+            )
+        ),
+        *(
+            Lowering(
                 name=f"{gradient}.winograd{tile}",
                 gradient=gradient,
                 body=bodies[tile],
@@ -232,6 +251,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
                 when=f"stride 1, one group, kernels of 2 to {tile - 1} taps an axis",
                 error_factor=winograd.ERROR_FACTORS[tile],
                 exact_on_integers=tile == 4,
+                spreads_non_finite=True,
                 float32_only=True,
             )
             for gradient, bodies in (("input", winograd.INPUT_BODIES), ("weight", winograd.WEIGHT_BODIES))

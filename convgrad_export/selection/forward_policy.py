@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any
 
 from ..geometry import ConvGeometry
-from ..lowering import CPU, columns, winograd
+from ..lowering import CPU, columns, image_matmul, winograd
+from .depthwise_rule import whole_image_pays
 from .reduced_arithmetic import winograd_tiles
 
 _TINY_IMAGE = 8  # output positions; a sample's GEMM does little but read the weight
@@ -29,7 +30,11 @@ def forward_body(
     rearranges it when the model is loaded.
     """
     g = geometry
-    if provider != CPU or g.transposed or g.groups > 1 or not g.is_static or dtype != "float32":
+    if provider != CPU or g.transposed or not g.is_static or dtype != "float32":
+        return None
+    if whole_image_pays(g, threads == 1):
+        return image_matmul.forward
+    if g.groups > 1:
         return None
     tiles = winograd_tiles("weight", g, max_error_factor, constant_weight=False, one_thread=threads == 1)
     if tiles:

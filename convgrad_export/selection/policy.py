@@ -12,6 +12,7 @@ from collections.abc import Callable
 from ..errors import ArgumentTypeError, UnsupportedLoweringError
 from ..geometry import ConvGeometry
 from ..lowering import CPU, CUDA, LOWERINGS, Lowering, by_name, candidates, cuda_kernel
+from .depthwise_rule import whole_image_pays
 from .graph_walk import workspace_bytes
 from .reduced_arithmetic import DEFAULT_ERROR_FACTOR, DIRECT, winograd_tiles
 from .tuned import TUNED, is_tuned, tuned_name
@@ -44,6 +45,8 @@ def _input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool)
     volume = g.rank == 3 and g.groups == 1 and g.is_static
     if volume and (not g.is_pointwise or math.prod(g.output_size) <= _SMALL_VOLUME):
         return ("input.plane_col2im", *_ANY_INPUT)
+    if not constant_weight and whole_image_pays(g, one_thread):
+        return ("input.image_matmul", *_ANY_INPUT)
     if unit_stride and constant_weight and (g.groups == 1 or g.is_depthwise):
         # onnxruntime blocks the channels of a Conv whose weight is constant, and has no such form of ConvTranspose.
         return ("input.flipped_conv", *_ANY_INPUT)
@@ -66,6 +69,8 @@ def _input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool)
 
 def _weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
     unit_stride = all(s == 1 for s in g.stride)
+    if whole_image_pays(g, one_thread):
+        return ("weight.image_matmul", "weight.depthwise_rows")
     if g.is_depthwise:
         if max(g.kernel_size) >= 5 or (unit_stride and g.output_size[-1] <= 28):
             return ("weight.depthwise_rows",)
