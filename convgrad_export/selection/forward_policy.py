@@ -36,7 +36,7 @@ def forward_body(
         return image_matmul.forward
     if g.groups > 1:
         return None
-    tiles = winograd_tiles("weight", g, max_error_factor, constant_weight=False, one_thread=threads == 1)
+    tiles = winograd_tiles("forward", g, max_error_factor, constant_weight=False, one_thread=threads == 1)
     if tiles:
         return partial(_winograd, tile=tiles[0])
     if isinstance(g.batch, int) and g.batch < 2:

@@ -1,128 +1,18 @@
-"""The fixed policy: which lowering for a geometry, dtype and provider, by stated rules and without any measurement.
-
-The order of a preference list is the rule; the first entry that applies is taken. The rules come from the timings in
-benchmarks/NOTES.md. Selection is separate from lowering: nothing here knows how a formula works.
-"""
+"""The fixed policy: which lowering for a geometry, dtype and provider, by stated rules and without any measurement."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from ..errors import ArgumentTypeError, UnsupportedLoweringError
 from ..geometry import ConvGeometry
-from ..lowering import CPU, CUDA, LOWERINGS, Lowering, by_name, candidates, cuda_kernel
-from .depthwise_rule import whole_image_pays
+from ..lowering import CPU, CUDA, LOWERINGS, Lowering, by_name, candidates
 from .graph_walk import workspace_bytes
+from .preferences import cuda_preferences, input_preferences, weight_preferences
 from .reduced_arithmetic import DEFAULT_ERROR_FACTOR, DIRECT, winograd_tiles
 from .tuned import TUNED, is_tuned, tuned_name
 
 AUTO = "auto"
-
-_FEW_CHANNELS = 16  # a GEMM with a side this short leaves most of its register tile empty
-# Output positions of a sample.
-_TINY_IMAGE, _ONE_THREAD_TINY_IMAGE = 64, 8  # up to here a GEMM a sample does little but read the weight
-_SMALL_IMAGE = 256  # up to here Col2Im's additions cost less than ConvTranspose's
-_SMALL_VOLUME = 64  # up to here plane by plane pays for strided 1x1x1 kernels
-_SMALL_PLANE, _ONE_THREAD_PLANE = 256, 64  # up to here a Gather of runs over the batch is faster than a Slice of rows
-_RUN = 8  # samples from which on a run over the batch is worth copying as such
-_COLUMN_IMAGE = 1024  # strided: up to here Col2Im's buffer for the whole batch is small enough
-_LARGE_IMAGE = 784  # pointwise: from here on a sample's GEMM is long enough by itself
-_COLUMNS, _ONE_THREAD_COLUMNS = 324, 64  # up to here copying the columns costs less than transposing the result
-_FEW_SAMPLES, _FEW_SAMPLES_COLUMNS = 4, 49  # the columns' Gather copies runs of one element a sample
-
-# What every plain input gradient and every weight gradient can fall back on, float64 included.
-_ANY_INPUT = ("input.conv_transpose", "input.conv_transpose_crop", "input.pixel_shuffle", "input.matmul_taps")
-_ANY_WEIGHT = ("weight.matmul_taps",)
-
-
-def _input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) -> tuple[str, ...]:
-    if g.transposed:
-        return ("input.conv", "input.im2col")
-    unit_stride = all(s == 1 for s in g.stride)
-    if unit_stride and g.is_pointwise:
-        return ("input.flipped_conv", *_ANY_INPUT)
-    volume = g.rank == 3 and g.groups == 1 and g.is_static
-    if volume and (not g.is_pointwise or math.prod(g.output_size) <= _SMALL_VOLUME):
-        return ("input.plane_col2im", *_ANY_INPUT)
-    if not constant_weight and whole_image_pays(g, one_thread):
-        return ("input.image_matmul", *_ANY_INPUT)
-    if unit_stride and constant_weight and (g.groups == 1 or g.is_depthwise):
-        # onnxruntime blocks the channels of a Conv whose weight is constant, and has no such form of ConvTranspose.
-        return ("input.flipped_conv", *_ANY_INPUT)
-    if not g.is_static:
-        return _ANY_INPUT
-    positions = math.prod(g.output_size)
-    if g.groups > 1:
-        # ConvTranspose adds its columns up on one thread; a Conv divides all of its work.
-        return ("input.flipped_conv", *_ANY_INPUT) if unit_stride and not one_thread else _ANY_INPUT
-    if positions <= (_ONE_THREAD_TINY_IMAGE if one_thread else _TINY_IMAGE):
-        return ("input.columns", "input.col2im", *_ANY_INPUT)
-    if positions <= _SMALL_IMAGE:
-        return ("input.col2im", *_ANY_INPUT)
-    if g.in_channels < _FEW_CHANNELS or g.rank == 3:
-        return _ANY_INPUT
-    if unit_stride:
-        return ("input.flipped_conv", *_ANY_INPUT)
-    return ("input.col2im", *_ANY_INPUT) if positions <= _COLUMN_IMAGE else _ANY_INPUT
-
-
-def _weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
-    unit_stride = all(s == 1 for s in g.stride)
-    if whole_image_pays(g, one_thread):
-        return ("weight.image_matmul", "weight.depthwise_rows")
-    if g.is_depthwise:
-        if max(g.kernel_size) >= 5 or (unit_stride and g.output_size[-1] <= 28):
-            return ("weight.depthwise_rows",)
-        return _ANY_WEIGHT if unit_stride else ("weight.swapped_conv", "weight.depthwise_rows")
-    few = min(g.in_channels_per_group, g.out_channels_per_group) < _FEW_CHANNELS
-    if g.groups > 1:
-        return ("weight.shifted_matmul", "weight.im2col") if few and not g.is_pointwise else _ANY_WEIGHT
-    if not g.is_static:
-        return ("weight.im2col",) if few and not g.is_pointwise else _ANY_WEIGHT
-    positions = math.prod(g.output_size)
-    if g.is_pointwise:
-        # One product of weight size a sample is worth it where it is small beside the two operands.
-        small = g.in_channels * g.out_channels <= (g.in_channels + g.out_channels) * positions
-        return ("weight.sample_matmul", *_ANY_WEIGHT) if small and positions >= _LARGE_IMAGE else _ANY_WEIGHT
-    if few:
-        if g.rank == 1:
-            return _ANY_WEIGHT
-        if any(s > 1 for s in g.stride) and all(k <= s for k, s in zip(g.kernel_size, g.stride, strict=True)):
-            return ("weight.swapped_conv",)
-        return ("weight.columns",) if one_thread and unit_stride else ("weight.sample_matmul", "weight.columns")
-    limit = _ONE_THREAD_COLUMNS if one_thread else _COLUMNS
-    if g.rank == 3:
-        limit = _ONE_THREAD_TINY_IMAGE
-    if isinstance(g.batch, int) and g.batch < _FEW_SAMPLES:
-        limit = _FEW_SAMPLES_COLUMNS
-    if positions <= limit:
-        return ("weight.columns", *_ANY_WEIGHT)
-    if g.rank == 3:
-        # A Slice picks what a stride leaves of a row one by one.
-        small = math.prod(g.output_size[1:]) <= (_ONE_THREAD_PLANE if one_thread else _SMALL_PLANE)
-        if isinstance(g.batch, int) and g.batch >= _RUN and (small or any(s > 1 for s in g.stride[1:])):
-            return ("weight.depth_taps_gathered", *_ANY_WEIGHT)
-        return ("weight.depth_taps", *_ANY_WEIGHT)
-    return _ANY_WEIGHT if one_thread else ("weight.sample_matmul", *_ANY_WEIGHT)
-
-
-def _cuda_preferences(gradient: str, g: ConvGeometry, dtype: str, opset: int) -> tuple[str, ...]:
-    """Forms whose every node stays on the CUDA provider; which of them is faster has not been measured.
-
-    ConvTranspose is cuDNN's own backward-data call. It has no bfloat16 kernel, so at stride 1 a Conv goes first where
-    that one has (opset 22).
-    """
-    if gradient == "input":
-        if g.transposed:
-            return ("input.conv", "input.im2col")
-        half_conv = cuda_kernel("Conv", dtype, opset) and not cuda_kernel("ConvTranspose", dtype, opset)
-        return ("input.flipped_conv", *_ANY_INPUT) if half_conv else _ANY_INPUT
-    if g.is_depthwise:
-        return ("weight.depthwise_taps", *_ANY_WEIGHT)
-    if not g.is_pointwise and min(g.in_channels_per_group, g.out_channels_per_group) < _FEW_CHANNELS:
-        return ("weight.im2col", *_ANY_WEIGHT)  # one GEMM with a longer side than a tap's
-    return _ANY_WEIGHT
 
 
 def check_name(lowering: object) -> str:
@@ -233,11 +123,11 @@ def _automatic(
     """The first preference that nothing speaks against, then any other entry of the catalogue."""
     plain = geometry.adjoint() if gradient == "weight" and geometry.transposed else geometry
     if provider == CUDA:
-        preferences = _cuda_preferences(gradient, plain, dtype, opset)
+        preferences = cuda_preferences(gradient, plain, dtype, opset)
     elif gradient == "input":
-        preferences = _input_preferences(plain, constant_weight, one_thread)
+        preferences = input_preferences(plain, constant_weight, one_thread)
     else:
-        preferences = _weight_preferences(plain, one_thread)
+        preferences = weight_preferences(plain, one_thread)
     if provider != CUDA:  # cuDNN chooses its own arithmetic
         tiles = winograd_tiles(
             gradient, plain, max_error_factor, constant_weight=constant_weight, one_thread=one_thread

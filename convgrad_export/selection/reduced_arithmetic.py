@@ -19,7 +19,10 @@ DEFAULT_ERROR_FACTOR = 2.0
 # they are in proportion to the sum of the two, the multiplications to their product.
 _CHANNELS, _ONE_THREAD_CHANNELS = 42, 32
 _LARGE_IMAGE, _LARGE_IMAGE_CHANNELS = 1024, 60  # positions; the untransformed tensors leave the cache as well
-_ONE_AXIS_CHANNELS = 256  # three taps on one axis save a third of the multiplications, on two axes more than half
+# Three taps on one axis save a third of the multiplications, on two axes more than half. On several threads the direct
+# weight gradients are the slower ones: their copies run on one.
+_ONE_AXIS_CHANNELS = {"input": 192, "forward": 192, "weight": 64}
+_ONE_AXIS_ONE_THREAD_CHANNELS = 96
 _CONSTANT_WEIGHT_CHANNELS = 128  # onnxruntime runs a Conv in its blocked layout then
 _TILES = 32  # of all samples: fewer do not pay for transforming the weight
 _ASSUMED_BATCH = 8  # where the batch is open
@@ -32,7 +35,7 @@ def winograd_tiles(
     """Tile sizes that the allowed error admits and whose transforms pay, the largest first.
 
     Args:
-        gradient: ``"input"`` or ``"weight"``; the forward convolution goes by ``"weight"``, whose tiles it shares.
+        gradient: ``"input"``, ``"weight"`` or ``"forward"``.
         g: of the plain convolution; a transposed one goes by its adjoint.
     """
     if not g.is_static or g.transposed or g.groups > 1 or g.rank > 2 or any(s > 1 for s in g.stride):
@@ -43,7 +46,7 @@ def winograd_tiles(
     if math.prod(size) > _LARGE_IMAGE:
         needed = _LARGE_IMAGE_CHANNELS
     if len(filtered) < 2:
-        needed = _ONE_AXIS_CHANNELS
+        needed = _ONE_AXIS_ONE_THREAD_CHANNELS if one_thread else _ONE_AXIS_CHANNELS[gradient]
     if constant_weight:
         needed = max(needed, _CONSTANT_WEIGHT_CHANNELS)
     channels = 2 * g.in_channels * g.out_channels / (g.in_channels + g.out_channels)
@@ -57,5 +60,6 @@ def winograd_tiles(
         counts = (math.ceil(size[axis] / (tile - g.kernel_size[axis] + 1)) for axis in filtered)
         return batch * math.prod(counts) >= _TILES
 
-    factors = {tile: LOWERINGS[f"{gradient}.winograd{tile}"].error_factor for tile in sorted(_TAPS, reverse=True)}
+    entry = "input" if gradient == "input" else "weight"  # the forward pass has the tiles of the weight gradient
+    factors = {tile: LOWERINGS[f"{entry}.winograd{tile}"].error_factor for tile in sorted(_TAPS, reverse=True)}
     return [tile for tile, factor in factors.items() if factor <= max_error_factor and pays(tile)]

@@ -119,8 +119,9 @@ def test_three_axes_are_taken_plane_by_plane() -> None:
     assert chosen(64, (2, 8, 8)) == ["plane_col2im", "depth_taps_gathered"]
     assert chosen(64, (2, 8, 8), batch=1) == ["plane_col2im", "depth_taps"]
     assert chosen(64, (1, 2, 2)) == ["plane_col2im", "columns"]
-    assert chosen(64, (4, 16, 16), 1, 2) == ["conv_transpose", "matmul_taps"]
-    assert chosen(64, (1, 4, 4), 1, 2) == ["plane_col2im", "matmul_taps"]
+    assert chosen(64, (4, 16, 16), 1, 2) == ["conv_transpose", "depth_taps_gathered"]
+    assert chosen(64, (1, 4, 4), 1, 2) == ["plane_col2im", "depth_taps_gathered"]
+    assert chosen(64, (1, 4, 4), 1, 2, batch=1) == ["plane_col2im", "matmul_taps"]
 
 
 def test_a_constant_weight_changes_the_choice_where_the_runtime_profits() -> None:

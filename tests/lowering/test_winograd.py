@@ -90,7 +90,7 @@ def test_auto_takes_tiles_of_4_for_dense_layers(size: int, dilation: int) -> Non
         geometry(8, 64, 56, kernel=1),
         geometry(8, 64, 56, kernel=5),
         geometry(8, 512, 2),
-        ConvGeometry.from_forward((8, 128, 1024), (128, 128, 3), padding=1),
+        ConvGeometry.from_forward((8, 48, 1024), (48, 48, 3), padding=1),
         ConvGeometry.from_forward((8, 128, 8, 8, 8), (128, 128, 3, 3, 3), padding=1),
     ],
     ids=lambda g: g.describe(),
@@ -98,6 +98,21 @@ def test_auto_takes_tiles_of_4_for_dense_layers(size: int, dilation: int) -> Non
 def test_auto_keeps_to_direct_forms_elsewhere(g: ConvGeometry) -> None:
     assert not any("winograd" in name for name in names(g)[:2])
     assert not names(g)[2]
+
+
+def test_auto_wants_more_channels_of_a_kernel_along_one_axis() -> None:
+    for channels, threads, expected in (
+        (48, 1, (False, False, False)),
+        (96, 1, (True, True, True)),
+        (96, 2, (False, True, False)),
+        (192, 2, (True, True, True)),
+    ):
+        for g in (
+            ConvGeometry.from_forward((8, channels, 512), (channels, channels, 3), padding=2, dilation=2),
+            ConvGeometry.from_forward((8, channels, 16, 16), (channels, channels, 1, 3), padding=(0, 1)),
+        ):
+            chosen = names(g, threads=threads)
+            assert ("winograd" in chosen[0], "winograd" in chosen[1], chosen[2]) == expected
 
 
 def test_auto_obeys_the_limit_the_provider_and_a_constant_weight() -> None:
