@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..lowering import LOWERINGS
+from ..selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 from .contenders import CONV_GRAD, GEMM, GEMM_MULTIPLICATIONS, ORT_FORWARD, TORCH
 from .results import Results, geometry_of
 from .sampling import FORWARD
@@ -48,10 +49,10 @@ class Row:
 
     @property
     def best(self) -> str | None:
-        """The fastest lowering among direct forms."""
+        """The fastest of the lowerings that "auto" may take by default."""
         times = self.record["times"]
-        direct = [name for name in times if name in LOWERINGS and LOWERINGS[name].error_factor == 1.0]
-        return min(direct, key=lambda name: times[name]["min_ms"]) if direct else None
+        allowed = [n for n in times if n in LOWERINGS and LOWERINGS[n].error_factor <= DEFAULT_ERROR_FACTOR]
+        return min(allowed, key=lambda name: times[name]["min_ms"]) if allowed else None
 
     def ratio(self, other: str, ours: str = "policy", statistic: str = "min_ms") -> float | None:
         """Time of `other` / time of `ours`; None where one of them was not timed."""

@@ -24,7 +24,7 @@ def test_the_summary_is_the_geometric_mean_of_the_ratios() -> None:
     assert figures["torch_share"] == pytest.approx(0.5)
     assert figures["conv_grad"] == pytest.approx(2.0)
     assert figures["textbook"] == pytest.approx(4.0)
-    assert figures["best_torch"] == pytest.approx(10.0 / 9.5)  # a Winograd form is not a direct one
+    assert figures["best_torch"] == pytest.approx(10.0 / 9.5)  # tiles of 6 are not admitted by default
     assert figures["relaxed_torch"] == pytest.approx(2.5)
     assert figures["tuned_torch"] is None
     assert figures["near_best"] == 1.0
