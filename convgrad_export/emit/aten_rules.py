@@ -119,6 +119,8 @@ def _sides(pads: Sequence[int] | None, rank: int) -> tuple[list[int], list[int]]
 def MatMul(left: Any, right: Any) -> Any:
     if isinstance(left, Constant):
         left = left.like(right)
+    if isinstance(right, Constant):
+        right = right.like(left)
     if left.dim() == right.dim() == 3 and isinstance(left.shape[0], int) and left.shape[0] == right.shape[0]:
         return aten.bmm.default(left, right)  # what matmul comes to, without its views
     return torch.matmul(left, right)
