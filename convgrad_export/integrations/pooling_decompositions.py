@@ -8,6 +8,7 @@ scatters. Replication padding adds what was copied back onto the border.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -167,9 +168,16 @@ def avg_pool_backward(
                 grad = grad / _along(count, axis, rank)
             else:
                 divisor *= count
+    reach = [k - 1 - p for k, p in zip(kernel, pads, strict=True)]
+    plane = grad.dim() == 4 and rank == 2 and grad.dtype == torch.float32
+    if plane and set(strides) == {1} and all(2 * r <= k for r, k in zip(reach, kernel, strict=True)):
+        # Windows one apart: each element is in k of them, which are a window of grad's.
+        mean = aten.avg_pool2d(grad, kernel, [1, 1], reach, False, True)
+        factor = math.prod(kernel) / divisor
+        return mean if factor == 1 else mean * factor
     if divisor != 1:
         grad = grad / divisor
-    if grad.dim() == 4 and rank == 2 and kernel == strides and not any(pads) and grad.dtype == torch.float32:
+    if plane and kernel == strides and not any(pads):
         # Resize: 30 times as fast in onnxruntime as an Expand onto several axes; its kernel is for float32.
         full = aten.upsample_nearest2d(grad, [grad.shape[-2] * kernel[0], grad.shape[-1] * kernel[1]])
         return _cut(_cut(full, -2, x.shape[-2], kernel[0], 0), -1, x.shape[-1], kernel[1], 0)

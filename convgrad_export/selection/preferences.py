@@ -155,11 +155,15 @@ def _grouped_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str,
     if g.is_pointwise:
         return _ANY_WEIGHT
     few = min(g.in_channels_per_group, g.out_channels_per_group)
-    if few < _FEW_CHANNELS or (not one_thread and few <= _FEW_CHANNELS and all(s == 1 for s in g.stride)):
+    strided = any(s > 1 for s in g.stride)
+    if one_thread or not g.is_static:
+        return ("weight.shifted_matmul", "weight.im2col") if few < _FEW_CHANNELS else _ANY_WEIGHT
+    if strided and few < _FEW_CHANNELS:
+        return ("weight.swapped_conv", "weight.im2col")
+    if not strided and few <= _FEW_CHANNELS:
         return ("weight.shifted_matmul", "weight.im2col")
-    if not one_thread and any(s > 1 for s in g.stride) and _has_runs(g):
-        return ("weight.columns", *_ANY_WEIGHT)
-    return _ANY_WEIGHT
+    small = strided or math.prod(g.output_size) <= _TINY_IMAGE
+    return ("weight.columns", *_ANY_WEIGHT) if small and _has_runs(g) else _ANY_WEIGHT
 
 
 def cuda_preferences(gradient: str, g: ConvGeometry, dtype: str, opset: int) -> tuple[str, ...]:
