@@ -55,11 +55,12 @@ def main() -> None:
     state = api.CheckpointState.load_checkpoint(str(made / "checkpoint"))
     module = api.Module(str(made / "training_model.onnx"), state, device="cpu", session_options=options)
     optimizer = api.Optimizer(str(made / "optimizer_model.onnx"), module)
-    optimizer.set_learning_rate(settings["learning_rate"])
+    rate = settings["learning_rate"]
     with np.load(folder / "batch.npz") as batch:
         x, y = batch["x"], batch["y"]
 
-    def step() -> float:
+    def step(learning_rate: float) -> float:
+        optimizer.set_learning_rate(learning_rate)
         loss = module(x, y)
         optimizer.step()
         module.lazy_reset_grad()
@@ -68,7 +69,10 @@ def main() -> None:
     module.train()
     for line in sys.stdin:
         started = time.perf_counter()
-        losses = [step() for _ in range(int(line))]
+        losses = []
+        for _ in range(int(line)):
+            losses.append(step(rate))
+            rate = settings["timed_learning_rate"]
         print(json.dumps({"seconds": time.perf_counter() - started, "losses": losses}), flush=True)
     print(json.dumps({"base": base, "peak": resident("VmHWM")}), flush=True)
 

@@ -43,7 +43,8 @@ from convgrad_export.bench.timing import alternate
 RESULT = Path(__file__).parent / "steps.json"
 ROOT = Path(__file__).parents[2]
 CONTENDERS = ("onnxruntime", "eager", "eager_fused", "inductor", "ort_training")
-LEARNING_RATE = 1e-5
+LEARNING_RATE = 1e-3  # of the first update, whose effect is checked
+TIMED_LEARNING_RATE = 1e-5  # of all others: on one batch a larger one soon makes gradients that are subnormal, and slow
 TURN_SECONDS = 0.25  # a contender's turn is as many steps as fill this, at least one
 SETTLE_SECONDS = 0.02  # for the last contender's idle threads to fall asleep
 LOSS_TOLERANCE = 2e-3  # of the loss before the first update
@@ -113,6 +114,7 @@ def prepare(network: TrainedNetwork, batch: int, folder: Path, with_forward: boo
     settings = {
         "network": network.name,
         "learning_rate": LEARNING_RATE,
+        "timed_learning_rate": TIMED_LEARNING_RATE,
         "loss": network.loss if isinstance(network.loss, str) else None,
         "parameters": [name for name, _ in module.named_parameters()],
     }

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-Step = Callable[[], float]
+Step = Callable[[float], float]  # of a learning rate
 
 
 def resident(key: str) -> int:
@@ -36,7 +36,12 @@ def onnxruntime_step(folder: Path, threads: int) -> tuple[int, Step]:
     session = TrainingSession(folder / "step.onnx", threads=threads)
     with np.load(folder / "batch.npz") as batch:
         arrays = batch["x"], batch["y"]
-    return base, lambda: float(session.step(*arrays)["loss"])
+
+    def step(learning_rate: float) -> float:
+        session.learning_rate = learning_rate
+        return float(session.step(*arrays)["loss"])
+
+    return base, step
 
 
 def pytorch_step(folder: Path, threads: int, compiled: bool, fused: bool) -> tuple[int, Step]:
@@ -54,7 +59,7 @@ def pytorch_step(folder: Path, threads: int, compiled: bool, fused: bool) -> tup
     module.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
     with np.load(folder / "batch.npz") as batch:
         x, y = torch.from_numpy(batch["x"]), torch.from_numpy(batch["y"])
-    optimizer = torch.optim.AdamW(module.parameters(), lr=settings["learning_rate"], fused=fused or None)
+    optimizer = torch.optim.AdamW(module.parameters(), fused=fused or None)
     loss = resolve_loss(network.loss)
 
     def value_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -62,7 +67,9 @@ def pytorch_step(folder: Path, threads: int, compiled: bool, fused: bool) -> tup
 
     forward = torch.compile(value_of, dynamic=False) if compiled else value_of
 
-    def step() -> float:
+    def step(learning_rate: float) -> float:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
         optimizer.zero_grad()
         value = forward(x, y)
         value.backward()
@@ -72,11 +79,16 @@ def pytorch_step(folder: Path, threads: int, compiled: bool, fused: bool) -> tup
     return base, step
 
 
-def serve(base: int, step: Step) -> None:
+def serve(folder: Path, base: int, step: Step) -> None:
     """Answer the lines of stdin."""
+    settings = json.loads((folder / "settings.json").read_text())
+    rate = settings["learning_rate"]
     for line in sys.stdin:
         started = time.perf_counter()
-        losses = [step() for _ in range(int(line))]
+        losses = []
+        for _ in range(int(line)):
+            losses.append(step(rate))
+            rate = settings["timed_learning_rate"]
         print(json.dumps({"seconds": time.perf_counter() - started, "losses": losses}), flush=True)
     print(json.dumps({"base": base, "peak": resident("VmHWM")}), flush=True)
 
@@ -84,9 +96,9 @@ def serve(base: int, step: Step) -> None:
 def main() -> None:
     kind, folder, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     if kind == "onnxruntime":
-        serve(*onnxruntime_step(folder, threads))
+        serve(folder, *onnxruntime_step(folder, threads))
     else:
-        serve(*pytorch_step(folder, threads, kind == "inductor", kind != "eager"))
+        serve(folder, *pytorch_step(folder, threads, kind == "inductor", kind != "eager"))
 
 
 if __name__ == "__main__":
