@@ -66,24 +66,35 @@ def digest(root: Path, paths: Iterable[Path]) -> str:
 
 
 @contextlib.contextmanager
+def temporary_folder(parent: str | os.PathLike[str]) -> Iterator[Path]:
+    """A hidden folder inside `parent`, for what will be renamed into place; removed at the end.
+
+    Raises:
+        OutputPathError: it cannot be made, or an OSError of the body (a full disk, say).
+    """
+    target = Path(parent)
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=".convgrad-", dir=target))
+    except OSError as error:
+        raise OutputPathError(f"cannot write to {target}: {error.strerror or error}") from error
+    try:
+        yield temporary
+    except OSError as error:
+        if isinstance(error, OutputPathError | OutputExistsError):
+            raise
+        raise OutputPathError(f"cannot write to {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """For files that belong together: a temporary folder whose files are renamed into `folder` when all are complete.
 
     Raises:
         OutputPathError: one of them could not be written (a full disk, say); what `folder` held before is still there.
     """
-    target = Path(folder)
-    try:
-        temporary = Path(tempfile.mkdtemp(prefix=".staged.", dir=target))
-    except OSError as error:
-        raise OutputPathError(f"cannot write to {target}: {error.strerror or error}") from error
-    try:
+    with temporary_folder(folder) as temporary:
         yield temporary
         for path in sorted(temporary.iterdir()):
-            path.replace(target / path.name)
-    except OSError as error:
-        if isinstance(error, OutputPathError):
-            raise
-        raise OutputPathError(f"cannot write to {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            path.replace(Path(folder) / path.name)

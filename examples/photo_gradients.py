@@ -14,8 +14,6 @@ import argparse
 import math
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -28,6 +26,7 @@ from sklearn.datasets import load_sample_image
 
 import convgrad_export as cg
 from convgrad_export.accuracy import compare, reference_and_bounds
+from convgrad_export.bench.timing import alternate, timed
 from convgrad_export.geometry import ConvGeometry
 
 STRIDE, PADDING, KERNEL = 2, 5, 11
@@ -55,17 +54,6 @@ def photographs() -> torch.Tensor:
     """scikit-learn's two sample photographs, shape [2, 3, 427, 640], values in [0, 1]."""
     images = [torch.tensor(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
     return torch.stack(images).permute(0, 3, 1, 2).float().div(255).contiguous()
-
-
-def alternate(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Median milliseconds of both, taken in turns so that a busy moment of the machine hits both."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds + 2):
-        for call, record in zip((first, second), times, strict=True):
-            start = time.perf_counter()
-            call()
-            record.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times[0][2:]), statistics.median(times[1][2:])
 
 
 def draw(images: torch.Tensor, gradient: torch.Tensor, path: Path) -> None:
@@ -125,7 +113,9 @@ def main() -> int:
         ours = compare(results[gradient].numpy(), *exact[gradient])
         theirs = compare(in_torch().numpy(), *exact[gradient])
         failed = failed or not ours.within
-        mine, eager = alternate(lambda s=session, f=feeds: s.run(f), in_torch, options.rounds)
+        turns = {"ours": timed(lambda s=session, f=feeds: s.run(f)), "torch": timed(in_torch)}
+        timings = alternate(turns, options.rounds, math.inf, always=tuple(turns)).timings
+        mine, eager = (statistics.median(timings[name].values) for name in turns)
         lowering = next(item.value for item in model.metadata_props if item.key == "convgrad.lowering")
         print(
             f"{gradient:<8} {lowering:<22} {mine:>9.1f} ms {eager:>11.1f} ms {eager / mine:>5.2f}x  "

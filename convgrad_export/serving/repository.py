@@ -16,16 +16,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..errors import OutputExistsError, OutputPathError, ServingConfigError
-from ..files import write_atomically
+from ..files import temporary_folder, write_atomically
 from .config import MODEL_FILE, batch_limit, make_config, read_config, to_text
 from .options import ServingOptions, check_name
 from .rows import why_rows_depend
@@ -101,7 +99,7 @@ def add_model(
             notes.append(f"{CONFIG_FILE} was replaced")
     else:
         version = 1
-        with _staging(root) as staged:
+        with temporary_folder(root) as staged:
             (staged / "1").mkdir()
             _write_version(staged / "1", name, version, signature, options, limit)
             _write_side_files(staged, options, samples)
@@ -236,30 +234,13 @@ def _add_version(folder: Path, write: Callable[[Path, int], None]) -> int:
     while True:
         taken = [int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdigit()]
         version = max(taken, default=0) + 1
-        with _staging(folder) as staged:
+        with temporary_folder(folder) as staged:
             write(staged, version)
             try:
                 _publish(staged, folder / str(version))
             except OutputExistsError:
                 continue
             return version
-
-
-@contextmanager
-def _staging(parent: Path) -> Iterator[Path]:
-    """A hidden folder beside what it will become; removed with its contents unless `_publish` moved it away."""
-    try:
-        staged = Path(tempfile.mkdtemp(prefix=".convgrad-", dir=parent))
-    except OSError as error:
-        raise OutputPathError(f"{parent} cannot be written: {error.strerror or error}") from error
-    try:
-        yield staged
-    except OSError as error:
-        if isinstance(error, OutputPathError | OutputExistsError):
-            raise
-        raise OutputPathError(f"cannot write into {parent}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _publish(staged: Path, target: Path) -> None:
