@@ -18,6 +18,7 @@ _TINY_IMAGE, _ONE_THREAD_TINY_IMAGE = 64, 8  # up to here a GEMM a sample does l
 _SMALL_IMAGE = 256  # up to here Col2Im's additions cost less than ConvTranspose's
 _SMALL_VOLUME = 64  # up to here plane by plane pays for strided 1x1x1 kernels
 _SMALL_PLANE, _ONE_THREAD_PLANE = 256, 64  # up to here a Gather of runs over the batch is faster than a Slice of rows
+_MANY_TAPS = 81  # few input channels: from here on the columns are best made inside the Conv
 _RUN = 8  # samples from which on a run over the batch is worth copying as such
 _WIDE_ROW = 56  # depthwise, kernels of 5 and more: from here on taps divided between the operands beat whole rows
 _SHORT_ROW, _ONE_THREAD_SHORT_ROW = 28, 16  # depthwise: up to here the products of whole rows are worth it
@@ -110,6 +111,11 @@ def weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
             return _ANY_WEIGHT
         if not unit_stride and all(k <= s for k, s in zip(g.kernel_size, g.stride, strict=True)):
             return ("weight.swapped_conv",)
+        if g.rank == 2 and g.in_channels < _FEW_CHANNELS and math.prod(g.kernel_size) >= _MANY_TAPS:
+            return ("weight.swapped_conv", *_ANY_WEIGHT)
+        if g.rank == 2 and unit_stride and g.in_channels >= _FEW_CHANNELS:
+            # Taps beside the few output channels fill the GEMM's short side.
+            return ("weight.shifted_matmul", *_ANY_WEIGHT)
         return ("weight.columns",) if one_thread and unit_stride else ("weight.sample_matmul", "weight.columns")
     positions = math.prod(g.output_size)
     limit = _ONE_THREAD_COLUMNS if one_thread else _COLUMNS if unit_stride else _STRIDED_COLUMNS

@@ -144,6 +144,8 @@ def test_a_constant_weight_changes_the_choice_where_the_runtime_profits() -> Non
         ("weight", (8, 2048, 7, 7), (512, 2048, 1, 1), 1, "weight.matmul_taps", "weight.matmul_taps"),
         ("weight", (8, 3, 224, 224), (64, 3, 7, 7), 2, "weight.sample_matmul", "weight.sample_matmul"),
         ("weight", (8, 3, 224, 224), (96, 3, 4, 4), 4, "weight.swapped_conv", "weight.swapped_conv"),
+        ("weight", (2, 3, 128, 128), (32, 3, 11, 11), 2, "weight.swapped_conv", "weight.swapped_conv"),
+        ("weight", (2, 128, 64, 64), (3, 128, 3, 3), 1, "weight.shifted_matmul", "weight.shifted_matmul"),
     ],
 )
 def test_the_rules_know_the_number_of_threads(gradient, input_shape, weight_shape, stride, one, several) -> None:
