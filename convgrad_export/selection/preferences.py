@@ -105,18 +105,9 @@ def weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
         return ("weight.im2col",) if few and not g.is_pointwise else _ANY_WEIGHT
     if g.is_pointwise:
         return _pointwise_weight_preferences(g, one_thread)
-    unit_stride = all(s == 1 for s in g.stride)
     if few:
-        if g.rank == 1:
-            return _ANY_WEIGHT
-        if not unit_stride and all(k <= s for k, s in zip(g.kernel_size, g.stride, strict=True)):
-            return ("weight.swapped_conv",)
-        if g.rank == 2 and g.in_channels < _FEW_CHANNELS and math.prod(g.kernel_size) >= _MANY_TAPS:
-            return ("weight.swapped_conv", *_ANY_WEIGHT)
-        if g.rank == 2 and unit_stride and g.in_channels >= _FEW_CHANNELS:
-            # Taps beside the few output channels fill the GEMM's short side.
-            return ("weight.shifted_matmul", *_ANY_WEIGHT)
-        return ("weight.columns",) if one_thread and unit_stride else ("weight.sample_matmul", "weight.columns")
+        return _few_channels_weight_preferences(g, one_thread)
+    unit_stride = all(s == 1 for s in g.stride)
     positions = math.prod(g.output_size)
     limit = _ONE_THREAD_COLUMNS if one_thread else _COLUMNS if unit_stride else _STRIDED_COLUMNS
     if g.rank == 3:
@@ -137,6 +128,23 @@ def weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
 def _has_runs(g: ConvGeometry) -> bool:
     """A Gather whose runs are the batch copies enough at once."""
     return isinstance(g.batch, int) and g.batch >= _RUN
+
+
+def _few_channels_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
+    """Fewer than `_FEW_CHANNELS` on a side, static, not pointwise."""
+    if g.rank == 1:
+        return _ANY_WEIGHT
+    unit_stride = all(s == 1 for s in g.stride)
+    if not unit_stride and all(k <= s for k, s in zip(g.kernel_size, g.stride, strict=True)):
+        return ("weight.swapped_conv",)
+    if g.rank == 2:
+        few_inputs = g.in_channels < _FEW_CHANNELS
+        if few_inputs and math.prod(g.kernel_size) >= _MANY_TAPS:
+            return ("weight.swapped_conv", *_ANY_WEIGHT)
+        if unit_stride and not few_inputs:
+            # Taps beside the few output channels fill the GEMM's short side.
+            return ("weight.shifted_matmul", *_ANY_WEIGHT)
+    return ("weight.columns",) if one_thread and unit_stride else ("weight.sample_matmul", "weight.columns")
 
 
 def _pointwise_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
