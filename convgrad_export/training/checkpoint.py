@@ -6,7 +6,6 @@ file is read; a checksum in its header shows damage that leaves the layout intac
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,8 +17,7 @@ import numpy as np
 from ..errors import ModelFileError
 from ..files import check_output, write_atomically
 from ..runtime import tensors
-
-_FORMAT = "convgrad_export.training 1"
+from .checkpoint_file import FORMAT, bytes_of, digest, open_checkpoint
 
 
 def checkpoint_path(model_path: str | os.PathLike[str]) -> Path:
@@ -39,16 +37,6 @@ def _array(value: Any) -> np.ndarray:
         value = value.numpy()
     array = np.asarray(value)
     return array if array.flags.c_contiguous else np.ascontiguousarray(array).reshape(array.shape)
-
-
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
 
 
 def save_checkpoint(
@@ -71,7 +59,8 @@ def save_checkpoint(
 
     target = check_output(path, overwrite=overwrite)
     arrays = {name: _array(value) for name, value in state.items()}
-    header = {**(metadata or {}), "format": _FORMAT, "sha256": _digest(arrays)}
+    checksum = digest(arrays.items(), lambda name: bytes_of(arrays[name]))
+    header = {**(metadata or {}), "format": FORMAT, "sha256": checksum}
     return write_atomically(target, _in_order(save(arrays, metadata=header)), overwrite=overwrite)
 
 
@@ -100,26 +89,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The arrays and the header's text entries; raises as `load_checkpoint`."""
-    import ml_dtypes  # noqa: F401  # teaches numpy bfloat16
-    from safetensors import SafetensorError, safe_open
-
-    source = Path(path)
-    if not source.is_file():
-        raise ModelFileError(f"checkpoint {source} does not exist or is no file")
-    try:
-        with safe_open(source, framework="numpy") as stream:
-            header = dict(stream.metadata() or {})
-            arrays = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  # no mapping
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise ModelFileError(
-            f"checkpoint {source} cannot be read, it is truncated or no safetensors file: {error}"
-        ) from error
-    wanted = header.pop("sha256", None)
-    if header.pop("format", None) != _FORMAT or wanted is None:
-        raise ModelFileError(f"checkpoint {source} was not written by convgrad_export: its header has no {_FORMAT!r}")
-    if _digest(arrays) != wanted:
-        raise ModelFileError(f"checkpoint {source} is damaged: its contents do not match its checksum")
-    return arrays, header
+    with open_checkpoint(path) as file:
+        return {name: file.read(name) for name in file.tensors}, file.metadata
 
 
 def check_matches(
@@ -128,6 +99,7 @@ def check_matches(
     """Refuse a checkpoint of another model.
 
     Args:
+        arrays: what has a ``dtype`` and a ``shape``, by name.
         expected: dtype and shape by name.
 
     Raises:

@@ -1,7 +1,8 @@
 """Running an exported training step on onnxruntime, state and all, without torch.
 
-Parameters, buffers and optimizer state stay in onnxruntime's own memory. There are two sets of it: a step reads one and
-writes the other, then they change places, so nothing is copied and nothing is allocated from one step to the next.
+Parameters, buffers and optimizer state stay in onnxruntime's own memory. On the CPU a step runs in two phases
+(`phases.py`): the second writes parameters and optimizer state over the old ones. What it cannot write in place is held
+twice: a step reads one set and writes the other, then they change places. Nothing is copied from one step to the next.
 """
 
 from __future__ import annotations
@@ -9,21 +10,25 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError, NonFiniteLossError
+from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError, NonFiniteLossError, ProviderError
 from ..runtime import tensors
 from ..runtime.model_source import model_source
-from ..runtime.providers import Providers, check_active, onnxruntime, resolve
-from .checkpoint import check_matches, checkpoint_path, load_checkpoint, save_checkpoint
+from ..runtime.providers import CPU, Providers, onnxruntime, resolve
+from .checkpoint import check_matches, checkpoint_path, save_checkpoint
+from .checkpoint_file import open_checkpoint
+from .chunks import chunk_updates, fixed_shapes
+from .phase_session import STATE_SUFFIX, PhaseSession, is_onnxruntime_error
+from .phases import Phases, split
 
 METADATA = "convgrad.training"
-_SUFFIX = ".updated"
 _SETTINGS = ("learning_rate", "seed")
+_WORTH_A_CUT = 1 << 23  # elements of state: below, the gradients' way from one phase to the other costs more time
 
 
 class TrainingSession:
@@ -36,6 +41,10 @@ class TrainingSession:
         learning_rate: used by `step` when it is given none; by default the exported optimizer's.
         seed: for dropout; with the step counter it decides every random number.
         stop_on_non_finite: raise `NonFiniteLossError` before the update is taken over.
+        in_place: write parameters and optimizer state over the old ones, in a second phase after the gradients', so
+            that the state is held once; on the CPU alone. By default from 8 million elements on: with less state the
+            second phase costs more time than it saves. State whose old value may still be read when the new one is
+            written (where gradients are accumulated, BatchNorm's statistics) is held twice all the same.
 
     Raises:
         ModelFileError: no training step, or a checkpoint that is damaged or of another model.
@@ -52,40 +61,42 @@ class TrainingSession:
         learning_rate: float | None = None,
         seed: int = 0,
         stop_on_non_finite: bool = True,
+        in_place: bool | None = None,
     ) -> None:
         self._ort = onnxruntime()
         source = model_source(model)
         wanted = resolve(providers)
-        options = self._ort.SessionOptions()
-        # One block planned for a whole run is larger than what the arena hands out as it goes (365 against 417 MiB for
-        # ResNet-18 at batch 8), at the same speed.
-        options.enable_mem_pattern = False
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self._session = self._ort.InferenceSession(
-                source if isinstance(source, bytes) else str(source),
-                options,
-                providers=[name for name, _ in wanted],
-                provider_options=[settings for _, settings in wanted],
-            )
-        except Exception as error:  # onnxruntime raises a private class for each status code
-            if not type(error).__module__.startswith("onnxruntime"):
-                raise
-            raise ModelFileError(f"onnxruntime cannot load the training step: {error}") from error
-        check_active(wanted[0][0], self._session.get_providers())
         self._device = "cuda" if wanted[0][0].startswith("CUDA") else "cpu"
-        metadata = _metadata(self._session)
-        self.learning_rate = float(metadata["learning_rate"] if learning_rate is None else learning_rate)
+        on_cpu = [name for name, _ in wanted] == [CPU]
+        if in_place and not on_cpu:
+            raise ArgumentTypeError(f"in_place is {in_place}, expected None or False: it is for the CPU provider alone")
+        cut = _cut(source, in_place) if on_cpu else None
+        whole: dict[str, tuple[int, ...]] = {}
+        if cut is None:
+            self._phases = [PhaseSession(source, wanted, threads)]
+        else:
+            first = PhaseSession(cut.gradients.SerializeToString(), wanted, threads, shared=True)
+            update = cut.typed_update(first.outputs.values())
+            whole = fixed_shapes(update.graph.input)
+            views = chunk_updates(update)
+            second = PhaseSession(update.SerializeToString(), wanted, threads, shared=True, views=views)
+            self._phases = [first, second]
+        self._carried = frozenset(cut.carried if cut else ())
+        self._in_place = cut.in_place if cut else frozenset()
+        self._metadata = _metadata(self._phases[0].metadata)
+        self.learning_rate = float(self._metadata["learning_rate"] if learning_rate is None else learning_rate)
         self.seed = seed
         self.stop_on_non_finite = stop_on_non_finite
-        self._inputs = {value.name: value for value in self._session.get_inputs()}
-        state = [name for name in metadata["state"] if name in self._inputs]
+        inputs = {name: value for phase in self._phases for name, value in phase.inputs.items()}
+        self._inputs = {name: value for name, value in inputs.items() if name not in self._carried}
+        outputs = [name for phase in self._phases for name in phase.outputs]
+        state = [name for name in self._metadata["state"] if name in self._inputs]
         self.batch_names = tuple(n for n in self._inputs if n not in state and n not in _SETTINGS)
-        outputs = [value.name for value in self._session.get_outputs()]
-        self._updated = [n.removesuffix(_SUFFIX) for n in outputs if n.removesuffix(_SUFFIX) in state and n != "loss"]
-        self._returned = [n for n in outputs if n.removesuffix(_SUFFIX) not in state]
-        self._expected = {n: (self._dtype(n), tuple(self._inputs[n].shape)) for n in state}
+        self._updated = [name for name in state if name + STATE_SUFFIX in outputs]
+        self._expected = {n: (self._dtype(n), whole.get(n, tuple(self._inputs[n].shape))) for n in state}
+        hidden = {name + STATE_SUFFIX for name in self._updated}.union(cut.hidden if cut else ())
+        self._returned = frozenset(outputs) - hidden
+        self._lost: str | None = None
         self._current: dict[str, Any] = {}
         self._next: dict[str, Any] = {}
         if checkpoint is None:
@@ -105,38 +116,44 @@ class TrainingSession:
         """
         if isinstance(checkpoint, Mapping):
             arrays = {name: tensors.view(value, name) for name, value in checkpoint.items()}
-            values = {name: np.array(_as_numpy(view)) for name, view in arrays.items()}
-            if self._current:
+            values = {name: _as_numpy(view) for name, view in arrays.items()}
+            if self._current and self._lost is None:
                 values = {**self.state(), **values}
-            origin: Any = "given as a mapping"
-        else:
-            values, origin = load_checkpoint(checkpoint), checkpoint
+            self._take_over("given as a mapping", values, values.__getitem__)
+            return
+        with open_checkpoint(checkpoint) as file:
+            self._take_over(checkpoint, file.tensors, file.read)
+
+    def _take_over(self, origin: Any, stored: Mapping[str, Any], read: Callable[[str], np.ndarray]) -> None:
+        """Fill the state's memory, one array at a time: the state may fill most of the computer's."""
         # Tensors that no path of the step reads (an unused parameter) are no inputs of the graph.
-        values = {name: value for name, value in values.items() if name in self._expected or not self._is_unread(name)}
-        check_matches(origin, values, self._expected)
-        # One array at a time: the state may fill most of the memory, and is held twice while a step runs.
-        self._current, self._next = {}, {}
-        for name in self._expected:
-            self._current[name] = self._ort_value(values.pop(name))
-        for name in self._updated:
-            dtype, _ = self._expected[name]
-            self._next[name] = self._ort.OrtValue.ortvalue_from_shape_and_type(
-                self._current[name].shape(), np.dtype(dtype), self._device, 0
-            )
-
-    def _is_unread(self, name: str) -> bool:
-        return name in _metadata(self._session)["state"]
-
-    def _ort_value(self, array: np.ndarray) -> Any:
-        own = np.array(array, order="C")  # onnxruntime shares a numpy array's memory: the caller's stays untouched
-        if own.dtype.name == "bfloat16":
+        known = {name: t for name, t in stored.items() if name in self._expected or name not in self._metadata["state"]}
+        check_matches(origin, known, self._expected)
+        if any(dtype == "bfloat16" for dtype, _ in self._expected.values()):
             raise DTypeError(
                 "training on bfloat16 state is not supported: onnxruntime's CPU provider cannot compute in it"
             )
-        return self._ort.OrtValue.ortvalue_from_numpy(own, self._device, 0)
+        self._lost = f"the checkpoint {origin} was not read to its end"
+        for name, (_, shape) in self._expected.items():
+            if name not in self._current:
+                self._current[name] = self._memory(name)
+            self._current[name].update_inplace(np.ascontiguousarray(read(name)).reshape(shape))
+        for name in self._updated:
+            if name not in self._next:
+                self._next[name] = self._current[name] if name in self._in_place else self._memory(name)
+        self._lost = None
+
+    def _memory(self, name: str) -> Any:
+        dtype, shape = self._expected[name]
+        return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(dtype), self._device, 0)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Copies of all state tensors, by name: parameters and buffers under PyTorch's names, and the optimizer's."""
+        """Copies of all state tensors, by name: parameters and buffers under PyTorch's names, and the optimizer's.
+
+        Raises:
+            ProviderError: an update broke off halfway; `load` a checkpoint first.
+        """
+        self._check_whole()
         return {name: np.array(value.numpy()) for name, value in self._current.items()}
 
     def state_dict(self, names: Any = None) -> dict[str, np.ndarray]:
@@ -147,7 +164,7 @@ class TrainingSession:
         """
         state = self.state()
         if names is None:
-            trained = set(_metadata(self._session)["trained"])
+            trained = set(self._metadata["trained"])
             names = [n for n in state if n not in ("step", "micro_step") and n.rpartition(".")[0] not in trained]
         return {name: state[name] for name in names if name in state}
 
@@ -185,47 +202,55 @@ class TrainingSession:
             raise ArgumentTypeError(
                 f"step takes {list(self.batch_names)}; missing: {sorted(missing)}, unknown: {sorted(unknown)}"
             )
-        rate = self.learning_rate if learning_rate is None else learning_rate
-        binding = self._session.io_binding()
+        self._check_whole()
         views = {name: tensors.view(value, name) for name, value in given.items()}
         sizes: dict[str, tuple[int, str]] = {}
         for name, view in views.items():
-            code = self._check(name, view, sizes)
-            binding.bind_input(name, view.device_type, view.device_index, code, view.shape, view.pointer)
-        if "learning_rate" in self._inputs:
-            binding.bind_cpu_input("learning_rate", np.array(rate, self._dtype("learning_rate")))
-        if "seed" in self._inputs:
-            binding.bind_cpu_input("seed", np.array(self.seed, np.int64))
-        for name, value in self._current.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in self._returned:
-            binding.bind_output(name, "cpu")
-        for name in self._updated:
-            binding.bind_ortvalue_output(name + _SUFFIX, self._next[name])
+            self._check(name, view, sizes)
+        settings = {"learning_rate": self.learning_rate if learning_rate is None else learning_rate, "seed": self.seed}
+        wanted = self._returned | self._carried
         try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:  # with a binding mostly RuntimeError, else a private class for each status code
-            if not isinstance(error, RuntimeError) and not type(error).__module__.startswith("onnxruntime"):
+            made = self._phases[0].run(views, settings, self._current, self._next, wanted)
+        except Exception as error:
+            if not is_onnxruntime_error(error):
                 raise
             raise ArgumentTypeError(
                 f"onnxruntime stopped within step {self.steps + 1}, whose update was not taken over; a label outside "
                 f"the classes is the usual cause: {error}"
             ) from error
-        values = {v: binding.get_outputs()[i] for i, v in enumerate(self._returned)}
-        result: dict[str, Any] = {name: np.array(value.numpy()) for name, value in values.items()}
-        result = {name: value.item() if value.ndim == 0 else value for name, value in result.items()}
+        result = self._results(made)
         if self.stop_on_non_finite and not math.isfinite(result["loss"]):
             raise NonFiniteLossError(
                 f"the loss is {result['loss']} at step {self.steps + 1}: the update was not taken over. Lower the "
                 "learning rate, look at the batch, or pass stop_on_non_finite=False"
             )
+        self._lost = f"the update of step {self.steps + 1} broke off"
+        for phase in self._phases[1:]:
+            try:
+                made = phase.run(views, settings, {**self._current, **made}, self._next, self._returned)
+            except Exception as error:
+                if not is_onnxruntime_error(error):
+                    raise
+                self._lost += f": {error}"
+                self._check_whole()
+            result.update(self._results(made))
         for name in self._updated:
             self._current[name], self._next[name] = self._next[name], self._current[name]
+        self._lost = None
         return result
 
-    def _check(self, name: str, value: tensors.TensorView, sizes: dict[str, tuple[int, str]]) -> int:
+    def _results(self, made: Mapping[str, Any]) -> dict[str, Any]:
+        """What the caller gets of a phase's outputs: numbers, and arrays of his own."""
+        arrays = {name: np.array(value.numpy()) for name, value in made.items() if name in self._returned}
+        return {name: array.item() if array.ndim == 0 else array for name, array in arrays.items()}
+
+    def _check_whole(self) -> None:
+        if self._lost is not None:
+            raise ProviderError(f"{self._lost}. Part of the state is new and part of it old: load a checkpoint")
+
+    def _check(self, name: str, value: tensors.TensorView, sizes: dict[str, tuple[int, str]]) -> None:
         expected = self._inputs[name]
-        code, dtype = tensors.onnx_type(expected.type)
+        _, dtype = tensors.onnx_type(expected.type)
         if value.dtype != dtype:
             raise DTypeError(f"{name} is {value.dtype}, expected {dtype}")
         shape = "(" + ", ".join(str(size) for size in expected.shape) + ")"
@@ -237,15 +262,36 @@ class TrainingSession:
                 raise GeometryError(
                     f"{name} has shape {value.shape}, expected {shape} with {want} = {size} as in {other}"
                 )
-        return code
 
 
 def _as_numpy(view: tensors.TensorView) -> Any:
     return view.owner.numpy() if tensors.is_torch(view.owner) else view.owner
 
 
-def _metadata(session: Any) -> dict[str, Any]:
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA)
+def _cut(source: Path | bytes, in_place: bool | None) -> Phases | None:
+    """The step cut in two, or None where that is not wanted; what is wrong with a model is said when it is loaded."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if in_place is False:
+        return None
+    try:
+        model = onnx.load_model_from_string(source if isinstance(source, bytes) else source.read_bytes())
+        metadata = _metadata({entry.key: entry.value for entry in model.metadata_props})
+    except (DecodeError, ValueError):
+        return None
+    outputs = {value.name for value in model.graph.output}
+    updated = {name: name + STATE_SUFFIX for name in metadata["state"] if name + STATE_SUFFIX in outputs}
+    phases = split(model, set(metadata["trained"]), set(metadata["state"]), updated)
+    if phases is None or in_place:
+        return phases
+    shapes = fixed_shapes(model.graph.input)
+    elements = sum(math.prod(shapes[name]) for name in phases.in_place if name in shapes)
+    return phases if elements >= _WORTH_A_CUT else None
+
+
+def _metadata(entries: Mapping[str, str]) -> dict[str, Any]:
+    text = entries.get(METADATA)
     try:
         found: dict[str, Any] = json.loads(text or "")
     except ValueError:

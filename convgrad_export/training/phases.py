@@ -1,0 +1,187 @@
+"""A training step in two phases: one that computes the gradients, and one that updates the state where it lies.
+
+The step's model is one graph. Cut in two when it is loaded, the second phase starts after the first has ended, so every
+reader of the old parameters has read them and their new values can be written over them: the state is held once. The
+cut runs through as few tensors as possible, which are the gradients.
+
+Runs without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .chunks import ELEMENTWISE, VIEWS
+
+_RATE, _LOSS = "learning_rate", "loss"
+_COUNTERS = ("step", "micro_step")  # they also seed random numbers in the forward
+# Operators whose output's elements depend on the inputs' elements at the same place, so that an input of the output's
+# shape may be overwritten; onnxruntime's own planner reuses the inputs of the first row.
+_OVERWRITING = ("Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Clip")
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Attributes:
+    gradients: model of the first phase; its outputs are the step's that it computes, and `carried`.
+    update: model of the second phase without the types of its `carried` inputs.
+    carried: names of the tensors that go from one phase to the other.
+    hidden: those of them that the step itself does not return.
+    in_place: names of the state tensors whose new value may be written over the old one.
+    """
+
+    gradients: Any
+    update: Any
+    carried: tuple[str, ...]
+    hidden: tuple[str, ...]
+    in_place: frozenset[str]
+
+    def typed_update(self, outputs: Iterable[Any]) -> Any:
+        """The second phase's model with all types.
+
+        Args:
+            outputs: the first phase's, as its session describes them.
+        """
+        import onnx
+
+        from ..runtime.tensors import onnx_type
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self.update)
+        for value in outputs:
+            if value.name in self.carried:
+                info = onnx.helper.make_tensor_value_info(value.name, onnx_type(value.type)[0], list(value.shape))
+                model.graph.input.append(info)
+        return model
+
+
+def split(model: Any, trained: Collection[str], state: Collection[str], updated: Mapping[str, str]) -> Phases | None:
+    """Cut a step's model in two.
+
+    Args:
+        model: the onnx.ModelProto.
+        trained: names of the parameters that the optimizer updates.
+        state: names of all state inputs.
+        updated: name of each state tensor that changes to the output with its new value.
+
+    Returns:
+        None where nothing could be updated in place: no state comes late enough, or a tensor is not in the model file.
+    """
+    graph = model.graph
+    if any(tensor.external_data for tensor in graph.initializer):
+        return None
+    roots = {_RATE} | {n for n in state if n not in _COUNTERS and n.rpartition(".")[0] in trained}
+    late = _late_nodes(graph, roots)
+    if not late:
+        return None
+    early = [node for i, node in enumerate(graph.node) if i not in late]
+    update = [graph.node[i] for i in sorted(late)]
+    read_late = {name for node in update for name in _reads(node)}
+    made_late = {name for node in update for name in node.output}
+    outputs = [value.name for value in graph.output]
+    if _LOSS in made_late:
+        return None  # a loss that is not finite would be seen when the state is gone
+    in_place = frozenset(n for n, new in updated.items() if new in made_late and _may_overwrite(update, n, new))
+    if not in_place:
+        return None
+    carried = tuple(name for node in early for name in node.output if name and name in read_late)
+    first = [name for name in outputs if name not in made_late]
+    hidden = tuple(name for name in carried if name not in first)
+    return Phases(
+        _part(model, early, [*first, *hidden]),
+        _part(model, update, [name for name in outputs if name in made_late]),
+        carried,
+        hidden,
+        in_place,
+    )
+
+
+def _reads(node: Any) -> Iterator[str]:
+    """Names that a node reads, from within its subgraphs too."""
+    yield from (name for name in node.input if name)
+    for attribute in node.attribute:
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            for inner in graph.node:
+                yield from _reads(inner)
+
+
+def _late_nodes(graph: Any, roots: Collection[str]) -> set[int]:
+    """Places of the nodes that the roots reach, and of elementwise nodes before them that nothing else reads.
+
+    The latter (the gradient times one minus beta) would carry a second tensor of the gradient's size across the cut.
+    """
+    reached, late = set(roots), set()
+    for i, node in enumerate(graph.node):
+        if any(name in reached for name in _reads(node)):
+            late.add(i)
+            reached.update(node.output)
+    kept = {value.name for value in graph.output}
+    readers: dict[str, list[int]] = {}
+    for i, node in enumerate(graph.node):
+        for name in _reads(node):
+            readers.setdefault(name, []).append(i)
+    if not late:
+        return late
+    for i in range(len(graph.node) - 1, -1, -1):
+        node = graph.node[i]
+        if i in late or node.op_type not in ELEMENTWISE or any(name in kept for name in node.output):
+            continue
+        followers = [r for name in node.output for r in readers.get(name, [])]
+        if followers and all(r in late for r in followers):
+            late.add(i)
+    return late
+
+
+def _may_overwrite(nodes: Sequence[Any], old: str, new: str) -> bool:
+    """Whether `new`'s producer comes after all readers of `old`, whatever order the nodes run in."""
+    producer = {name: i for i, node in enumerate(nodes) for name in node.output}
+    writer = producer[new]
+    if nodes[writer].op_type in VIEWS:
+        return False
+    before = _ancestors(nodes, producer, writer)
+    names = [old]
+    for i, node in enumerate(nodes):
+        if not any(name in names for name in _reads(node)):
+            continue
+        if node.op_type in VIEWS:
+            names.extend(node.output)
+        if i == writer:
+            if node.op_type not in _OVERWRITING or list(node.input).count(old) != sum(n in names for n in _reads(node)):
+                return False
+        elif i not in before:
+            return False
+    return True
+
+
+def _ancestors(nodes: Sequence[Any], producer: Mapping[str, int], start: int) -> set[int]:
+    found: set[int] = set()
+    waiting = [start]
+    while waiting:
+        for name in _reads(nodes[waiting.pop()]):
+            if name in producer and producer[name] not in found:
+                found.add(producer[name])
+                waiting.append(producer[name])
+    return found
+
+
+def _part(model: Any, nodes: Sequence[Any], outputs: Sequence[str]) -> Any:
+    """The model with these nodes alone: its own inputs and constants as far as they are read, and these outputs."""
+    import onnx
+
+    part = onnx.ModelProto()
+    part.CopyFrom(model)
+    graph = part.graph
+    read = {name for node in nodes for name in _reads(node)} | set(outputs)
+    known = {value.name: value for value in (*model.graph.output, *model.graph.value_info)}
+    for field, kept in (
+        ("node", list(nodes)),
+        ("input", [value for value in model.graph.input if value.name in read]),
+        ("initializer", [tensor for tensor in model.graph.initializer if tensor.name in read]),
+        ("output", [known.get(name, onnx.ValueInfoProto(name=name)) for name in outputs]),
+        ("value_info", []),
+    ):
+        graph.ClearField(field)
+        getattr(graph, field).extend(kept)
+    return part
