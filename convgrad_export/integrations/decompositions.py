@@ -16,6 +16,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - mv: onnxruntime is wrong for a transposed matrix times a vector.
 - convolution in float64: onnxruntime's CPU provider has no kernel.
 - pooling, padding and weight_norm backward: no translation, or none for every size.
+- softmax along an inner axis, max pooling backward of windows side by side: right, but slow.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convgrad_export.integrations import float64_decompositions, normalization_decompositions, pooling_decompositions
+from convgrad_export.integrations import (
+    float64_decompositions,
+    max_pooling_decompositions,
+    normalization_decompositions,
+    pooling_decompositions,
+    softmax_decompositions,
+)
 
 aten = torch.ops.aten
 Table = dict[Any, Callable[..., Any]]
@@ -51,7 +58,7 @@ def onnx_decompositions(opset: int = 18) -> Table:
     if opset < 17:
         table[aten.native_layer_norm.default] = torch._decomp.decomposition_table[aten.native_layer_norm.default]
     if opset < 16:
-        table.update(pooling_decompositions.BELOW_OPSET_16)
+        table.update(max_pooling_decompositions.BELOW_OPSET_16)
         table[aten.embedding_dense_backward.default] = embedding_backward_by_matmul
     # Nothing may take the convolution apart: it is what the lowerings are for.
     table.pop(aten.convolution_backward.default, None)
@@ -258,4 +265,6 @@ OWN: Table = {
     aten.rrelu_with_noise_functional.default: rrelu_with_noise_functional,
     **normalization_decompositions.TABLE,
     **pooling_decompositions.TABLE,
+    **max_pooling_decompositions.TABLE,
+    **softmax_decompositions.TABLE,
 }

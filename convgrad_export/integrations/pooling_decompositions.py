@@ -1,13 +1,12 @@
-"""Backward passes of pooling and padding in operators that ONNX has, for every size and dtype, dynamic ones included.
+"""Average pooling and padding backward in operators that ONNX has, for every size and dtype, dynamic ones included.
 
 Average pooling backward is separable: along one axis, each element of the gradient is spread over `kernel` positions,
-`stride` apart. Adaptive pooling is a product with one small matrix per axis, and so is its gradient. Max pooling
-scatters. Replication padding adds what was copied back onto the border.
+`stride` apart. Adaptive pooling is a product with one small matrix per axis, and so is its gradient. Replication
+padding adds what was copied back onto the border. Max pooling is in `max_pooling_decompositions.py`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,11 +17,11 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
-def _full(values: Sequence[int], rank: int) -> list[int]:
+def per_axis(values: Sequence[int], rank: int) -> list[int]:
     return [values[0]] * rank if len(values) == 1 else list(values)
 
 
-def _along(vector: Tensor, axis: int, rank: int) -> Tensor:
+def along_axis(vector: Tensor, axis: int, rank: int) -> Tensor:
     """A vector shaped to broadcast along spatial axis `axis` of (..., *spatial)."""
     shape = [1] * rank
     shape[axis] = -1
@@ -99,8 +98,8 @@ def avg_pool(
     if divisor_override is None and x.dtype != torch.float64:
         return NotImplemented
     rank = 3 if len(kernel_size) == 3 or x.dim() == 5 else 2
-    kernel = _full(kernel_size, rank)
-    strides, pads = _full(stride, rank) if stride else kernel, _full(padding or [0], rank)
+    kernel = per_axis(kernel_size, rank)
+    strides, pads = per_axis(stride, rank) if stride else kernel, per_axis(padding or [0], rank)
     if x.dtype == torch.float64:
         for axis in range(rank):
             spatial = axis - rank
@@ -118,7 +117,7 @@ def avg_pool(
         sizes = x.shape[axis - rank], mean.shape[axis - rank]
         count = _window_counts(*sizes, kernel[axis], strides[axis], pads[axis], True, ceil_mode, x)
         if isinstance(count, Tensor):
-            mean = mean * _along(count, axis, rank)
+            mean = mean * along_axis(count, axis, rank)
         else:
             factor *= count
     return mean * (factor / divisor_override)
@@ -146,9 +145,9 @@ def avg_pool_backward(
 ) -> Tensor:
     """Gradient of avg_pool2d and avg_pool3d, of shape `x.shape`."""
     rank = 3 if len(kernel_size) == 3 or x.dim() == 5 else 2
-    kernel = _full(kernel_size, rank)
-    strides = _full(stride, rank) if stride else kernel
-    pads = _full(padding, rank)
+    kernel = per_axis(kernel_size, rank)
+    strides = per_axis(stride, rank) if stride else kernel
+    pads = per_axis(padding, rank)
     divisor: Any = divisor_override
     if divisor is None:
         divisor = 1
@@ -165,7 +164,7 @@ def avg_pool_backward(
                 grad,
             )
             if isinstance(count, Tensor):
-                grad = grad / _along(count, axis, rank)
+                grad = grad / along_axis(count, axis, rank)
             else:
                 divisor *= count
     reach = [k - 1 - p for k, p in zip(kernel, pads, strict=True)]
@@ -226,75 +225,6 @@ def _adaptive_avg_pool_backward(rank: int) -> Callable[[Tensor, Tensor], Tensor]
     return backward
 
 
-def _scatter_to_indices(grad: Tensor, x: Tensor, indices: Tensor, rank: int) -> Tensor:
-    """Add `grad` at the positions `indices` (into the flattened spatial axes) of zeros shaped like `x`."""
-    lead = x.shape[: x.dim() - rank]
-    flat = x.reshape([*lead, -1])
-    zeros = torch.zeros_like(flat)
-    return aten.scatter_add(zeros, -1, indices.reshape([*lead, -1]), grad.reshape([*lead, -1])).reshape(x.shape)
-
-
-def max_pool3d_backward(
-    grad: Tensor,
-    x: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    ceil_mode: bool,
-    indices: Tensor,
-) -> Tensor:
-    return _scatter_to_indices(grad, x, indices, 3)
-
-
-def _adaptive_max_pool_backward(rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    def backward(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-        return _scatter_to_indices(grad, x, indices, rank)
-
-    return backward
-
-
-def _adaptive_windows(size: int, outputs: int) -> tuple[list[list[int]], int]:
-    """Per output the positions of its window, filled up by repeating the last one (which changes no maximum)."""
-    windows = []
-    for o in range(outputs):
-        start, stop = (o * size) // outputs, -((-(o + 1) * size) // outputs)
-        windows.append(list(range(start, stop)))
-    longest = max(len(w) for w in windows)
-    return [w + [w[-1]] * (longest - len(w)) for w in windows], longest
-
-
-def adaptive_max_pool(x: Tensor, output_size: list[int]) -> tuple[Tensor, Tensor]:
-    """adaptive_max_pool2d and 3d: values and indices into the flattened spatial axes. Sizes must be known."""
-    rank = len(output_size)
-    sizes = x.shape[x.dim() - rank :]
-    if not all(isinstance(size, int) for size in sizes):
-        return NotImplemented
-    plans = [_adaptive_windows(size, outputs) for size, outputs in zip(sizes, output_size, strict=True)]
-    # Flattened position of every window element: (*outputs, *longest)
-    position = torch.zeros([1] * (2 * rank), dtype=torch.int64, device=x.device)
-    step = 1
-    for axis in reversed(range(rank)):
-        windows, longest = plans[axis]
-        shape = [1] * (2 * rank)
-        shape[axis], shape[rank + axis] = output_size[axis], longest
-        position = position + torch.tensor(windows, dtype=torch.int64, device=x.device).reshape(shape) * step
-        step *= sizes[axis]
-    count = 1
-    for _, longest in plans:
-        count *= longest
-    outputs = 1
-    for length in output_size:
-        outputs *= length
-    position = position.reshape([outputs, count])
-    lead = x.shape[: x.dim() - rank]
-    gathered = x.reshape([*lead, -1])[..., position]
-    best = gathered.argmax(-1, keepdim=True)
-    values = gathered.gather(-1, best).squeeze(-1).reshape([*lead, *output_size])
-    where = position.expand(gathered.shape).gather(-1, best).squeeze(-1).reshape([*lead, *output_size])
-    return values, where
-
-
 def _replication_pad_backward(rank: int) -> Callable[[Tensor, Tensor, list[int]], Tensor]:
     def backward(grad: Tensor, x: Tensor, padding: list[int]) -> Tensor:
         for axis in range(rank):
@@ -323,58 +253,6 @@ def _fold_border(grad: Tensor, axis: int, size: Any, lo: int, hi: int) -> Tensor
     return inner
 
 
-def max_pool_backward_by_taps(
-    grad: Tensor,
-    x: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    ceil_mode: bool,
-    indices: Tensor,
-) -> Tensor:
-    """Max pooling backward without a scatter, for opsets whose ScatterElements cannot add (below 16).
-
-    Each kernel tap takes the gradients whose recorded position is the one that the tap reads, and puts them there.
-    """
-    rank = 3 if len(kernel_size) == 3 or x.dim() == 5 else 2
-    kernel, pads, dilations = _full(kernel_size, rank), _full(padding, rank), _full(dilation, rank)
-    strides = _full(stride, rank) if stride else kernel
-    sizes = x.shape[x.dim() - rank :]
-    total: Any = None
-    for tap in itertools.product(*(range(k) for k in kernel)):
-        position: Any = 0
-        for axis in range(rank):
-            outputs = grad.shape[axis - rank]
-            along = torch.arange(outputs, device=grad.device) * strides[axis] + (
-                tap[axis] * dilations[axis] - pads[axis]
-            )
-            position = position * sizes[axis] + _along(along, axis, rank)
-        part = torch.where(indices == position, grad, 0.0)
-        for axis in range(rank):
-            reach = dilations[axis] * (kernel[axis] - 1)
-            part = _insert_zeros(part, axis - rank, strides[axis], tap[axis] * dilations[axis], reach)
-        total = part if total is None else total + part
-    for axis in range(rank):
-        total = total.narrow(axis - rank, pads[axis], sizes[axis])
-    return total
-
-
-def _insert_zeros(x: Tensor, axis: int, step: int, before: int, reach: int) -> Tensor:
-    """`step - 1` zeros after each element, `before` zeros in front, and as many behind as add up to `reach`."""
-    axis = axis % x.dim()
-    trailing = x.dim() - 1 - axis
-    if step > 1:
-        shape = [*x.shape[:axis], x.shape[axis] * step, *x.shape[axis + 1 :]]
-        x = aten.constant_pad_nd(x.unsqueeze(axis + 1), [0, 0] * trailing + [0, step - 1], 0.0).reshape(shape)
-    return aten.constant_pad_nd(x, [0, 0] * trailing + [before, reach - before], 0.0) if reach else x
-
-
-BELOW_OPSET_16: dict[Any, Callable[..., Any]] = {
-    aten.max_pool2d_with_indices_backward.default: max_pool_backward_by_taps,
-    aten.max_pool3d_with_indices_backward.default: max_pool_backward_by_taps,
-}
-
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.avg_pool2d.default: avg_pool,
     aten.avg_pool3d.default: avg_pool,
@@ -384,11 +262,6 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten._adaptive_avg_pool3d.default: adaptive_avg_pool,
     aten._adaptive_avg_pool2d_backward.default: _adaptive_avg_pool_backward(2),
     aten._adaptive_avg_pool3d_backward.default: _adaptive_avg_pool_backward(3),
-    aten.adaptive_max_pool2d.default: adaptive_max_pool,
-    aten.adaptive_max_pool3d.default: adaptive_max_pool,
-    aten.adaptive_max_pool2d_backward.default: _adaptive_max_pool_backward(2),
-    aten.adaptive_max_pool3d_backward.default: _adaptive_max_pool_backward(3),
-    aten.max_pool3d_with_indices_backward.default: max_pool3d_backward,
     aten.replication_pad1d_backward.default: _replication_pad_backward(1),
     aten.replication_pad2d_backward.default: _replication_pad_backward(2),
     aten.replication_pad3d_backward.default: _replication_pad_backward(3),

@@ -1,0 +1,186 @@
+"""Max pooling and its gradient in operators that ONNX has.
+
+The gradient goes to the recorded positions by a scatter; where windows lie side by side, by comparing each element with
+its window's maximum.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convgrad_export.integrations.pooling_decompositions import along_axis, per_axis
+
+aten = torch.ops.aten
+
+
+def _scatter_to_indices(grad: Tensor, x: Tensor, indices: Tensor, rank: int) -> Tensor:
+    """Add `grad` at the positions `indices` (into the flattened spatial axes) of zeros shaped like `x`."""
+    lead = x.shape[: x.dim() - rank]
+    flat = x.reshape([*lead, -1])
+    zeros = torch.zeros_like(flat)
+    return aten.scatter_add(zeros, -1, indices.reshape([*lead, -1]), grad.reshape([*lead, -1])).reshape(x.shape)
+
+
+def max_pool2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    indices: Tensor,
+) -> Tensor:
+    """A scatter; in windows that lie side by side each element is compared with its window's maximum instead.
+
+    In onnxruntime recorded positions cost five times as much: MaxPool with its second output, then a scatter. Where
+    several elements are the maximum, PyTorch's gradient goes to the first; `order` falls along the window for that.
+    """
+    kernel = per_axis(kernel_size, 2)
+    strides, pads, dilations = per_axis(stride, 2) if stride else kernel, per_axis(padding, 2), per_axis(dilation, 2)
+    side_by_side = kernel == strides and not any(pads) and dilations == [1, 1] and not ceil_mode
+    if not side_by_side or x.dim() != 4 or x.dtype != torch.float32 or math.prod(kernel) == 1:
+        return _scatter_to_indices(grad, x, indices, 2)
+    covered = [grad.shape[axis] * kernel[axis] for axis in (-2, -1)]
+    highest = aten.max_pool2d_with_indices(x, kernel_size, stride, padding, dilation, ceil_mode)[0]
+    inside = x.narrow(-2, 0, covered[0]).narrow(-1, 0, covered[1])
+    rows, columns = (torch.arange(size, device=x.device) % k for size, k in zip(covered, kernel, strict=True))
+    order = (math.prod(kernel) - (rows.unsqueeze(1) * kernel[1] + columns)).to(x.dtype)
+    candidates = (inside == aten.upsample_nearest2d(highest, covered)).to(x.dtype) * order
+    # No element equals a NaN: the smallest order keeps the maximum of such a window from being that of all.
+    first = aten.max_pool2d_with_indices(candidates, kernel)[0].clamp(min=1)
+    chosen = (candidates == aten.upsample_nearest2d(first, covered)).to(x.dtype)
+    result = chosen * aten.upsample_nearest2d(grad, covered)
+    missing = [size - reached for size, reached in zip(x.shape[-2:], covered, strict=True)]
+    if all(isinstance(size, int) and size == 0 for size in missing):
+        return result
+    return aten.constant_pad_nd(result, [0, missing[1], 0, missing[0]], 0.0)
+
+
+def max_pool3d_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    indices: Tensor,
+) -> Tensor:
+    return _scatter_to_indices(grad, x, indices, 3)
+
+
+def _adaptive_max_pool_backward(rank: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def backward(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+        return _scatter_to_indices(grad, x, indices, rank)
+
+    return backward
+
+
+def _adaptive_windows(size: int, outputs: int) -> tuple[list[list[int]], int]:
+    """Per output the positions of its window, filled up by repeating the last one (which changes no maximum)."""
+    windows = []
+    for o in range(outputs):
+        start, stop = (o * size) // outputs, -((-(o + 1) * size) // outputs)
+        windows.append(list(range(start, stop)))
+    longest = max(len(w) for w in windows)
+    return [w + [w[-1]] * (longest - len(w)) for w in windows], longest
+
+
+def adaptive_max_pool(x: Tensor, output_size: list[int]) -> tuple[Tensor, Tensor]:
+    """adaptive_max_pool2d and 3d: values and indices into the flattened spatial axes. Sizes must be known."""
+    rank = len(output_size)
+    sizes = x.shape[x.dim() - rank :]
+    if not all(isinstance(size, int) for size in sizes):
+        return NotImplemented
+    plans = [_adaptive_windows(size, outputs) for size, outputs in zip(sizes, output_size, strict=True)]
+    # Flattened position of every window element: (*outputs, *longest)
+    position = torch.zeros([1] * (2 * rank), dtype=torch.int64, device=x.device)
+    step = 1
+    for axis in reversed(range(rank)):
+        windows, longest = plans[axis]
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = output_size[axis], longest
+        position = position + torch.tensor(windows, dtype=torch.int64, device=x.device).reshape(shape) * step
+        step *= sizes[axis]
+    count = 1
+    for _, longest in plans:
+        count *= longest
+    outputs = 1
+    for length in output_size:
+        outputs *= length
+    position = position.reshape([outputs, count])
+    lead = x.shape[: x.dim() - rank]
+    gathered = x.reshape([*lead, -1])[..., position]
+    best = gathered.argmax(-1, keepdim=True)
+    values = gathered.gather(-1, best).squeeze(-1).reshape([*lead, *output_size])
+    where = position.expand(gathered.shape).gather(-1, best).squeeze(-1).reshape([*lead, *output_size])
+    return values, where
+
+
+def max_pool_backward_by_taps(
+    grad: Tensor,
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    indices: Tensor,
+) -> Tensor:
+    """Max pooling backward without a scatter, for opsets whose ScatterElements cannot add (below 16).
+
+    Each kernel tap takes the gradients whose recorded position is the one that the tap reads, and puts them there.
+    """
+    rank = 3 if len(kernel_size) == 3 or x.dim() == 5 else 2
+    kernel, pads, dilations = per_axis(kernel_size, rank), per_axis(padding, rank), per_axis(dilation, rank)
+    strides = per_axis(stride, rank) if stride else kernel
+    sizes = x.shape[x.dim() - rank :]
+    total: Any = None
+    for tap in itertools.product(*(range(k) for k in kernel)):
+        position: Any = 0
+        for axis in range(rank):
+            outputs = grad.shape[axis - rank]
+            along = torch.arange(outputs, device=grad.device) * strides[axis] + (
+                tap[axis] * dilations[axis] - pads[axis]
+            )
+            position = position * sizes[axis] + along_axis(along, axis, rank)
+        part = torch.where(indices == position, grad, 0.0)
+        for axis in range(rank):
+            reach = dilations[axis] * (kernel[axis] - 1)
+            part = _insert_zeros(part, axis - rank, strides[axis], tap[axis] * dilations[axis], reach)
+        total = part if total is None else total + part
+    for axis in range(rank):
+        total = total.narrow(axis - rank, pads[axis], sizes[axis])
+    return total
+
+
+def _insert_zeros(x: Tensor, axis: int, step: int, before: int, reach: int) -> Tensor:
+    """`step - 1` zeros after each element, `before` zeros in front, and as many behind as add up to `reach`."""
+    axis = axis % x.dim()
+    trailing = x.dim() - 1 - axis
+    if step > 1:
+        shape = [*x.shape[:axis], x.shape[axis] * step, *x.shape[axis + 1 :]]
+        x = aten.constant_pad_nd(x.unsqueeze(axis + 1), [0, 0] * trailing + [0, step - 1], 0.0).reshape(shape)
+    return aten.constant_pad_nd(x, [0, 0] * trailing + [before, reach - before], 0.0) if reach else x
+
+
+BELOW_OPSET_16: dict[Any, Callable[..., Any]] = {
+    aten.max_pool2d_with_indices_backward.default: max_pool_backward_by_taps,
+    aten.max_pool3d_with_indices_backward.default: max_pool_backward_by_taps,
+}
+
+TABLE: dict[Any, Callable[..., Any]] = {
+    aten.adaptive_max_pool2d.default: adaptive_max_pool,
+    aten.adaptive_max_pool3d.default: adaptive_max_pool,
+    aten.adaptive_max_pool2d_backward.default: _adaptive_max_pool_backward(2),
+    aten.adaptive_max_pool3d_backward.default: _adaptive_max_pool_backward(3),
+    aten.max_pool2d_with_indices_backward.default: max_pool2d_backward,
+    aten.max_pool3d_with_indices_backward.default: max_pool3d_backward,
+}
