@@ -15,6 +15,7 @@ from .errors import ArgumentTypeError, GeometryError, UnsupportedLoweringError
 from .geometry import ConvGeometry
 from .lowering import CPU, as_provider, candidates
 from .operators import CONVOLUTION_BACKWARD, Operator, operator
+from .runtime.depthwise import METADATA, described, to_text
 from .selection.policy import AUTO, choose, is_way
 from .selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 from .selection.tuned import TUNED, is_measured, is_tuned
@@ -154,6 +155,15 @@ def build_model(
     )
     if is_tuned(lowering):
         model.metadata_props["convgrad.selection"] = TUNED
+    if lowering == AUTO and provider == CPU and name == "float32":
+        others = {"input": "weight", "weight": "input"}
+        found = [
+            described(gradient, emitted, f"grad_{gradient}", ("grad_output", others[gradient]))
+            for gradient in chosen
+            if gradient in others
+        ]
+        if entries := [entry for entry in found if entry is not None]:
+            model.metadata_props[METADATA] = to_text(entries)
     import onnx_ir
 
     return onnx_ir.to_proto(model)

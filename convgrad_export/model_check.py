@@ -56,7 +56,7 @@ def check_model(path: str | os.PathLike[str], *, seed: int = 0, batch: int = 2) 
         ModelFileError: not an ONNX model, truncated, or not made by this package.
     """
     path = Path(path)
-    session = GradientSession(path)
+    session = GradientSession(path, blocked_layout=False)  # what the file says, for any runtime
     metadata = _metadata(session, path)
     geometry = _geometry(metadata, session, batch)
     dtype, gradients = metadata["convgrad.dtype"], operator(metadata["convgrad.op"]).gradients

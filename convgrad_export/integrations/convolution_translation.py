@@ -16,6 +16,7 @@ from convgrad_export.emit.onnx import GradientRequest, record_gradients
 from convgrad_export.errors import DTypeError
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.integrations import dynamic_convolution as dynamic
+from convgrad_export.integrations.depthwise_marks import Mark, mark
 from convgrad_export.lowering import CPU, CUDA
 from convgrad_export.selection.forward_policy import forward_body
 from convgrad_export.selection.policy import AUTO, check_name, choose
@@ -35,6 +36,8 @@ class LoweringChoice:
 
 class ConvolutionBackwardTranslation:
     """Makes the translation function, `function`; `choices` lists what it chose, in the order of the calls.
+
+    `marks` lists the depthwise convolutions' gradients among them, where the choice was left to the policy.
 
     Args:
         lowering: "auto" for the fixed policy, "tuned" for the tuning cache, or a catalogue name, which then has to
@@ -56,6 +59,7 @@ class ConvolutionBackwardTranslation:
         self._lowering, self._provider, self._opset = check_name(lowering), provider, opset
         self._threads, self._max_error_factor = threads, max_error_factor
         self.choices: list[LoweringChoice] = []
+        self.marks: list[Mark] = []
 
         # torch.onnx reads the signature of a function; it accepts no callable object.
         def aten_convolution_backward(
@@ -140,7 +144,13 @@ class ConvolutionBackwardTranslation:
         }
         self.choices += [LoweringChoice(key, geometry.describe(), value.name) for key, value in lowerings.items()]
         request = GradientRequest(geometry, lowerings, dtype, self._opset, self._provider)
-        return record_gradients(op, request, operands)
+        results = record_gradients(op, request, operands)
+        if self._lowering == AUTO and self._provider == CPU:
+            for gradient, other in (("input", "weight"), ("weight", "input")):
+                if gradient in results:
+                    pair = (operands["grad_output"], operands[other])
+                    self.marks += mark(gradient, geometry, dtype, results[gradient], pair)
+        return results
 
     def _dynamic(
         self, operands: dict[str, Any], g: dynamic.DynamicConvolution, wanted: Sequence[str]
@@ -168,6 +178,7 @@ def convolution_translation(
     provider: str = CPU,
     threads: int | None = None,
     max_error_factor: float = DEFAULT_ERROR_FACTOR,
+    marks: list[Mark] | None = None,
 ) -> Callable[..., Any]:
     """The translation of `aten.convolution` for weights that are inputs of the model.
 
@@ -175,6 +186,7 @@ def convolution_translation(
         otherwise: torch.onnx's own translation, for every call that is better left to Conv or ConvTranspose.
         provider: The execution provider the model is for.
         threads, max_error_factor: As in `ConvolutionBackwardTranslation`.
+        marks: Takes up the depthwise ones, for the CPU.
     """
 
     def aten_convolution(
@@ -211,12 +223,16 @@ def convolution_translation(
         dtype = dtypes.from_onnx_code(int(input.dtype)) or ""
         body = forward_body(geometry, dtype, provider, max_error_factor, threads)
         if body is None:
-            return unchanged()
-        result = body(op, geometry, input, weight)
-        if bias is None:
-            return result
-        aligned: Any = op.Constant(value_ints=[1, -1, *[1] * geometry.rank])
-        return op.Add(result, op.Reshape(bias, aligned))
+            result = unchanged()
+        else:
+            result = body(op, geometry, input, weight)
+            if bias is not None:
+                aligned: Any = op.Constant(value_ints=[1, -1, *[1] * geometry.rank])
+                result = op.Add(result, op.Reshape(bias, aligned))
+        if marks is not None and provider == CPU:
+            operands = (input, weight) if bias is None else (input, weight, bias)
+            marks.extend(mark("forward", geometry, dtype, result, operands))
+        return result
 
     return aten_convolution
 

@@ -13,6 +13,7 @@ import onnx_ir.passes.common as passes
 
 from convgrad_export.emit.onnx import ir_version
 from convgrad_export.errors import ArgumentTypeError, ConvGradError, VerificationError
+from convgrad_export.integrations.depthwise_marks import remove_marks, write_metadata
 from convgrad_export.integrations.opset_downgrade import downgrade
 from convgrad_export.integrations.scalar_rank import raise_scalar_ranks
 
@@ -62,6 +63,7 @@ def finish(model: ir.Model, *, opset: int = BASE_OPSET) -> ir.Model:
         passes.OutputFixPass(),
         passes.NameFixPass(),
     )(model)
+    marks = remove_marks(model)
     _transpose_in_gemm(model)
     model.opset_imports.setdefault("", BASE_OPSET)
     if opset < BASE_OPSET:
@@ -71,6 +73,7 @@ def finish(model: ir.Model, *, opset: int = BASE_OPSET) -> ir.Model:
         _upgrade(model, opset)
     model.ir_version = ir_version(opset)
     _strip_metadata(model)
+    write_metadata(model, marks)
     return model
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ..lowering import CPU, CUDA
 from ..runtime import cuda_run, tensors
+from ..runtime.blocked import in_blocked_layout
 from ..runtime.cuda_options import CudaOptions
 from ..runtime.providers import onnxruntime
 from ..selection.policy import AUTO
@@ -88,10 +89,11 @@ class OrtSegment:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         settings = cuda_settings(self.inputs + self.outputs) if provider == CUDA else {}
         self._stream = cuda_run.stream_for(settings) if provider == CUDA else None
+        content = self.model.SerializeToString()
+        if provider == CPU:
+            content = in_blocked_layout(content)
         try:
-            self._session = ort.InferenceSession(
-                self.model.SerializeToString(), options, providers=[provider], provider_options=[settings]
-            )
+            self._session = ort.InferenceSession(content, options, providers=[provider], provider_options=[settings])
         except Exception as error:  # onnxruntime raises a private class for each status code
             if not type(error).__module__.startswith("onnxruntime"):
                 raise

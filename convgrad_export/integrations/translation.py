@@ -25,6 +25,7 @@ from convgrad_export.integrations.convolution_translation import (
     LoweringChoice,
     convolution_translation,
 )
+from convgrad_export.integrations.depthwise_marks import insert_marks
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
 from convgrad_export.lowering import CPU
 from convgrad_export.selection.policy import AUTO
@@ -46,7 +47,7 @@ _ASSERTIONS = {
 
 @dataclass(frozen=True)
 class Translation:
-    """An ONNX model, and what each convolution gradient in it became."""
+    """An ONNX model, marks and all (`finish` takes them out), and what each convolution gradient in it became."""
 
     model: ir.Model
     choices: tuple[LoweringChoice, ...]
@@ -111,7 +112,8 @@ def translate(
     if any(spec.kind == "parameter" and as_inputs(spec) for spec in program.inputs):
         target = torch.ops.aten.convolution.default
         own = registry.get_decomps(target)[0].onnx_function
-        registry.register_op(target, convolution_translation(own, provider, threads, max_error_factor))
+        forward = convolution_translation(own, provider, threads, max_error_factor, convolution.marks)
+        registry.register_op(target, forward)
     registry.register_op(torch.ops.aten.convolution_backward.default, convolution.function)
     registry.register_op(torch.ops.prims.prod.default, _reduce_prod)
     registry.register_op(torch.ops.aten.sym_numel.default, _size)
@@ -134,6 +136,7 @@ def translate(
     _name_inputs(program, model, values, as_inputs)
     _name_outputs(program, model, values)
     _name_dimensions(program, model)
+    insert_marks(model, convolution.marks)
     _ir_passes.add_opset_imports(model)
     return Translation(model, tuple(convolution.choices))
 

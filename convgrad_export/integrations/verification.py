@@ -133,7 +133,8 @@ def verify(
     """
     from convgrad_export.runtime.session import GradientSession
 
-    runner = (session or GradientSession)(model)
+    # Without the session's own layout: what the file says, for any runtime.
+    runner = GradientSession(model, blocked_layout=False) if session is None else session(model)
     users = [spec for spec in program.inputs if spec.kind == "user"]
     random = np.random.default_rng(_SEED)
     errors: dict[str, OutputError] = {}

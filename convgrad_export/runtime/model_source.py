@@ -39,6 +39,19 @@ def model_source(model: Any) -> Path | bytes:
     )
 
 
+def loaded(source: Path | bytes) -> Any | None:
+    """The onnx.ModelProto without external data; None without onnx, or where onnxruntime shall say what is wrong."""
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError:
+        return None
+    try:
+        return onnx.load_model_from_string(source if isinstance(source, bytes) else source.read_bytes())
+    except (DecodeError, ValueError):
+        return None
+
+
 def _check_external_data(path: Path) -> None:
     try:
         import onnx

@@ -10,6 +10,7 @@ from typing import Any, overload
 
 from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError
 from . import cuda_run, tensors
+from .blocked import in_blocked_layout
 from .model_source import model_source
 from .placement import RECORD_ASSIGNMENT, PlacementReport, read_placement
 from .providers import CPU, CUDA, Providers, check_active, onnxruntime, resolve
@@ -26,6 +27,8 @@ class GradientSession:
         providers: as in `onnxruntime.InferenceSession`, also ``"cpu"``, ``"cuda"`` and `CudaOptions`; None is the CPU.
         threads: size of the intra-op thread pool; None leaves the choice to onnxruntime.
         session_options: an `onnxruntime.SessionOptions` to start from; `threads` still applies.
+        blocked_layout: compute depthwise convolutions and their gradients in the layout that onnxruntime keeps for
+            constant weights, on the CPU (`runtime/blocked.py`). False runs the file's own formulas.
 
     Raises:
         ModelFileError: missing, truncated, not an ONNX model, or with external data outside its folder.
@@ -39,6 +42,7 @@ class GradientSession:
         *,
         threads: int | None = None,
         session_options: Any = None,
+        blocked_layout: bool = True,
     ) -> None:
         ort = onnxruntime()
         source = model_source(model)
@@ -47,6 +51,9 @@ class GradientSession:
         if threads is not None:
             options.intra_op_num_threads = threads
         options.add_session_config_entry(*RECORD_ASSIGNMENT)
+        where = f"{source}" if isinstance(source, Path) else "the model given as bytes"
+        if blocked_layout and [name for name, _ in wanted] == [CPU]:
+            source = in_blocked_layout(source)
         self._requested, settings = wanted[0]
         stream = cuda_run.stream_for(settings) if self._requested == CUDA else None
         try:
@@ -59,7 +66,6 @@ class GradientSession:
         except Exception as error:  # onnxruntime raises a private class for each status code
             if not type(error).__module__.startswith("onnxruntime"):
                 raise
-            where = f"{source}" if isinstance(source, Path) else "the model given as bytes"
             raise ModelFileError(f"onnxruntime cannot load {where}: {error}") from error
         check_active(self._requested, self._session.get_providers())
         self._inputs = {value.name: value for value in self._session.get_inputs()}

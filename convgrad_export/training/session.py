@@ -18,7 +18,8 @@ import numpy as np
 
 from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError, NonFiniteLossError, ProviderError
 from ..runtime import tensors
-from ..runtime.model_source import model_source
+from ..runtime.blocked import in_blocked_layout
+from ..runtime.model_source import loaded, model_source
 from ..runtime.providers import CPU, Providers, onnxruntime, resolve
 from .checkpoint import check_matches, checkpoint_path, save_checkpoint
 from .checkpoint_file import open_checkpoint
@@ -45,6 +46,7 @@ class TrainingSession:
             that the state is held once; on the CPU alone. By default from 8 million elements on: with less state the
             second phase costs more time than it saves. State whose old value may still be read when the new one is
             written (where gradients are accumulated, BatchNorm's statistics) is held twice all the same.
+        blocked_layout: as in `GradientSession`.
 
     Raises:
         ModelFileError: no training step, or a checkpoint that is damaged or of another model.
@@ -62,6 +64,7 @@ class TrainingSession:
         seed: int = 0,
         stop_on_non_finite: bool = True,
         in_place: bool | None = None,
+        blocked_layout: bool = True,
     ) -> None:
         self._ort = onnxruntime()
         source = model_source(model)
@@ -70,6 +73,9 @@ class TrainingSession:
         on_cpu = [name for name, _ in wanted] == [CPU]
         if in_place and not on_cpu:
             raise ArgumentTypeError(f"in_place is {in_place}, expected None or False: it is for the CPU provider alone")
+        origin = source
+        if blocked_layout and on_cpu:
+            source = in_blocked_layout(source)
         cut = _cut(source, in_place) if on_cpu else None
         whole: dict[str, tuple[int, ...]] = {}
         if cut is None:
@@ -100,9 +106,9 @@ class TrainingSession:
         self._current: dict[str, Any] = {}
         self._next: dict[str, Any] = {}
         if checkpoint is None:
-            if not isinstance(source, Path):
+            if not isinstance(origin, Path):
                 raise ArgumentTypeError("checkpoint is missing: a model that is no file has none beside it")
-            checkpoint = checkpoint_path(source)
+            checkpoint = checkpoint_path(origin)
         self.load(checkpoint)
 
     def _dtype(self, name: str) -> str:
@@ -270,15 +276,12 @@ def _as_numpy(view: tensors.TensorView) -> Any:
 
 def _cut(source: Path | bytes, in_place: bool | None) -> Phases | None:
     """The step cut in two, or None where that is not wanted; what is wrong with a model is said when it is loaded."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    if in_place is False:
+    model = None if in_place is False else loaded(source)
+    if model is None:
         return None
     try:
-        model = onnx.load_model_from_string(source if isinstance(source, bytes) else source.read_bytes())
         metadata = _metadata({entry.key: entry.value for entry in model.metadata_props})
-    except (DecodeError, ValueError):
+    except ModelFileError:
         return None
     outputs = {value.name for value in model.graph.output}
     updated = {name: name + STATE_SUFFIX for name in metadata["state"] if name + STATE_SUFFIX in outputs}

@@ -36,7 +36,7 @@ def verify_step(
     """
     from ..runtime.session import GradientSession
 
-    runner = GradientSession(model)
+    runner = GradientSession(model, blocked_layout=False)  # what the file says, for any runtime
     batch = [spec for spec in program.inputs if spec.kind == "user" and spec.name not in ("learning_rate", "seed")]
     random = np.random.default_rng(20240)
     current = {name: value.clone() for name, value in state.items()}

@@ -1,0 +1,91 @@
+"""Keeping track of depthwise convolutions from the translation to the finished graph.
+
+Passes rename, merge and replace the tensors of a graph. A mark is a node of our own domain between a result and its
+readers, which also reads the operands: whatever the passes do to them they do to its inputs. When the graph is finished
+the marks are taken out, and what they stood at goes into the metadata (`runtime/depthwise.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import onnx_ir as ir
+
+from convgrad_export.geometry import ConvGeometry
+from convgrad_export.runtime.depthwise import METADATA, DepthwiseConvolution, described, from_text, to_text
+
+_DOMAIN = "convgrad.marks"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A tensor that is the result of a depthwise convolution, and what it is computed from."""
+
+    entry: DepthwiseConvolution
+    result: ir.Value
+    operands: tuple[ir.Value, ...]
+
+
+def mark(kind: str, geometry: ConvGeometry, dtype: str, result: Any, operands: Sequence[Any]) -> list[Mark]:
+    """One mark, or none for another kind of convolution or type."""
+    entry = described(kind, geometry, "result", ["operand"] * len(operands)) if dtype == "float32" else None
+    return [] if entry is None else [Mark(entry, result, tuple(operands))]
+
+
+def insert_marks(model: ir.Model, marks: Sequence[Mark]) -> None:
+    """Put a node behind every marked result."""
+    for item in marks:
+        producer = item.result.producer()
+        if producer is None or producer.graph is not model.graph:
+            continue
+        node = ir.node(
+            "DepthwiseConvolution",
+            [item.result, *item.operands],
+            attributes={"entry": to_text([item.entry])},
+            domain=_DOMAIN,
+        )
+        behind = node.outputs[0]
+        behind.type, behind.shape = item.result.type, item.result.shape
+        model.graph.insert_after(producer, node)
+        _swap(model.graph, item.result, behind)
+        node.replace_input_with(0, item.result)
+
+
+def _swap(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """`new` in place of `old` for all readers, and as output of the graph under the same name."""
+    if old.is_graph_output():
+        old.name, new.name = f"{old.name}_marked", old.name
+        for i, value in enumerate(graph.outputs):
+            if value is old:
+                graph.outputs[i] = new
+    old.replace_all_uses_with(new)
+
+
+def remove_marks(model: ir.Model) -> list[Mark]:
+    """Take the nodes out again."""
+    found = []
+    for node in [node for node in model.graph if node.domain == _DOMAIN]:
+        result, *operands = node.inputs
+        if result is None or any(value is None for value in operands):
+            raise AssertionError("a mark lost an input")
+        (entry,) = from_text(node.attributes["entry"].as_string())
+        _swap(model.graph, node.outputs[0], result)
+        model.graph.remove(node, safe=True)
+        found.append(Mark(entry, result, tuple(value for value in operands if value is not None)))
+    model.opset_imports.pop(_DOMAIN, None)
+    return found
+
+
+def write_metadata(model: ir.Model, marks: Sequence[Mark]) -> None:
+    """The entries of all marks whose tensors are still there, under their names."""
+    known = {value for node in model.graph for value in node.outputs}
+    known |= {*model.graph.inputs, *model.graph.initializers.values()}
+    entries = [
+        replace(item.entry, result=str(item.result.name), operands=tuple(str(value.name) for value in item.operands))
+        for item in marks
+        if known.issuperset((item.result, *item.operands))
+    ]
+    if entries:
+        model.metadata_props[METADATA] = to_text(entries)

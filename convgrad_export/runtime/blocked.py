@@ -1,0 +1,303 @@
+"""Depthwise convolutions and their gradients in onnxruntime's own blocked layout, written when a model is loaded.
+
+onnxruntime's Conv takes a depthwise layer channel by channel, unless its weight is a constant of the model: then it
+keeps B channels side by side (NCHWc, B = 8 or 16 as the processor's registers are wide) and multiplies B of them at
+once, five to twenty times as fast. In training, and in a gradient, the weight is no constant. Its operators for that
+layout can be named in a model all the same (onnxruntime saves optimized models with them), but which B they mean
+depends on the machine, so that they have no place in a file. A session writes them for the machine it runs on:
+
+- forward: Conv over blocked input and weight;
+- input gradient at stride 1: the same over grad_output with the kernel reversed;
+- weight gradient: sample and channel together are the channels of one Conv whose kernel is grad_output.
+
+`block_size` finds B by computing, not by asking: a layout that is not the machine's gives wrong numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .depthwise import FORWARD, INPUT, METADATA, WEIGHT, DepthwiseConvolution, from_text
+from .model_source import loaded
+from .providers import CPU, onnxruntime
+
+DOMAIN = "com.microsoft.nchwc"
+_CANDIDATES = (16, 8)
+
+
+def with_blocked_depthwise(model: Any) -> Any | None:
+    """The onnx.ModelProto with its depthwise convolutions in the blocked layout; None where none can be."""
+    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA), None)
+    entries = from_text(text)
+    if not entries or any(tensor.external_data for tensor in model.graph.initializer):
+        return None
+    block = block_size()
+    if block is None:
+        return None
+    import onnx
+
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    return result if _rewrite(result, entries, block) else None
+
+
+def in_blocked_layout(source: Path | bytes) -> Path | bytes:
+    """The same for a model's file or bytes, as they came where nothing changes."""
+    content = source if isinstance(source, bytes) else source.read_bytes()
+    if METADATA.encode() not in content:
+        return source
+    model = loaded(content)
+    blocked = None if model is None else with_blocked_depthwise(model)
+    return source if blocked is None else blocked.SerializeToString()
+
+
+@functools.cache
+def block_size() -> int | None:
+    """Channels side by side in this machine's blocked layout, None where onnxruntime has none."""
+    from onnx import TensorProto, helper
+
+    rng = np.random.default_rng(0)
+    channels = 2 * max(_CANDIDATES)
+    x = rng.integers(-4, 5, (2, channels, 5, 4)).astype(np.float32)
+    w = rng.integers(-4, 5, (channels, 1, 3, 3)).astype(np.float32)
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, a.shape) for n, a in (("x", x), ("w", w), ("y", x))]
+    conv = helper.make_node("Conv", ["x", "w"], ["y"], group=channels, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    plain = helper.make_model(
+        helper.make_graph([conv], "conv", values[:2], values[2:]),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=8,
+    )
+    entry = DepthwiseConvolution(
+        FORWARD, "y", ("x", "w"), 2, channels, (5, 4), (5, 4), (3, 3), (1, 1), (1, 1), (1, 1, 1, 1)
+    )
+    expected = _run(plain, {"x": x, "w": w})
+    for block in _CANDIDATES:
+        blocked = type(plain)()
+        blocked.CopyFrom(plain)
+        if not _rewrite(blocked, [entry], block):
+            continue
+        try:
+            found = _run(blocked, {"x": x, "w": w})
+        except Exception:  # a build without the operators; onnxruntime raises private classes
+            return None
+        if np.array_equal(found, expected):
+            return block
+    return None
+
+
+def _run(model: Any, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=[CPU])
+    result: np.ndarray = session.run(None, feeds)[0]
+    return result
+
+
+def _rewrite(model: Any, entries: Sequence[DepthwiseConvolution], block: int) -> bool:
+    """Replace what computes the entries' results; entries that do not fit the graph or the block are left alone."""
+    graph = model.graph
+    place = {name: i for i, node in enumerate(graph.node) for name in node.output}
+    given = {value.name for value in (*graph.input, *graph.initializer)}
+    found = {
+        entry.result: entry
+        for entry in entries
+        if entry.result in place
+        and len(graph.node[place[entry.result]].output) == 1
+        and all(name in given or place.get(name, len(place)) < place[entry.result] for name in entry.operands)
+        and _applies(entry, block)
+    }
+    if not found:
+        return False
+    writer = _Writer(block)
+    nodes: list[Any] = []
+    for node in graph.node:
+        entry = found.get(node.output[0]) if node.output else None
+        if entry is None:
+            nodes.append(node)
+            continue
+        nodes.extend(writer.nodes_of(entry))
+    nodes = _used(nodes, {value.name for value in graph.output})
+    kept = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    graph.ClearField("node")
+    graph.node.extend(kept)
+    graph.initializer.extend(writer.constants.values())
+    read = {name for node in kept for name in _reads(node)} | {value.name for value in graph.output}
+    for tensor in [t for t in graph.initializer if t.name not in read]:
+        graph.initializer.remove(tensor)
+    if not any(opset.domain == DOMAIN for opset in model.opset_import):
+        model.opset_import.add(domain=DOMAIN, version=1)
+    return True
+
+
+def _reads(node: Any) -> list[str]:
+    names = [name for name in node.input if name]
+    for attribute in node.attribute:
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            names.extend(name for inner in graph.node for name in _reads(inner))
+    return names
+
+
+def _used(nodes: list[Any], outputs: set[str]) -> list[Any]:
+    """The nodes that an output depends on, in their order."""
+    needed, kept = set(outputs), []
+    for node in reversed(nodes):
+        if any(name in needed for name in node.output):
+            kept.append(node)
+            needed.update(_reads(node))
+    return kept[::-1]
+
+
+def _applies(entry: DepthwiseConvolution, block: int) -> bool:
+    if entry.channels % block or 0 in (*entry.input_size, *entry.output_size):
+        return False
+    if entry.kind == WEIGHT:
+        return entry.batch is not None and entry.batch > 0
+    return entry.kind == FORWARD or (set(entry.stride) == {1} and min(_reversed_pads(entry)) >= 0)
+
+
+def _reversed_pads(entry: DepthwiseConvolution) -> list[int]:
+    rank = len(entry.kernel_size)
+    reach = [d * (k - 1) for d, k in zip(entry.dilation, entry.kernel_size, strict=True)]
+    return [reach[i % rank] - pad for i, pad in enumerate(entry.pads)]
+
+
+class _Writer:
+    """Writes nodes; a tensor is brought into the blocked layout once, however many read it."""
+
+    def __init__(self, block: int) -> None:
+        self._block = block
+        self._blocked: set[str] = set()
+        self._nodes: list[Any] = []
+        self.constants: dict[str, Any] = {}
+
+    def nodes_of(self, entry: DepthwiseConvolution) -> list[Any]:
+        self._nodes = []
+        {FORWARD: self._forward, INPUT: self._input_gradient, WEIGHT: self._weight_gradient}[entry.kind](entry)
+        return self._nodes
+
+    def _node(self, operator: str, inputs: Sequence[str], output: str, domain: str = "", **attributes: Any) -> str:
+        from onnx import helper
+
+        self._nodes.append(helper.make_node(operator, inputs, [output], name=output, domain=domain, **attributes))
+        return output
+
+    def _ints(self, *values: int) -> str:
+        from onnx import numpy_helper
+
+        name = "blocked.ints." + ".".join(str(value) for value in values)
+        self.constants.setdefault(name, numpy_helper.from_array(np.array(values, np.int64), name))
+        return name
+
+    def _block_tensor(self, name: str, channels: int, size: Sequence[int]) -> str:
+        """(N, C, *size) as blocked (N, C, H, W); a row is an image of height 1."""
+        blocked = f"{name}.blocked"
+        if blocked not in self._blocked:
+            self._blocked.add(blocked)
+            plane = name
+            if len(size) == 1:
+                plane = self._node("Reshape", [name, self._ints(0, channels, 1, size[0])], f"{name}.plane")
+            self._node("ReorderInput", [plane], blocked, DOMAIN)
+        return blocked
+
+    def _weight(self, entry: DepthwiseConvolution, name: str, reverse: bool) -> str:
+        """(C, 1, *K) as (C/B, K, B), in the shape that the operator wants to see."""
+        taps, block, channels = int(np.prod(entry.kernel_size)), self._block, entry.channels
+        stem = f"{entry.result}.weight"
+        flat = self._node("Reshape", [name, self._ints(channels // block, block, taps)], f"{stem}.flat")
+        if reverse:
+            flat = self._node("Gather", [flat, self._ints(*range(taps - 1, -1, -1))], f"{stem}.reversed", axis=2)
+        inner = self._node("Transpose", [flat], f"{stem}.inner", perm=[0, 2, 1])
+        return self._node("Reshape", [inner, self._ints(channels, 1, *_plane(entry.kernel_size))], f"{stem}.blocked")
+
+    def _unblock(self, entry: DepthwiseConvolution, blocked: str, size: Sequence[int]) -> None:
+        if len(size) == 2:
+            self._node("ReorderOutput", [blocked], entry.result, DOMAIN, channels=entry.channels)
+            return
+        plane = self._node("ReorderOutput", [blocked], f"{entry.result}.plane", DOMAIN, channels=entry.channels)
+        self._node("Reshape", [plane, self._ints(0, entry.channels, size[0])], entry.result)
+
+    def _forward(self, entry: DepthwiseConvolution) -> None:
+        x, w, *bias = entry.operands
+        inputs = [self._block_tensor(x, entry.channels, entry.input_size), self._weight(entry, w, False), *bias]
+        blocked = self._node(
+            "Conv",
+            inputs,
+            f"{entry.result}.blocked_result",
+            DOMAIN,
+            group=entry.channels,
+            kernel_shape=_plane(entry.kernel_size),
+            strides=_plane(entry.stride),
+            dilations=_plane(entry.dilation),
+            pads=_plane_pads(entry.pads),
+        )
+        self._unblock(entry, blocked, entry.output_size)
+
+    def _input_gradient(self, entry: DepthwiseConvolution) -> None:
+        grad_output, w = entry.operands
+        inputs = [self._block_tensor(grad_output, entry.channels, entry.output_size), self._weight(entry, w, True)]
+        blocked = self._node(
+            "Conv",
+            inputs,
+            f"{entry.result}.blocked_result",
+            DOMAIN,
+            group=entry.channels,
+            kernel_shape=_plane(entry.kernel_size),
+            dilations=_plane(entry.dilation),
+            pads=_plane_pads(_reversed_pads(entry)),
+        )
+        self._unblock(entry, blocked, entry.input_size)
+
+    def _weight_gradient(self, entry: DepthwiseConvolution) -> None:
+        """Result element k of channel (n, c) is the sum over grad_output of input, k dilations on: a Conv.
+
+        Stride and dilation change places. A last window that the forward convolution left out is cut off.
+        """
+        grad_output, x = entry.operands
+        together = (entry.batch or 0) * entry.channels
+        stem = f"{entry.result}.weight_gradient"
+        data = self._block_tensor(x, entry.channels, entry.input_size)
+        data = self._node("Reshape", [data, self._ints(1, together, *_plane(entry.input_size))], f"{stem}.image")
+        kernel = self._block_tensor(grad_output, entry.channels, entry.output_size)
+        kernel = self._node("Reshape", [kernel, self._ints(together, 1, *_plane(entry.output_size))], f"{stem}.kernel")
+        blocked = self._node(
+            "Conv",
+            [data, kernel],
+            f"{stem}.blocked",
+            DOMAIN,
+            group=together,
+            kernel_shape=_plane(entry.output_size),
+            strides=_plane(entry.dilation),
+            dilations=_plane(entry.stride),
+            pads=_plane_pads(entry.pads),
+        )
+        taps = self._node("ReorderOutput", [blocked], f"{stem}.taps", DOMAIN, channels=together)
+        size = _plane(entry.kernel_size)
+        if _weight_windows(entry) != size:
+            taps = self._node("Slice", [taps, self._ints(0, 0), self._ints(*size), self._ints(2, 3)], f"{stem}.cut")
+        shape = self._ints(entry.batch or 0, entry.channels, 1, *entry.kernel_size)
+        samples = self._node("Reshape", [taps, shape], f"{stem}.samples")
+        self._node("ReduceSum", [samples, self._ints(0)], entry.result, keepdims=0)
+
+
+def _weight_windows(entry: DepthwiseConvolution) -> list[int]:
+    """Positions that the Conv of the weight gradient has; the first of them are the kernel's."""
+    rank = len(entry.kernel_size)
+    padded = [size + entry.pads[i] + entry.pads[rank + i] for i, size in enumerate(entry.input_size)]
+    spans = [s * (o - 1) + 1 for s, o in zip(entry.stride, entry.output_size, strict=True)]
+    counts = [(p - e) // d + 1 for p, e, d in zip(padded, spans, entry.dilation, strict=True)]
+    return [1] * (2 - rank) + counts
+
+
+def _plane(sizes: Sequence[int]) -> list[int]:
+    return [1] * (2 - len(sizes)) + list(sizes)
+
+
+def _plane_pads(pads: Sequence[int]) -> list[int]:
+    return list(pads) if len(pads) == 4 else [0, pads[0], 0, pads[1]]

@@ -1,0 +1,214 @@
+"""Depthwise convolutions in onnxruntime's blocked layout: the same integers, in whatever layout this machine has."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import convgrad_export as cg
+from convgrad_export.runtime import blocked
+from convgrad_export.runtime.depthwise import METADATA, from_text
+
+BLOCK = blocked.block_size()
+needs_blocks = pytest.mark.skipif(BLOCK is None, reason="this machine's onnxruntime has no blocked layout")
+CHANNELS = 32
+LAYER: dict[str, Any] = {"input_shape": (2, CHANNELS, 6, 7), "weight_shape": (CHANNELS, 1, 3, 3), "groups": CHANNELS}
+
+
+@st.composite
+def depthwise(draw: st.DrawFn) -> dict[str, Any]:
+    rank = draw(st.sampled_from([1, 2]))
+
+    def sizes(low: int, high: int) -> list[int]:
+        return draw(st.lists(st.integers(low, high), min_size=rank, max_size=rank))
+
+    kernel, stride, dilation, padding = sizes(1, 4), sizes(1, 3), sizes(1, 2), sizes(0, 3)
+    extent = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    image = [max(1, e - 2 * p) + extra for e, p, extra in zip(extent, padding, sizes(0, 7), strict=True)]
+    channels = draw(st.sampled_from([8, 16, 24, 32]))
+    return {
+        "input": (draw(st.integers(1, 3)), channels, *image),
+        "weight": (channels, 1, *kernel),
+        "attributes": {"stride": stride, "padding": padding, "dilation": dilation},
+    }
+
+
+def integers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def operators(model: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in model.graph.node]
+
+
+@needs_blocks
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=depthwise())
+def test_gradients_are_exact_on_integers(case: dict[str, Any]) -> None:
+    x, w, attributes = integers(*case["input"]), integers(*case["weight"], seed=1), case["attributes"]
+    rank, groups = x.dim() - 2, x.shape[1]
+    forward = getattr(nn.functional, f"conv{rank}d")(x, w, **attributes, groups=groups)
+    grad = integers(*forward.shape, seed=2)
+    wanted = torch.ops.aten.convolution_backward(
+        grad, x, w, None, *attributes.values(), False, [0] * rank, groups, [True, True, False]
+    )
+    for kind, expected in zip(("input", "weight"), wanted, strict=False):
+        model = cg.build_model(
+            f"conv{rank}d_{kind}", input_shape=x.shape, weight_shape=w.shape, **attributes, groups=groups, dynamic=()
+        )
+        rewritten = blocked.with_blocked_depthwise(model)
+        pads = [
+            d * (k - 1) - p for k, d, p in zip(w.shape[2:], attributes["dilation"], attributes["padding"], strict=True)
+        ]
+        fits = kind == "weight" or (set(attributes["stride"]) == {1} and min(pads) >= 0)
+        assert (rewritten is not None) == (groups % BLOCK == 0 and fits)
+        session = cg.GradientSession(model, threads=1)
+        operands = {"grad_output": grad, "input": x, "weight": w}
+        (got,) = session.run({name: operands[name] for name in session.input_names}).values()
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, CHANNELS, 3, padding=1),
+        nn.Hardswish(),
+        nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS),  # with a bias
+        nn.BatchNorm2d(CHANNELS),
+        nn.ReLU6(),
+        nn.Conv2d(CHANNELS, CHANNELS, (5, 3), 2, (2, 1), groups=CHANNELS, bias=False),
+        nn.Flatten(2),
+        nn.Conv1d(CHANNELS, CHANNELS, 4, padding="same", dilation=2, groups=CHANNELS),
+        nn.Flatten(),
+        nn.LazyLinear(4),
+    )
+
+
+def training_step(**options: Any) -> cg.TrainingStepReport:
+    module, batch = network(), (torch.randn(4, 3, 11, 9), torch.tensor([0, 1, 2, 3]))
+    with torch.no_grad():
+        module(batch[0])
+    return cg.export_training_step(module, "cross_entropy", "sgd", batch, **options)
+
+
+@needs_blocks
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_step_computes_the_same_and_its_file_is_standard(in_place: bool) -> None:
+    report = training_step()
+    model = onnx.load_from_string(_bytes(report))
+    assert {opset.domain for opset in model.opset_import} == {""}
+    kinds = sorted(entry.kind for entry in from_text(_entry(model)))
+    assert kinds == ["forward"] * 3 + ["input"] * 3 + ["weight"] * 3
+    rewritten = blocked.with_blocked_depthwise(model)
+    # forward and both gradients of three layers, but for the input gradient of the strided one
+    assert [n.op_type for n in rewritten.graph.node if n.domain == blocked.DOMAIN].count("Conv") == 8
+    batch = torch.randn(4, 3, 11, 9), torch.tensor([0, 1, 2, 3])
+    states = []
+    for layout in (True, False):
+        session = cg.TrainingSession(report.model, report.state, blocked_layout=layout, in_place=in_place)
+        losses = [session.step(*batch)["loss"] for _ in range(3)]
+        states.append((losses, session.state()))
+    np.testing.assert_allclose(states[0][0], states[1][0], rtol=1e-5)
+    for name, value in states[0][1].items():
+        np.testing.assert_allclose(value, states[1][1][name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def _bytes(report: cg.TrainingStepReport) -> bytes:
+    import onnx_ir as ir
+
+    content: bytes = ir.to_proto(report.model).SerializeToString()
+    return content
+
+
+def _entry(model: onnx.ModelProto) -> str | None:
+    return next((entry.value for entry in model.metadata_props if entry.key == METADATA), None)
+
+
+@needs_blocks
+def test_a_tensor_is_brought_into_the_layout_once() -> None:
+    rewritten = blocked.with_blocked_depthwise(onnx.load_from_string(_bytes(training_step())))
+    reordered = [node.input[0] for node in rewritten.graph.node if node.op_type == "ReorderInput"]
+    assert len(reordered) == len(set(reordered)) == 6  # three inputs, three gradients
+
+
+@needs_blocks
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_every_batch_size_of_an_input_gradient(batch: int) -> None:
+    model = cg.build_model(
+        "conv2d_input", input_shape=(2, CHANNELS, 6, 7), weight_shape=(CHANNELS, 1, 3, 3), padding=1, groups=CHANNELS
+    )
+    assert blocked.with_blocked_depthwise(model) is not None
+    w, grad = integers(CHANNELS, 1, 3, 3), integers(batch, CHANNELS, 6, 7, seed=1)
+    (got,) = cg.GradientSession(model).run({"weight": w, "grad_output": grad}).values()
+    assert got.shape == grad.shape
+    expected = nn.functional.conv_transpose2d(grad, w, padding=1, groups=CHANNELS)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lowering": "input.conv_transpose"},  # asked for by name
+        {"dtype": "float64"},
+        {"provider": "cuda"},
+        {"groups": CHANNELS // 2, "weight_shape": (CHANNELS, 2, 3, 3)},
+        {"weight_shape": (2 * CHANNELS, 1, 3, 3)},  # a channel multiplier
+    ],
+)
+def test_models_that_say_nothing_are_left_alone(options: dict[str, Any]) -> None:
+    model = cg.build_model("conv2d_input", **{**LAYER, **options})
+    assert _entry(model) is None
+    content = model.SerializeToString()
+    assert blocked.in_blocked_layout(content) is content
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"result": "nothing"},
+        {"operands": ["grad_output", "nothing"]},
+        {"operands": ["grad_output"]},
+        {"channels": CHANNELS + 1},
+        {"channels": -CHANNELS},
+        {"pads": [1, 1]},
+        {"kind": "bias"},
+        {"kernel_size": "33"},
+        {"stride": [2, 2]},
+        {"more": 1},
+    ],
+)
+def test_entries_that_do_not_fit_the_graph_are_left_out(change: dict[str, Any]) -> None:
+    model = cg.build_model("conv2d_input", **LAYER)
+    (entry,) = json.loads(_entry(model) or "")
+    for item in model.metadata_props:
+        if item.key == METADATA:
+            item.value = json.dumps([{**entry, **change}])
+    assert blocked.with_blocked_depthwise(model) is None
+    w, grad = integers(CHANNELS, 1, 3, 3), integers(2, CHANNELS, 4, 5, seed=1)
+    (got,) = cg.GradientSession(model).run({"weight": w, "grad_output": grad}).values()
+    torch.testing.assert_close(got, nn.functional.conv_transpose2d(grad, w, groups=CHANNELS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "[3, null]", '{"kind": "input"}'])
+def test_metadata_of_another_form_is_no_entry(text: str) -> None:
+    assert from_text(text) == []
+
+
+def test_without_the_layout_the_file_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "block_size", lambda: None)
+    model = cg.build_model("conv2d_input", **LAYER)
+    assert blocked.with_blocked_depthwise(model) is None
+
+
+def test_a_wrong_layout_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of another size than the machine's give wrong numbers, which is how the size is told."""
+    monkeypatch.setattr(blocked, "_CANDIDATES", (4,))
+    assert blocked.block_size.__wrapped__() is None
