@@ -15,7 +15,7 @@ from .errors import ArgumentTypeError, GeometryError, UnsupportedLoweringError
 from .geometry import ConvGeometry
 from .lowering import CPU, as_provider, candidates
 from .operators import CONVOLUTION_BACKWARD, Operator, operator
-from .runtime.depthwise import METADATA, described, to_text
+from .runtime.convolution_entries import DIRECT, METADATA, described, to_text
 from .selection.policy import AUTO, choose, is_way
 from .selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 from .selection.tuned import TUNED, is_measured, is_tuned
@@ -159,8 +159,8 @@ def build_model(
         others = {"input": "weight", "weight": "input"}
         found = [
             described(gradient, emitted, f"grad_{gradient}", ("grad_output", others[gradient]))
-            for gradient in chosen
-            if gradient in others
+            for gradient, entry in chosen.items()
+            if gradient in others and (emitted.groups > 1 or entry.name in DIRECT)
         ]
         if entries := [entry for entry in found if entry is not None]:
             model.metadata_props[METADATA] = to_text(entries)

@@ -16,8 +16,9 @@ from convgrad_export.emit.onnx import GradientRequest, record_gradients
 from convgrad_export.errors import DTypeError
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.integrations import dynamic_convolution as dynamic
-from convgrad_export.integrations.depthwise_marks import Mark, mark
+from convgrad_export.integrations.convolution_marks import Mark, mark
 from convgrad_export.lowering import CPU, CUDA
+from convgrad_export.runtime.convolution_entries import DIRECT
 from convgrad_export.selection.forward_policy import forward_body
 from convgrad_export.selection.policy import AUTO, check_name, choose
 from convgrad_export.selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
@@ -37,7 +38,8 @@ class LoweringChoice:
 class ConvolutionBackwardTranslation:
     """Makes the translation function, `function`; `choices` lists what it chose, in the order of the calls.
 
-    `marks` lists the depthwise convolutions' gradients among them, where the choice was left to the policy.
+    `marks` lists those of them that a session may compute in another way: the policy's choices, direct forms among
+    those of dense convolutions.
 
     Args:
         lowering: "auto" for the fixed policy, "tuned" for the tuning cache, or a catalogue name, which then has to
@@ -147,7 +149,7 @@ class ConvolutionBackwardTranslation:
         results = record_gradients(op, request, operands)
         if self._lowering == AUTO and self._provider == CPU:
             for gradient, other in (("input", "weight"), ("weight", "input")):
-                if gradient in results:
+                if gradient in results and (geometry.groups > 1 or lowerings[gradient].name in DIRECT):
                     pair = (operands["grad_output"], operands[other])
                     self.marks += mark(gradient, geometry, dtype, results[gradient], pair)
         return results
@@ -186,7 +188,7 @@ def convolution_translation(
         otherwise: torch.onnx's own translation, for every call that is better left to Conv or ConvTranspose.
         provider: The execution provider the model is for.
         threads, max_error_factor: As in `ConvolutionBackwardTranslation`.
-        marks: Takes up the depthwise ones, for the CPU.
+        marks: Takes up those that a session may compute in another way.
     """
 
     def aten_convolution(
@@ -229,7 +231,7 @@ def convolution_translation(
             if bias is not None:
                 aligned: Any = op.Constant(value_ints=[1, -1, *[1] * geometry.rank])
                 result = op.Add(result, op.Reshape(bias, aligned))
-        if marks is not None and provider == CPU:
+        if marks is not None and provider == CPU and (groups > 1 or body is None):
             operands = (input, weight) if bias is None else (input, weight, bias)
             marks.extend(mark("forward", geometry, dtype, result, operands))
         return result

@@ -13,7 +13,7 @@ import onnx_ir.passes.common as passes
 
 from convgrad_export.emit.onnx import ir_version
 from convgrad_export.errors import ArgumentTypeError, ConvGradError, VerificationError
-from convgrad_export.integrations.depthwise_marks import remove_marks, write_metadata
+from convgrad_export.integrations.convolution_marks import remove_marks, write_metadata
 from convgrad_export.integrations.opset_downgrade import downgrade
 from convgrad_export.integrations.scalar_rank import raise_scalar_ranks
 

@@ -20,12 +20,12 @@ from onnxscript import opset18 as op
 
 from convgrad_export.emit.onnx import ir_version
 from convgrad_export.errors import UnsupportedOperatorError
+from convgrad_export.integrations.convolution_marks import insert_marks
 from convgrad_export.integrations.convolution_translation import (
     ConvolutionBackwardTranslation,
     LoweringChoice,
     convolution_translation,
 )
-from convgrad_export.integrations.depthwise_marks import insert_marks
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
 from convgrad_export.lowering import CPU
 from convgrad_export.selection.policy import AUTO

@@ -1,14 +1,15 @@
-"""Depthwise convolutions and their gradients in onnxruntime's own blocked layout, written when a model is loaded.
+"""Convolutions and their gradients in onnxruntime's own blocked layout, written when a model is loaded.
 
 onnxruntime's Conv takes a depthwise layer channel by channel, unless its weight is a constant of the model: then it
 keeps B channels side by side (NCHWc, B = 8 or 16 as the processor's registers are wide) and multiplies B of them at
-once, five to twenty times as fast. In training, and in a gradient, the weight is no constant. Its operators for that
+once, five to twenty times as fast; dense layers of few channels gain a third. In training, and in a gradient, the
+weight is no constant. Its operators for that
 layout can be named in a model all the same (onnxruntime saves optimized models with them), but which B they mean
 depends on the machine, so that they have no place in a file. A session writes them for the machine it runs on:
 
 - forward: Conv over blocked input and weight;
 - input gradient at stride 1: the same over grad_output with the kernel reversed;
-- weight gradient: sample and channel together are the channels of one Conv whose kernel is grad_output.
+- weight gradient, depthwise: sample and channel together are the channels of one Conv whose kernel is grad_output.
 
 `block_size` finds B by computing, not by asking: a layout that is not the machine's gives wrong numbers.
 """
@@ -22,16 +23,17 @@ from typing import Any
 
 import numpy as np
 
-from .depthwise import FORWARD, INPUT, METADATA, WEIGHT, DepthwiseConvolution, from_text
+from .convolution_entries import FORWARD, INPUT, METADATA, WEIGHT, ConvolutionEntry, from_text
 from .model_source import loaded
 from .providers import CPU, onnxruntime
 
 DOMAIN = "com.microsoft.nchwc"
 _CANDIDATES = (16, 8)
+_FEW_CHANNELS = 64  # of the narrower side of a dense layer: up to here the blocked Conv beats one GEMM a sample
 
 
-def with_blocked_depthwise(model: Any) -> Any | None:
-    """The onnx.ModelProto with its depthwise convolutions in the blocked layout; None where none can be."""
+def with_blocked_convolutions(model: Any) -> Any | None:
+    """The onnx.ModelProto with its convolutions in the blocked layout; None where none can be, or would gain."""
     text = next((entry.value for entry in model.metadata_props if entry.key == METADATA), None)
     entries = from_text(text)
     if not entries or any(tensor.external_data for tensor in model.graph.initializer):
@@ -52,7 +54,7 @@ def in_blocked_layout(source: Path | bytes) -> Path | bytes:
     if METADATA.encode() not in content:
         return source
     model = loaded(content)
-    blocked = None if model is None else with_blocked_depthwise(model)
+    blocked = None if model is None else with_blocked_convolutions(model)
     return source if blocked is None else blocked.SerializeToString()
 
 
@@ -72,8 +74,8 @@ def block_size() -> int | None:
         opset_imports=[helper.make_opsetid("", 18)],
         ir_version=8,
     )
-    entry = DepthwiseConvolution(
-        FORWARD, "y", ("x", "w"), 2, channels, (5, 4), (5, 4), (3, 3), (1, 1), (1, 1), (1, 1, 1, 1)
+    entry = ConvolutionEntry(
+        FORWARD, "y", ("x", "w"), 2, channels, channels, channels, (5, 4), (5, 4), (3, 3), (1, 1), (1, 1), (1, 1, 1, 1)
     )
     expected = _run(plain, {"x": x, "w": w})
     for block in _CANDIDATES:
@@ -100,7 +102,7 @@ def _run(model: Any, feeds: dict[str, np.ndarray]) -> np.ndarray:
     return result
 
 
-def _rewrite(model: Any, entries: Sequence[DepthwiseConvolution], block: int) -> bool:
+def _rewrite(model: Any, entries: Sequence[ConvolutionEntry], block: int) -> bool:
     """Replace what computes the entries' results; entries that do not fit the graph or the block are left alone."""
     graph = model.graph
     place = {name: i for i, node in enumerate(graph.node) for name in node.output}
@@ -154,15 +156,18 @@ def _used(nodes: list[Any], outputs: set[str]) -> list[Any]:
     return kept[::-1]
 
 
-def _applies(entry: DepthwiseConvolution, block: int) -> bool:
-    if entry.channels % block or 0 in (*entry.input_size, *entry.output_size):
+def _applies(entry: ConvolutionEntry, block: int) -> bool:
+    if 0 in (*entry.input_size, *entry.output_size) or entry.out_channels % block:
         return False
-    if entry.kind == WEIGHT:
-        return entry.batch is not None and entry.batch > 0
-    return entry.kind == FORWARD or (set(entry.stride) == {1} and min(_reversed_pads(entry)) >= 0)
+    if entry.kind == INPUT and (set(entry.stride) != {1} or min(_reversed_pads(entry)) < 0):
+        return False
+    if entry.groups > 1:
+        return entry.kind != WEIGHT or (entry.batch is not None and entry.batch > 0)
+    blocks = entry.in_channels % block == 0 or (entry.kind == FORWARD and entry.in_channels < block)
+    return blocks and entry.kind != WEIGHT and min(entry.in_channels, entry.out_channels) <= _FEW_CHANNELS
 
 
-def _reversed_pads(entry: DepthwiseConvolution) -> list[int]:
+def _reversed_pads(entry: ConvolutionEntry) -> list[int]:
     rank = len(entry.kernel_size)
     reach = [d * (k - 1) for d, k in zip(entry.dilation, entry.kernel_size, strict=True)]
     return [reach[i % rank] - pad for i, pad in enumerate(entry.pads)]
@@ -173,11 +178,11 @@ class _Writer:
 
     def __init__(self, block: int) -> None:
         self._block = block
-        self._blocked: set[str] = set()
+        self._made: set[str] = set()
         self._nodes: list[Any] = []
         self.constants: dict[str, Any] = {}
 
-    def nodes_of(self, entry: DepthwiseConvolution) -> list[Any]:
+    def nodes_of(self, entry: ConvolutionEntry) -> list[Any]:
         self._nodes = []
         {FORWARD: self._forward, INPUT: self._input_gradient, WEIGHT: self._weight_gradient}[entry.kind](entry)
         return self._nodes
@@ -195,76 +200,98 @@ class _Writer:
         self.constants.setdefault(name, numpy_helper.from_array(np.array(values, np.int64), name))
         return name
 
+    def _plane_tensor(self, name: str, channels: int, size: Sequence[int]) -> str:
+        """(N, C, *size) as (N, C, H, W): a row is an image of height 1."""
+        plane = name if len(size) == 2 else f"{name}.plane"
+        if plane not in self._made and plane != name:
+            self._made.add(plane)
+            self._node("Reshape", [name, self._ints(0, channels, 1, size[0])], plane)
+        return plane
+
     def _block_tensor(self, name: str, channels: int, size: Sequence[int]) -> str:
-        """(N, C, *size) as blocked (N, C, H, W); a row is an image of height 1."""
+        """(N, C, *size) as blocked (N, C, H, W)."""
         blocked = f"{name}.blocked"
-        if blocked not in self._blocked:
-            self._blocked.add(blocked)
-            plane = name
-            if len(size) == 1:
-                plane = self._node("Reshape", [name, self._ints(0, channels, 1, size[0])], f"{name}.plane")
-            self._node("ReorderInput", [plane], blocked, DOMAIN)
+        if blocked not in self._made:
+            self._made.add(blocked)
+            self._node("ReorderInput", [self._plane_tensor(name, channels, size)], blocked, DOMAIN)
         return blocked
 
-    def _weight(self, entry: DepthwiseConvolution, name: str, reverse: bool) -> str:
-        """(C, 1, *K) as (C/B, K, B), in the shape that the operator wants to see."""
-        taps, block, channels = int(np.prod(entry.kernel_size)), self._block, entry.channels
-        stem = f"{entry.result}.weight"
-        flat = self._node("Reshape", [name, self._ints(channels // block, block, taps)], f"{stem}.flat")
+    def _weight(self, entry: ConvolutionEntry, name: str) -> str:
+        """The weight as (O/B, I/B, K, B, B), of the Conv that is to run, in the shape that the operator wants to see.
+
+        A depthwise one, and one of fewer than B input channels, is (O/B, I, K, B). An input gradient's Conv takes the
+        kernel reversed, and the channels the other way round.
+        """
+        taps, block, stem = int(np.prod(entry.kernel_size)), self._block, f"{entry.result}.weight"
+        outputs, inputs = entry.out_channels, entry.in_channels // entry.groups
+        reverse = entry.kind == INPUT
+        split: tuple[int, ...]
+        order: tuple[int, ...]
+        if entry.groups > 1 or inputs < block:
+            split, order = (outputs // block, block, inputs, taps), (0, 2, 3, 1)
+        else:
+            split, order = (outputs // block, block, inputs // block, block, taps), (0, 2, 4, 3, 1)
+            if reverse:
+                order, outputs, inputs = (2, 0, 4, 1, 3), inputs, outputs
+        flat = self._node("Reshape", [name, self._ints(*split)], f"{stem}.flat")
         if reverse:
-            flat = self._node("Gather", [flat, self._ints(*range(taps - 1, -1, -1))], f"{stem}.reversed", axis=2)
-        inner = self._node("Transpose", [flat], f"{stem}.inner", perm=[0, 2, 1])
-        return self._node("Reshape", [inner, self._ints(channels, 1, *_plane(entry.kernel_size))], f"{stem}.blocked")
+            backwards = self._ints(*range(taps - 1, -1, -1))
+            flat = self._node("Gather", [flat, backwards], f"{stem}.reversed", axis=len(split) - 1)
+        inner = self._node("Transpose", [flat], f"{stem}.inner", perm=order)
+        shape = self._ints(outputs, inputs, *_plane(entry.kernel_size))
+        return self._node("Reshape", [inner, shape], f"{stem}.blocked")
 
-    def _unblock(self, entry: DepthwiseConvolution, blocked: str, size: Sequence[int]) -> None:
-        if len(size) == 2:
-            self._node("ReorderOutput", [blocked], entry.result, DOMAIN, channels=entry.channels)
-            return
-        plane = self._node("ReorderOutput", [blocked], f"{entry.result}.plane", DOMAIN, channels=entry.channels)
-        self._node("Reshape", [plane, self._ints(0, entry.channels, size[0])], entry.result)
-
-    def _forward(self, entry: DepthwiseConvolution) -> None:
+    def _forward(self, entry: ConvolutionEntry) -> None:
         x, w, *bias = entry.operands
-        inputs = [self._block_tensor(x, entry.channels, entry.input_size), self._weight(entry, w, False), *bias]
-        blocked = self._node(
-            "Conv",
-            inputs,
-            f"{entry.result}.blocked_result",
-            DOMAIN,
-            group=entry.channels,
-            kernel_shape=_plane(entry.kernel_size),
-            strides=_plane(entry.stride),
-            dilations=_plane(entry.dilation),
-            pads=_plane_pads(entry.pads),
-        )
-        self._unblock(entry, blocked, entry.output_size)
+        few = entry.groups == 1 and entry.in_channels < self._block  # then the operator reads rows as they are
+        convert = self._plane_tensor if few else self._block_tensor
+        inputs = [convert(x, entry.in_channels, entry.input_size), self._weight(entry, w), *bias]
+        self._convolve(entry, inputs, entry.stride, entry.pads, entry.out_channels, entry.output_size)
 
-    def _input_gradient(self, entry: DepthwiseConvolution) -> None:
+    def _input_gradient(self, entry: ConvolutionEntry) -> None:
         grad_output, w = entry.operands
-        inputs = [self._block_tensor(grad_output, entry.channels, entry.output_size), self._weight(entry, w, True)]
+        inputs = [self._block_tensor(grad_output, entry.out_channels, entry.output_size), self._weight(entry, w)]
+        pads = _reversed_pads(entry)
+        self._convolve(entry, inputs, entry.stride, pads, entry.in_channels, entry.input_size)
+
+    def _convolve(
+        self,
+        entry: ConvolutionEntry,
+        inputs: Sequence[str],
+        stride: Sequence[int],
+        pads: Sequence[int],
+        channels: int,
+        size: Sequence[int],
+    ) -> None:
+        """The Conv, and its result as the graph's (N, channels, *size)."""
         blocked = self._node(
             "Conv",
             inputs,
             f"{entry.result}.blocked_result",
             DOMAIN,
-            group=entry.channels,
+            group=entry.groups,
             kernel_shape=_plane(entry.kernel_size),
+            strides=_plane(stride),
             dilations=_plane(entry.dilation),
-            pads=_plane_pads(_reversed_pads(entry)),
+            pads=_plane_pads(pads),
         )
-        self._unblock(entry, blocked, entry.input_size)
+        if len(size) == 2:
+            self._node("ReorderOutput", [blocked], entry.result, DOMAIN, channels=channels)
+            return
+        plane = self._node("ReorderOutput", [blocked], f"{entry.result}.plane", DOMAIN, channels=channels)
+        self._node("Reshape", [plane, self._ints(0, channels, size[0])], entry.result)
 
-    def _weight_gradient(self, entry: DepthwiseConvolution) -> None:
+    def _weight_gradient(self, entry: ConvolutionEntry) -> None:
         """Result element k of channel (n, c) is the sum over grad_output of input, k dilations on: a Conv.
 
         Stride and dilation change places. A last window that the forward convolution left out is cut off.
         """
         grad_output, x = entry.operands
-        together = (entry.batch or 0) * entry.channels
+        together = (entry.batch or 0) * entry.in_channels
         stem = f"{entry.result}.weight_gradient"
-        data = self._block_tensor(x, entry.channels, entry.input_size)
+        data = self._block_tensor(x, entry.in_channels, entry.input_size)
         data = self._node("Reshape", [data, self._ints(1, together, *_plane(entry.input_size))], f"{stem}.image")
-        kernel = self._block_tensor(grad_output, entry.channels, entry.output_size)
+        kernel = self._block_tensor(grad_output, entry.in_channels, entry.output_size)
         kernel = self._node("Reshape", [kernel, self._ints(together, 1, *_plane(entry.output_size))], f"{stem}.kernel")
         blocked = self._node(
             "Conv",
@@ -281,12 +308,12 @@ class _Writer:
         size = _plane(entry.kernel_size)
         if _weight_windows(entry) != size:
             taps = self._node("Slice", [taps, self._ints(0, 0), self._ints(*size), self._ints(2, 3)], f"{stem}.cut")
-        shape = self._ints(entry.batch or 0, entry.channels, 1, *entry.kernel_size)
+        shape = self._ints(entry.batch or 0, entry.in_channels, 1, *entry.kernel_size)
         samples = self._node("Reshape", [taps, shape], f"{stem}.samples")
         self._node("ReduceSum", [samples, self._ints(0)], entry.result, keepdims=0)
 
 
-def _weight_windows(entry: DepthwiseConvolution) -> list[int]:
+def _weight_windows(entry: ConvolutionEntry) -> list[int]:
     """Positions that the Conv of the weight gradient has; the first of them are the kernel's."""
     rank = len(entry.kernel_size)
     padded = [size + entry.pads[i] + entry.pads[rank + i] for i, size in enumerate(entry.input_size)]

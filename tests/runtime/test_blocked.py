@@ -1,4 +1,4 @@
-"""Depthwise convolutions in onnxruntime's blocked layout: the same integers, in whatever layout this machine has."""
+"""Convolutions in onnxruntime's blocked layout: the same integers, in whatever layout this machine has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 import convgrad_export as cg
 from convgrad_export.runtime import blocked
-from convgrad_export.runtime.depthwise import METADATA, from_text
+from convgrad_export.runtime.convolution_entries import METADATA, from_text
 
 BLOCK = blocked.block_size()
 needs_blocks = pytest.mark.skipif(BLOCK is None, reason="this machine's onnxruntime has no blocked layout")
@@ -24,7 +24,8 @@ LAYER: dict[str, Any] = {"input_shape": (2, CHANNELS, 6, 7), "weight_shape": (CH
 
 
 @st.composite
-def depthwise(draw: st.DrawFn) -> dict[str, Any]:
+def convolutions(draw: st.DrawFn) -> dict[str, Any]:
+    """Depthwise and dense ones."""
     rank = draw(st.sampled_from([1, 2]))
 
     def sizes(low: int, high: int) -> list[int]:
@@ -33,10 +34,11 @@ def depthwise(draw: st.DrawFn) -> dict[str, Any]:
     kernel, stride, dilation, padding = sizes(1, 4), sizes(1, 3), sizes(1, 2), sizes(0, 3)
     extent = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     image = [max(1, e - 2 * p) + extra for e, p, extra in zip(extent, padding, sizes(0, 7), strict=True)]
-    channels = draw(st.sampled_from([8, 16, 24, 32]))
+    channels, depthwise = draw(st.sampled_from([3, 8, 16, 24, 32])), draw(st.booleans())
+    outputs = channels if depthwise else draw(st.sampled_from([8, 16, 32]))
     return {
         "input": (draw(st.integers(1, 3)), channels, *image),
-        "weight": (channels, 1, *kernel),
+        "weight": (outputs, 1 if depthwise else channels, *kernel),
         "attributes": {"stride": stride, "padding": padding, "dilation": dilation},
     }
 
@@ -50,11 +52,11 @@ def operators(model: onnx.ModelProto) -> list[str]:
 
 
 @needs_blocks
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(case=depthwise())
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=convolutions())
 def test_gradients_are_exact_on_integers(case: dict[str, Any]) -> None:
     x, w, attributes = integers(*case["input"]), integers(*case["weight"], seed=1), case["attributes"]
-    rank, groups = x.dim() - 2, x.shape[1]
+    rank, groups = x.dim() - 2, x.shape[1] // w.shape[1]
     forward = getattr(nn.functional, f"conv{rank}d")(x, w, **attributes, groups=groups)
     grad = integers(*forward.shape, seed=2)
     wanted = torch.ops.aten.convolution_backward(
@@ -64,12 +66,15 @@ def test_gradients_are_exact_on_integers(case: dict[str, Any]) -> None:
         model = cg.build_model(
             f"conv{rank}d_{kind}", input_shape=x.shape, weight_shape=w.shape, **attributes, groups=groups, dynamic=()
         )
-        rewritten = blocked.with_blocked_depthwise(model)
+        rewritten = blocked.with_blocked_convolutions(model)
         pads = [
             d * (k - 1) - p for k, d, p in zip(w.shape[2:], attributes["dilation"], attributes["padding"], strict=True)
         ]
         fits = kind == "weight" or (set(attributes["stride"]) == {1} and min(pads) >= 0)
-        assert (rewritten is not None) == (groups % BLOCK == 0 and fits)
+        if groups > 1:
+            assert (rewritten is not None) == (groups % BLOCK == 0 and fits)
+        elif rewritten is not None:
+            assert (kind, fits, w.shape[0] % BLOCK, w.shape[1] % BLOCK) == ("input", True, 0, 0)
         session = cg.GradientSession(model, threads=1)
         operands = {"grad_output": grad, "input": x, "weight": w}
         (got,) = session.run({name: operands[name] for name in session.input_names}).values()
@@ -81,6 +86,8 @@ def network() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, CHANNELS, 3, padding=1),
         nn.Hardswish(),
+        nn.Conv2d(CHANNELS, CHANNELS, 3, padding="same", dilation=2),
+        nn.Conv2d(CHANNELS, CHANNELS, 1),
         nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS),  # with a bias
         nn.BatchNorm2d(CHANNELS),
         nn.ReLU6(),
@@ -106,10 +113,10 @@ def test_a_step_computes_the_same_and_its_file_is_standard(in_place: bool) -> No
     model = onnx.load_from_string(_bytes(report))
     assert {opset.domain for opset in model.opset_import} == {""}
     kinds = sorted(entry.kind for entry in from_text(_entry(model)))
-    assert kinds == ["forward"] * 3 + ["input"] * 3 + ["weight"] * 3
-    rewritten = blocked.with_blocked_depthwise(model)
-    # forward and both gradients of three layers, but for the input gradient of the strided one
-    assert [n.op_type for n in rewritten.graph.node if n.domain == blocked.DOMAIN].count("Conv") == 8
+    assert kinds == ["forward"] * 5 + ["input"] * 3 + ["weight"] * 3  # of the dense layers, two forward convolutions
+    rewritten = blocked.with_blocked_convolutions(model)
+    # all but the input gradient of the strided layer
+    assert [n.op_type for n in rewritten.graph.node if n.domain == blocked.DOMAIN].count("Conv") == 10
     batch = torch.randn(4, 3, 11, 9), torch.tensor([0, 1, 2, 3])
     states = []
     for layout in (True, False):
@@ -134,9 +141,10 @@ def _entry(model: onnx.ModelProto) -> str | None:
 
 @needs_blocks
 def test_a_tensor_is_brought_into_the_layout_once() -> None:
-    rewritten = blocked.with_blocked_depthwise(onnx.load_from_string(_bytes(training_step())))
+    rewritten = blocked.with_blocked_convolutions(onnx.load_from_string(_bytes(training_step())))
     reordered = [node.input[0] for node in rewritten.graph.node if node.op_type == "ReorderInput"]
-    assert len(reordered) == len(set(reordered)) == 6  # three inputs, three gradients
+    # four inputs (the images themselves are read as they are) and the gradients of the depthwise layers
+    assert len(reordered) == len(set(reordered)) == 7
 
 
 @needs_blocks
@@ -145,7 +153,7 @@ def test_every_batch_size_of_an_input_gradient(batch: int) -> None:
     model = cg.build_model(
         "conv2d_input", input_shape=(2, CHANNELS, 6, 7), weight_shape=(CHANNELS, 1, 3, 3), padding=1, groups=CHANNELS
     )
-    assert blocked.with_blocked_depthwise(model) is not None
+    assert blocked.with_blocked_convolutions(model) is not None
     w, grad = integers(CHANNELS, 1, 3, 3), integers(batch, CHANNELS, 6, 7, seed=1)
     (got,) = cg.GradientSession(model).run({"weight": w, "grad_output": grad}).values()
     assert got.shape == grad.shape
@@ -176,8 +184,8 @@ def test_models_that_say_nothing_are_left_alone(options: dict[str, Any]) -> None
         {"result": "nothing"},
         {"operands": ["grad_output", "nothing"]},
         {"operands": ["grad_output"]},
-        {"channels": CHANNELS + 1},
-        {"channels": -CHANNELS},
+        {"out_channels": CHANNELS + 1},
+        {"in_channels": -CHANNELS},
         {"pads": [1, 1]},
         {"kind": "bias"},
         {"kernel_size": "33"},
@@ -191,7 +199,7 @@ def test_entries_that_do_not_fit_the_graph_are_left_out(change: dict[str, Any]) 
     for item in model.metadata_props:
         if item.key == METADATA:
             item.value = json.dumps([{**entry, **change}])
-    assert blocked.with_blocked_depthwise(model) is None
+    assert blocked.with_blocked_convolutions(model) is None
     w, grad = integers(CHANNELS, 1, 3, 3), integers(2, CHANNELS, 4, 5, seed=1)
     (got,) = cg.GradientSession(model).run({"weight": w, "grad_output": grad}).values()
     torch.testing.assert_close(got, nn.functional.conv_transpose2d(grad, w, groups=CHANNELS), rtol=0, atol=0)
@@ -205,7 +213,7 @@ def test_metadata_of_another_form_is_no_entry(text: str) -> None:
 def test_without_the_layout_the_file_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocked, "block_size", lambda: None)
     model = cg.build_model("conv2d_input", **LAYER)
-    assert blocked.with_blocked_depthwise(model) is None
+    assert blocked.with_blocked_convolutions(model) is None
 
 
 def test_a_wrong_layout_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

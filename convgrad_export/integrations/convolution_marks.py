@@ -1,8 +1,8 @@
-"""Keeping track of depthwise convolutions from the translation to the finished graph.
+"""Keeping track of convolutions from the translation to the finished graph.
 
 Passes rename, merge and replace the tensors of a graph. A mark is a node of our own domain between a result and its
 readers, which also reads the operands: whatever the passes do to them they do to its inputs. When the graph is finished
-the marks are taken out, and what they stood at goes into the metadata (`runtime/depthwise.py`).
+the marks are taken out, and what they stood at goes into the metadata (`runtime/convolution_entries.py`).
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any
 import onnx_ir as ir
 
 from convgrad_export.geometry import ConvGeometry
-from convgrad_export.runtime.depthwise import METADATA, DepthwiseConvolution, described, from_text, to_text
+from convgrad_export.runtime.convolution_entries import METADATA, ConvolutionEntry, described, from_text, to_text
 
 _DOMAIN = "convgrad.marks"
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A tensor that is the result of a depthwise convolution, and what it is computed from."""
+    """A tensor that is the result of a convolution or a gradient of one, and what it is computed from."""
 
-    entry: DepthwiseConvolution
+    entry: ConvolutionEntry
     result: ir.Value
     operands: tuple[ir.Value, ...]
 
 
 def mark(kind: str, geometry: ConvGeometry, dtype: str, result: Any, operands: Sequence[Any]) -> list[Mark]:
-    """One mark, or none for another kind of convolution or type."""
+    """One mark, or none where no session computes this in another way."""
     entry = described(kind, geometry, "result", ["operand"] * len(operands)) if dtype == "float32" else None
     return [] if entry is None else [Mark(entry, result, tuple(operands))]
 
@@ -41,7 +41,7 @@ def insert_marks(model: ir.Model, marks: Sequence[Mark]) -> None:
         if producer is None or producer.graph is not model.graph:
             continue
         node = ir.node(
-            "DepthwiseConvolution",
+            "Convolution",
             [item.result, *item.operands],
             attributes={"entry": to_text([item.entry])},
             domain=_DOMAIN,

@@ -1,4 +1,4 @@
-"""What a model's metadata says about its depthwise convolutions, so that a session can compute them in another way.
+"""What a model's metadata says about its convolutions, so that a session can compute them in another way.
 
 The graph itself stays standard and complete: a runtime that does not know the entry computes the same results from it.
 """
@@ -12,20 +12,22 @@ from typing import Any
 
 from ..geometry import ConvGeometry
 
-METADATA = "convgrad.depthwise"
+METADATA = "convgrad.convolutions"
 FORWARD, INPUT, WEIGHT = "forward", "input", "weight"
+DIRECT = ("input.flipped_conv", "input.conv_transpose")  # the lowerings of a dense input gradient that may be replaced
 _OPERANDS = {FORWARD: (2, 3), INPUT: (2, 2), WEIGHT: (2, 2)}
 
 
 @dataclass(frozen=True)
-class DepthwiseConvolution:
-    """A tensor of the graph that is the result of a depthwise convolution, or one of its gradients, in float32.
+class ConvolutionEntry:
+    """A tensor of the graph that is the result of a convolution, or one of its gradients, in float32.
 
     Attributes:
         kind: ``"forward"`` (operands input, weight, and perhaps the bias), ``"input"`` (grad_output, weight) or
             ``"weight"`` (grad_output, input).
         result, operands: names in the graph.
-        batch: number of samples, None where it is not fixed. channels: as many groups and output channels.
+        batch: number of samples, None where it is not fixed.
+        in_channels, out_channels, groups: one group, or as many as channels of either side.
         input_size, output_size, kernel_size, stride, dilation: per spatial axis, one or two.
         pads: of the forward convolution, all beginnings and then all ends.
     """
@@ -34,7 +36,9 @@ class DepthwiseConvolution:
     result: str
     operands: tuple[str, ...]
     batch: int | None
-    channels: int
+    in_channels: int
+    out_channels: int
+    groups: int
     input_size: tuple[int, ...]
     output_size: tuple[int, ...]
     kernel_size: tuple[int, ...]
@@ -43,18 +47,23 @@ class DepthwiseConvolution:
     pads: tuple[int, ...]
 
 
-def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence[str]) -> DepthwiseConvolution | None:
-    """The entry for a float32 convolution, None if it is no depthwise convolution with as many output channels."""
+def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence[str]) -> ConvolutionEntry | None:
+    """The entry for a float32 convolution, None for a kind that no session computes in another way."""
     g = geometry
-    depthwise = g.groups > 1 and g.in_channels == g.out_channels == g.groups and not g.transposed
-    if not depthwise or g.rank > 2 or not all(isinstance(size, int) for size in (*g.input_size, *g.output_size)):
+    static = all(isinstance(size, int) for size in (*g.input_size, *g.output_size))
+    if g.transposed or g.rank > 2 or not static:
         return None
-    return DepthwiseConvolution(
+    depthwise = g.groups > 1 and g.in_channels == g.out_channels == g.groups
+    if not depthwise and (g.groups > 1 or g.is_pointwise or kind == WEIGHT):
+        return None
+    return ConvolutionEntry(
         kind,
         result,
         tuple(operands),
         g.batch if isinstance(g.batch, int) else None,
         g.in_channels,
+        g.out_channels,
+        g.groups,
         tuple(g.input_size),
         tuple(g.output_size),
         tuple(g.kernel_size),
@@ -64,11 +73,11 @@ def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence
     )
 
 
-def to_text(entries: Iterable[DepthwiseConvolution]) -> str:
+def to_text(entries: Iterable[ConvolutionEntry]) -> str:
     return json.dumps([asdict(entry) for entry in entries], separators=(",", ":"))
 
 
-def from_text(text: str | None) -> list[DepthwiseConvolution]:
+def from_text(text: str | None) -> list[ConvolutionEntry]:
     """The entries of a model file; whatever does not have their form is left out."""
     try:
         found = json.loads(text or "[]")
@@ -78,14 +87,14 @@ def from_text(text: str | None) -> list[DepthwiseConvolution]:
     return [entry for entry in entries if entry is not None]
 
 
-def _entry(value: Any) -> DepthwiseConvolution | None:
-    if not isinstance(value, Mapping) or set(value) != set(DepthwiseConvolution.__dataclass_fields__):
+def _entry(value: Any) -> ConvolutionEntry | None:
+    if not isinstance(value, Mapping) or set(value) != set(ConvolutionEntry.__dataclass_fields__):
         return None
     fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in value.items()}
-    entry = DepthwiseConvolution(**fields)
+    entry = ConvolutionEntry(**fields)
     sizes = (entry.input_size, entry.output_size, entry.kernel_size, entry.stride, entry.dilation, entry.pads)
     rank = len(entry.kernel_size) if isinstance(entry.kernel_size, tuple) else 0
-    numbers = [entry.channels, *([] if entry.batch is None else [entry.batch])]
+    numbers = [entry.in_channels, entry.out_channels, entry.groups, *([] if entry.batch is None else [entry.batch])]
     for group in sizes:
         if not isinstance(group, tuple) or len(group) != (2 * rank if group is entry.pads else rank):
             return None
@@ -93,5 +102,7 @@ def _entry(value: Any) -> DepthwiseConvolution | None:
     plain = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 31 for n in numbers)
     names = (entry.result, *entry.operands) if isinstance(entry.operands, tuple) else ()
     lowest, highest = _OPERANDS.get(entry.kind, (0, -1)) if isinstance(entry.kind, str) else (0, -1)
-    known = rank in (1, 2) and names and lowest <= len(entry.operands) <= highest
+    known = (
+        rank in (1, 2) and names and entry.groups in (1, entry.in_channels) and lowest <= len(entry.operands) <= highest
+    )
     return entry if plain and known and all(isinstance(name, str) and name for name in names) else None
