@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ..build import build_model
 from ..emit.onnx import GradientRequest, emit_model
 from ..errors import MissingDependencyError
 from ..geometry import ConvGeometry
 from ..lowering import Lowering, candidates
 from ..lowering.kernels import CPU
+from ..runtime.blocked import in_blocked_layout
 from ..selection.policy import choose
 from ..selection.tuned import TUNED, is_measured
 from .sampling import FORWARD, INPUT, WEIGHT
 
 TORCH, ORT_FORWARD, CONV_GRAD, GEMM = "torch", "onnxruntime", "ort_training", "gemm"
+SESSION = "session"  # the policy's model as GradientSession runs it, where that is not the lowering itself
 # lowerings whose kernels work in small blocks, whatever the size of the layer
 SPARING = frozenset({"input.conv_transpose", "input.conv_transpose_crop", "input.flipped_conv", "input.conv"})
 _GEMM_SIDE = 1024
@@ -80,6 +83,26 @@ def lowering_call(
     model = ir.to_proto(emit_model(request, "gradient")).SerializeToString()
     call = onnx_call(model, feeds, threads, arena=arena)
     return Call(call.run, call.result, lowering.error_factor)
+
+
+def session_model(operation: str, geometry: ConvGeometry, threads: int) -> bytes | None:
+    """The policy's model as `GradientSession` rewrites it for this machine; None where it runs the file as it is."""
+    if operation == FORWARD or geometry.transposed:
+        return None
+    model = build_model(
+        f"conv{geometry.rank}d_{operation}",
+        input_shape=geometry.input_shape,
+        weight_shape=geometry.weight_shape,
+        stride=geometry.stride,
+        padding=geometry.pads,
+        dilation=geometry.dilation,
+        groups=geometry.groups,
+        dynamic=(),
+        threads=threads,
+    )
+    content = model.SerializeToString()
+    found = in_blocked_layout(content)
+    return found if isinstance(found, bytes) and found is not content else None
 
 
 def applicable(operation: str, geometry: ConvGeometry) -> list[Lowering]:
@@ -187,14 +210,17 @@ def torch_call(operation: str, geometry: ConvGeometry, feeds: Mapping[str, np.nd
 def choices(operation: str, geometry: ConvGeometry, threads: int) -> dict[str, str | None]:
     """Names of the lowerings that stand for a rule: the policy's, the tuned one, and the textbook's.
 
+    ``policy`` is what `GradientSession` runs, ``file`` the lowering in the model's file.
     ``tuned`` is None where the tuning cache has not measured the layer. The textbook form is the convolution over
     swapped axes (weight) or the transposed convolution (input) that other exporters and onnx-ad emit.
     """
     if operation == FORWARD:
         return {}
     textbook = {INPUT: "input.conv" if geometry.transposed else "input.conv_transpose", WEIGHT: "weight.swapped_conv"}
+    file = choose(operation, geometry, threads=threads).name
     return {
-        "policy": choose(operation, geometry, threads=threads).name,
+        "policy": file if session_model(operation, geometry, threads) is None else SESSION,
+        "file": file,
         "policy_8": choose(operation, geometry, max_error_factor=8.0, threads=threads).name,
         "tuned": _tuned(operation, geometry, threads),
         "textbook": textbook[operation],

@@ -15,7 +15,7 @@ from ..errors import ConvGradError
 from ..geometry import ConvGeometry
 from ..selection import timing
 from . import contenders
-from .contenders import CONV_GRAD, GEMM, ORT_FORWARD, TORCH, Call
+from .contenders import CONV_GRAD, GEMM, ORT_FORWARD, SESSION, TORCH, Call
 from .layer import multiplications
 from .peer import OrtTraining
 from .sampling import FORWARD, Expected, expected
@@ -104,6 +104,9 @@ def _calls(
     if operation == FORWARD:
         calls[ORT_FORWARD] = lambda: contenders.forward_call(geometry, feeds, threads)
         return calls
+    content = contenders.session_model(operation, geometry, threads)
+    if content is not None:
+        calls[SESSION] = partial(contenders.onnx_call, content, feeds, threads)
     need, available = contenders.column_bytes(geometry), timing.available_bytes()
     for entry in contenders.applicable(operation, geometry):
         if available is not None and need > available / 2 and entry.name not in contenders.SPARING:

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import BenchmarkError
 from ..geometry import ConvGeometry
 from . import contenders
-from .contenders import TORCH
+from .contenders import SESSION, TORCH
 
 # Every block above 64 KiB is mapped on its own and unmapped when freed; glibc reads this when a process starts.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -36,6 +36,9 @@ def measure_memory(operation: str, geometry: ConvGeometry, threads: int) -> dict
         builders[entry.name] = lambda entry=entry: contenders.lowering_call(
             entry, geometry, feeds, threads, arena=False
         )
+    content = contenders.session_model(operation, geometry, threads)
+    if content is not None:
+        builders[SESSION] = lambda: contenders.onnx_call(content, feeds, threads, arena=False)
     result = {}
     for name, build in builders.items():
         try:

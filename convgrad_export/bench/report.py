@@ -25,6 +25,7 @@ _COLUMNS = (
     ("ConvGrad", "conv_grad", "{:.2f}"),
     ("textbook", "textbook", "{:.2f}"),
     ("of GEMM, dense", "gemm", "{:.0%}"),
+    ("file alone / eager", "file_torch", "{:.2f}"),
     ("fastest / eager", "best_torch", "{:.2f}"),
     ("tuned / eager", "tuned_torch", "{:.2f}"),
     ("error factor 8 / eager", "relaxed_torch", "{:.2f}"),

@@ -40,7 +40,7 @@ class Row:
         return f"{self.network}/{self.layer} {self.record['operation']}"
 
     def time(self, name: str | None, statistic: str = "min_ms") -> float | None:
-        """Milliseconds of a contender, or of ``"policy"``, ``"policy_8"``, ``"tuned"``, ``"textbook"``, ``"best"``."""
+        """Milliseconds of a contender, of a choice (``"policy"``, ``"file"``, ``"textbook"`` ...), or of ``"best"``."""
         times = self.record["times"]
         if name == "best":
             name = self.best
@@ -127,6 +127,7 @@ class Group:
             "torch_median": self.mean(TORCH, statistic="median_ms"),
             "torch_worst": min(eager, default=None),
             "torch_share": _share(eager, lambda ratio: ratio >= SLOW),
+            "file_torch": self.mean(TORCH, "file"),
             "best_torch": self.mean(TORCH, "best"),
             "tuned_torch": self.mean(TORCH, "tuned"),
             "relaxed_torch": self.mean(TORCH, "policy_8"),
