@@ -54,8 +54,8 @@ def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence
     if g.transposed or g.rank > 2 or not static:
         return None
     depthwise = g.groups > 1 and g.in_channels == g.out_channels == g.groups
-    if not depthwise and (g.groups > 1 or g.is_pointwise or kind == WEIGHT):
-        return None
+    if not depthwise and (g.groups > 1 or g.rank != 2 or g.is_pointwise or kind == WEIGHT):
+        return None  # no gain was measured
     return ConvolutionEntry(
         kind,
         result,
