@@ -8,7 +8,8 @@ layout can be named in a model all the same (onnxruntime saves optimized models 
 depends on the machine, so that they have no place in a file. A session writes them for the machine it runs on:
 
 - forward: Conv over blocked input and weight;
-- input gradient at stride 1: the same over grad_output with the kernel reversed;
+- input gradient: the same over grad_output, zeros between its elements where the stride is above 1, with the kernel
+  reversed;
 - weight gradient, depthwise: sample and channel together are the channels of one Conv whose kernel is grad_output.
 
 `block_size` finds B by computing, not by asking: a layout that is not the machine's gives wrong numbers.
@@ -159,7 +160,7 @@ def _used(nodes: list[Any], outputs: set[str]) -> list[Any]:
 def _applies(entry: ConvolutionEntry, block: int) -> bool:
     if 0 in (*entry.input_size, *entry.output_size) or entry.out_channels % block:
         return False
-    if entry.kind == INPUT and (set(entry.stride) != {1} or min(_reversed_pads(entry)) < 0):
+    if entry.kind == INPUT and (min(_reversed_pads(entry)) < 0 or (entry.groups == 1 and set(entry.stride) != {1})):
         return False
     if entry.groups > 1:
         return entry.kind != WEIGHT or (entry.batch is not None and entry.batch > 0)
@@ -168,9 +169,13 @@ def _applies(entry: ConvolutionEntry, block: int) -> bool:
 
 
 def _reversed_pads(entry: ConvolutionEntry) -> list[int]:
+    """Padding of grad_output, with `stride` - 1 zeros behind each element, that gives a result of the input's size."""
     rank = len(entry.kernel_size)
     reach = [d * (k - 1) for d, k in zip(entry.dilation, entry.kernel_size, strict=True)]
-    return [reach[i % rank] - pad for i, pad in enumerate(entry.pads)]
+    begin = [r - pad for r, pad in zip(reach, entry.pads[:rank], strict=True)]
+    spread = [s * size for s, size in zip(entry.stride, entry.output_size, strict=True)]
+    end = [i + r - s - b for i, r, s, b in zip(entry.input_size, reach, spread, begin, strict=True)]
+    return [*begin, *end]
 
 
 class _Writer:
@@ -250,9 +255,21 @@ class _Writer:
 
     def _input_gradient(self, entry: ConvolutionEntry) -> None:
         grad_output, w = entry.operands
-        inputs = [self._block_tensor(grad_output, entry.out_channels, entry.output_size), self._weight(entry, w)]
-        pads = _reversed_pads(entry)
-        self._convolve(entry, inputs, entry.stride, pads, entry.in_channels, entry.input_size)
+        data = self._block_tensor(grad_output, entry.out_channels, entry.output_size)
+        if set(entry.stride) != {1}:
+            data = self._spread(entry, data)
+        ones, pads = [1] * len(entry.stride), _reversed_pads(entry)
+        self._convolve(entry, [data, self._weight(entry, w)], ones, pads, entry.in_channels, entry.input_size)
+
+    def _spread(self, entry: ConvolutionEntry, blocked: str) -> str:
+        """`stride` - 1 zeros behind each element of a blocked (N, C, H, W), along both axes."""
+        (height, width), (down, right) = _plane(entry.output_size), _plane(entry.stride)
+        rows, stem = entry.out_channels // self._block * height, f"{entry.result}.spread"
+        apart = self._node("Reshape", [blocked, self._ints(0, rows, 1, width, 1, self._block)], f"{stem}.apart")
+        amounts = self._ints(*[0] * 8, down - 1, 0, right - 1, 0)
+        padded = self._node("Pad", [apart, amounts], f"{stem}.padded")
+        shape = self._ints(0, entry.out_channels, height * down, width * right)
+        return self._node("Reshape", [padded, shape], stem)
 
     def _convolve(
         self,
