@@ -18,6 +18,8 @@ depends on the machine, so that they have no place in a file. A session writes t
 from __future__ import annotations
 
 import functools
+import mmap
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,12 +53,22 @@ def with_blocked_convolutions(model: Any) -> Any | None:
 
 def in_blocked_layout(source: Path | bytes) -> Path | bytes:
     """The same for a model's file or bytes, as they came where nothing changes."""
-    content = source if isinstance(source, bytes) else source.read_bytes()
-    if METADATA.encode() not in content:
+    if not _mentions(source, METADATA.encode()):
         return source
-    model = loaded(content)
+    model = loaded(source)
     blocked = None if model is None else with_blocked_convolutions(model)
     return source if blocked is None else blocked.SerializeToString()
+
+
+def _mentions(source: Path | bytes, text: bytes) -> bool:
+    """Whether the text is in it; a large file is not read into memory for that."""
+    if isinstance(source, bytes):
+        return text in source
+    with source.open("rb") as stream:
+        if not os.fstat(stream.fileno()).st_size:
+            return False
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(text) >= 0
 
 
 @functools.cache
@@ -107,13 +119,15 @@ def _rewrite(model: Any, entries: Sequence[ConvolutionEntry], block: int) -> boo
     """Replace what computes the entries' results; entries that do not fit the graph or the block are left alone."""
     graph = model.graph
     place = {name: i for i, node in enumerate(graph.node) for name in node.output}
-    given = {value.name for value in (*graph.input, *graph.initializer)}
+    constants = {tensor.name for tensor in graph.initializer}
+    given = {value.name for value in graph.input} | constants
     found = {
         entry.result: entry
         for entry in entries
         if entry.result in place
         and len(graph.node[place[entry.result]].output) == 1
         and all(name in given or place.get(name, len(place)) < place[entry.result] for name in entry.operands)
+        and (entry.kind == WEIGHT or entry.operands[1] not in constants)  # onnxruntime does those by itself
         and _applies(entry, block)
     }
     if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -211,6 +212,23 @@ def test_entries_that_do_not_fit_the_graph_are_left_out(change: dict[str, Any]) 
     w, grad = integers(CHANNELS, 1, 3, 3), integers(2, CHANNELS, 4, 5, seed=1)
     (got,) = cg.GradientSession(model).run({"weight": w, "grad_output": grad}).values()
     torch.testing.assert_close(got, nn.functional.conv_transpose2d(grad, w, groups=CHANNELS), rtol=0, atol=0)
+
+
+@needs_blocks
+def test_constant_weights_are_left_to_onnxruntime(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS), nn.Tanh()).eval()
+    report = cg.export_gradient(net, (torch.randn(2, CHANNELS, 6, 7),), tmp_path / "grad.onnx")
+    assert from_text(_entry(onnx.load(report.path)))
+    assert blocked.in_blocked_layout(report.path) == report.path
+
+
+def test_files_are_searched_and_not_changed(tmp_path: Path) -> None:
+    empty, other = tmp_path / "empty.onnx", tmp_path / "other.onnx"
+    empty.write_bytes(b"")
+    other.write_bytes(cg.build_model("conv2d_input", **LAYER, lowering="input.conv_transpose").SerializeToString())
+    assert blocked.in_blocked_layout(empty) == empty
+    assert blocked.in_blocked_layout(other) == other
 
 
 @pytest.mark.parametrize("text", ["", "{", "3", "[3, null]", '{"kind": "input"}'])
