@@ -18,7 +18,7 @@ from convgrad_export.geometry import ConvGeometry
 from convgrad_export.integrations import dynamic_convolution as dynamic
 from convgrad_export.integrations.convolution_marks import Mark, mark
 from convgrad_export.lowering import CPU, CUDA
-from convgrad_export.runtime.convolution_entries import DIRECT
+from convgrad_export.runtime.convolution_entries import DIRECT, FORWARD
 from convgrad_export.selection.forward_policy import forward_body
 from convgrad_export.selection.policy import AUTO, check_name, choose
 from convgrad_export.selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
@@ -152,6 +152,9 @@ class ConvolutionBackwardTranslation:
                 if gradient in results and (geometry.groups > 1 or lowerings[gradient].name in DIRECT):
                     pair = (operands["grad_output"], operands[other])
                     self.marks += mark(gradient, geometry, dtype, results[gradient], pair)
+            if geometry.transposed and "input" in results and lowerings["input"].name == "input.conv":
+                pair = (operands["grad_output"], operands["weight"])
+                self.marks += mark(FORWARD, geometry.adjoint(), dtype, results["input"], pair)
         return results
 
     def _dynamic(
@@ -233,7 +236,7 @@ def convolution_translation(
                 result = op.Add(result, op.Reshape(bias, aligned))
         if marks is not None and provider == CPU and (groups > 1 or body is None):
             operands = (input, weight) if bias is None else (input, weight, bias)
-            marks.extend(mark("forward", geometry, dtype, result, operands))
+            marks.extend(mark(FORWARD, geometry, dtype, result, operands))
         return result
 
     return aten_convolution

@@ -56,6 +56,8 @@ def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence
     depthwise = g.groups > 1 and g.in_channels == g.out_channels == g.groups
     if not depthwise and (g.groups > 1 or g.rank != 2 or g.is_pointwise or kind == WEIGHT):
         return None  # no gain was measured
+    if kind == FORWARD and _windows(g) != tuple(g.output_size):
+        return None  # the adjoint of a transposed convolution whose output padding is never read
     return ConvolutionEntry(
         kind,
         result,
@@ -71,6 +73,12 @@ def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence
         tuple(g.dilation),
         (*(lo for lo, _ in g.pads), *(hi for _, hi in g.pads)),
     )
+
+
+def _windows(g: ConvGeometry) -> tuple[int, ...]:
+    """Output size of a Conv with these attributes."""
+    sizes = zip(g.input_size, g.pads, g.kernel_size, g.stride, g.dilation, strict=True)
+    return tuple((i + lo + hi - d * (k - 1) - 1) // s + 1 for i, (lo, hi), k, s, d in sizes)
 
 
 def to_text(entries: Iterable[ConvolutionEntry]) -> str:

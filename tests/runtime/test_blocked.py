@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import convgrad_export as cg
+from convgrad_export.geometry import ConvGeometry
 from convgrad_export.runtime import blocked
-from convgrad_export.runtime.convolution_entries import METADATA, from_text
+from convgrad_export.runtime.convolution_entries import METADATA, described, from_text
 
 BLOCK = blocked.block_size()
 needs_blocks = pytest.mark.skipif(BLOCK is None, reason="this machine's onnxruntime has no blocked layout")
@@ -146,6 +147,31 @@ def _bytes(report: cg.TrainingStepReport) -> bytes:
 
 def _entry(model: onnx.ModelProto) -> str | None:
     return next((entry.value for entry in model.metadata_props if entry.key == METADATA), None)
+
+
+@needs_blocks
+def test_the_input_gradient_of_a_transposed_convolution_is_a_convolution() -> None:
+    torch.manual_seed(0)
+    transposed = nn.ConvTranspose2d(16, CHANNELS, 3, stride=2, padding=1, output_padding=1, bias=False)
+    net = nn.Sequential(nn.Conv2d(1, 16, 1), nn.Tanh(), transposed, nn.Flatten())
+    batch = torch.randn(2, 1, 4, 5), torch.tensor([3, 1])
+    report = cg.export_training_step(net, "cross_entropy", "sgd", batch)
+    entries = from_text(_entry(onnx.load_from_string(_bytes(report))))
+    assert [(e.kind, e.in_channels, e.out_channels) for e in entries] == [("forward", CHANNELS, 16)]
+    sessions = [cg.TrainingSession(report.model, report.state, blocked_layout=layout) for layout in (True, False)]
+    for session in sessions:
+        session.step(*batch)
+    for name, value in sessions[0].state().items():
+        np.testing.assert_allclose(value, sessions[1].state()[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_convolution_with_a_window_too_many_is_none() -> None:
+    """Output padding that reaches the stride: the adjoint's Conv would have five positions, the operator has four."""
+    for output_padding, known in ((0, True), (1, False)):
+        geometry = ConvGeometry.from_forward(
+            (2, 16, 4, 4), (16, 32, 3, 3), padding=1, dilation=2, transposed=True, output_padding=output_padding
+        ).adjoint()
+        assert (described("forward", geometry.with_batch(2), "y", ("x", "w")) is not None) == known
 
 
 @needs_blocks
