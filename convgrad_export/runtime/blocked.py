@@ -2,10 +2,10 @@
 
 onnxruntime's Conv takes a depthwise layer channel by channel, unless its weight is a constant of the model: then it
 keeps B channels side by side (NCHWc, B = 8 or 16 as the processor's registers are wide) and multiplies B of them at
-once, five to twenty times as fast; dense layers of few channels gain a third. In training, and in a gradient, the
-weight is no constant. Its operators for that
-layout can be named in a model all the same (onnxruntime saves optimized models with them), but which B they mean
-depends on the machine, so that they have no place in a file. A session writes them for the machine it runs on:
+once, three to twenty times as fast; dense layers of few channels gain a third. In training, and in a gradient, the
+weight is no constant. The operators for that layout can be named in a model all the same (onnxruntime saves optimized
+models with them), but which B they mean depends on the machine, so that they have no place in a file. A session writes
+them for the machine it runs on:
 
 - forward: Conv over blocked input and weight;
 - input gradient: the same over grad_output, zeros between its elements where the stride is above 1, with the kernel
