@@ -15,7 +15,7 @@ from .errors import ArgumentTypeError, GeometryError, UnsupportedLoweringError
 from .geometry import ConvGeometry
 from .lowering import CPU, as_provider, candidates
 from .operators import CONVOLUTION_BACKWARD, Operator, operator
-from .runtime.convolution_entries import DIRECT, METADATA, described, to_text
+from .runtime.convolution_entries import METADATA, described, may_replace, to_text
 from .selection.policy import AUTO, choose, is_way
 from .selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 from .selection.tuned import TUNED, is_measured, is_tuned
@@ -160,7 +160,7 @@ def build_model(
         found = [
             described(gradient, emitted, f"grad_{gradient}", ("grad_output", others[gradient]))
             for gradient, entry in chosen.items()
-            if gradient in others and (emitted.groups > 1 or entry.name in DIRECT)
+            if gradient in others and may_replace(emitted, entry.name)
         ]
         if entries := [entry for entry in found if entry is not None]:
             model.metadata_props[METADATA] = to_text(entries)

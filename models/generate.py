@@ -30,13 +30,7 @@ def models() -> dict[str, object]:
             geometry = layer.geometry(1)
             for gradient in ("input", "weight"):
                 result[f"{network}/{layer.name}.{gradient}.onnx"] = cg.build_model(
-                    f"conv{geometry.rank}d_{gradient}",
-                    input_shape=geometry.input_shape,
-                    weight_shape=geometry.weight_shape,
-                    stride=geometry.stride,
-                    padding=geometry.pads,
-                    dilation=geometry.dilation,
-                    groups=geometry.groups,
+                    f"conv{geometry.rank}d_{gradient}", **geometry.to_dict()
                 )
     return result
 

@@ -89,17 +89,7 @@ def session_model(operation: str, geometry: ConvGeometry, threads: int) -> bytes
     """The policy's model as `GradientSession` rewrites it for this machine; None where it runs the file as it is."""
     if operation == FORWARD or geometry.transposed:
         return None
-    model = build_model(
-        f"conv{geometry.rank}d_{operation}",
-        input_shape=geometry.input_shape,
-        weight_shape=geometry.weight_shape,
-        stride=geometry.stride,
-        padding=geometry.pads,
-        dilation=geometry.dilation,
-        groups=geometry.groups,
-        dynamic=(),
-        threads=threads,
-    )
+    model = build_model(f"conv{geometry.rank}d_{operation}", **geometry.to_dict(), dynamic=(), threads=threads)
     content = model.SerializeToString()
     found = in_blocked_layout(content)
     return found if isinstance(found, bytes) and found is not content else None

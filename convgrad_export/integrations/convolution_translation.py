@@ -18,7 +18,7 @@ from convgrad_export.geometry import ConvGeometry
 from convgrad_export.integrations import dynamic_convolution as dynamic
 from convgrad_export.integrations.convolution_marks import Mark, mark
 from convgrad_export.lowering import CPU, CUDA
-from convgrad_export.runtime.convolution_entries import DIRECT, FORWARD
+from convgrad_export.runtime.convolution_entries import FORWARD, may_replace
 from convgrad_export.selection.forward_policy import forward_body
 from convgrad_export.selection.policy import AUTO, check_name, choose
 from convgrad_export.selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
@@ -149,7 +149,7 @@ class ConvolutionBackwardTranslation:
         results = record_gradients(op, request, operands)
         if self._lowering == AUTO and self._provider == CPU:
             for gradient, other in (("input", "weight"), ("weight", "input")):
-                if gradient in results and (geometry.groups > 1 or lowerings[gradient].name in DIRECT):
+                if gradient in results and may_replace(geometry, lowerings[gradient].name):
                     pair = (operands["grad_output"], operands[other])
                     self.marks += mark(gradient, geometry, dtype, results[gradient], pair)
             if geometry.transposed and "input" in results and lowerings["input"].name == "input.conv":

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from .convolution_entries import FORWARD, INPUT, METADATA, WEIGHT, ConvolutionEntry, from_text
+from .graph_nodes import put_nodes, reads
 from .model_source import loaded
 from .providers import CPU, onnxruntime
 
@@ -140,25 +141,12 @@ def _rewrite(model: Any, entries: Sequence[ConvolutionEntry], block: int) -> boo
             nodes.append(node)
             continue
         nodes.extend(writer.nodes_of(entry))
-    nodes = _used(nodes, {value.name for value in graph.output})
-    kept = [type(node).FromString(node.SerializeToString()) for node in nodes]
-    graph.ClearField("node")
-    graph.node.extend(kept)
     graph.initializer.extend(writer.constants.values())
-    read = {name for node in kept for name in _reads(node)} | {value.name for value in graph.output}
-    for tensor in [t for t in graph.initializer if t.name not in read]:
-        graph.initializer.remove(tensor)
+    outputs = {value.name for value in graph.output}
+    put_nodes(graph, _used(nodes, outputs), outputs)
     if not any(opset.domain == DOMAIN for opset in model.opset_import):
         model.opset_import.add(domain=DOMAIN, version=1)
     return True
-
-
-def _reads(node: Any) -> list[str]:
-    names = [name for name in node.input if name]
-    for attribute in node.attribute:
-        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            names.extend(name for inner in graph.node for name in _reads(inner))
-    return names
 
 
 def _used(nodes: list[Any], outputs: set[str]) -> list[Any]:
@@ -167,7 +155,7 @@ def _used(nodes: list[Any], outputs: set[str]) -> list[Any]:
     for node in reversed(nodes):
         if any(name in needed for name in node.output):
             kept.append(node)
-            needed.update(_reads(node))
+            needed.update(reads(node))
     return kept[::-1]
 
 

@@ -14,7 +14,7 @@ from ..geometry import ConvGeometry
 
 METADATA = "convgrad.convolutions"
 FORWARD, INPUT, WEIGHT = "forward", "input", "weight"
-DIRECT = ("input.flipped_conv", "input.conv_transpose")  # the lowerings of a dense input gradient that may be replaced
+_DIRECT = ("input.flipped_conv", "input.conv_transpose")
 _OPERANDS = {FORWARD: (2, 3), INPUT: (2, 2), WEIGHT: (2, 2)}
 
 
@@ -47,6 +47,11 @@ class ConvolutionEntry:
     pads: tuple[int, ...]
 
 
+def may_replace(geometry: ConvGeometry, lowering: str) -> bool:
+    """Whether a session has a better form: than any lowering of a depthwise layer, than a direct one of a dense."""
+    return geometry.groups > 1 or lowering in _DIRECT
+
+
 def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence[str]) -> ConvolutionEntry | None:
     """The entry for a float32 convolution, None for a kind that no session computes in another way."""
     g = geometry
@@ -56,7 +61,7 @@ def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence
     depthwise = g.groups > 1 and g.in_channels == g.out_channels == g.groups
     if not depthwise and (g.groups > 1 or g.rank != 2 or g.is_pointwise or kind == WEIGHT):
         return None  # no gain was measured
-    if kind == FORWARD and _windows(g) != tuple(g.output_size):
+    if kind == FORWARD and any(r >= s for r, s in zip(g.remainder, g.stride, strict=True)):
         return None  # the adjoint of a transposed convolution whose output padding is never read
     return ConvolutionEntry(
         kind,
@@ -73,12 +78,6 @@ def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence
         tuple(g.dilation),
         (*(lo for lo, _ in g.pads), *(hi for _, hi in g.pads)),
     )
-
-
-def _windows(g: ConvGeometry) -> tuple[int, ...]:
-    """Output size of a Conv with these attributes."""
-    sizes = zip(g.input_size, g.pads, g.kernel_size, g.stride, g.dilation, strict=True)
-    return tuple((i + lo + hi - d * (k - 1) - 1) // s + 1 for i, (lo, hi), k, s, d in sizes)
 
 
 def to_text(entries: Iterable[ConvolutionEntry]) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..errors import ArgumentTypeError, MissingDependencyError, ProviderError
+from ..errors import ArgumentTypeError, MissingDependencyError, ModelFileError, ProviderError
 from .cuda_options import CudaOptions
 
 CPU = "CPUExecutionProvider"
@@ -77,6 +78,33 @@ def resolve(providers: Providers, default: str = CPU) -> list[tuple[str, dict[st
     if all(name != CPU for name, _ in resolved):
         resolved.append((CPU, {}))
     return resolved
+
+
+def open_session(
+    source: Path | bytes, options: Any, providers: Sequence[tuple[str, Mapping[str, Any]]], what: str
+) -> Any:
+    """An `onnxruntime.InferenceSession` whose first provider is active.
+
+    Args:
+        source: the model's path, or its bytes. options: an `onnxruntime.SessionOptions`.
+        providers: names and options, as `resolve` gives them. what: the model, in words, for the error.
+
+    Raises:
+        ModelFileError: onnxruntime cannot load the model. ProviderError: the first provider could not start.
+    """
+    try:
+        session = onnxruntime().InferenceSession(
+            source if isinstance(source, bytes) else str(source),
+            options,
+            providers=[name for name, _ in providers],
+            provider_options=[settings for _, settings in providers],
+        )
+    except Exception as error:  # onnxruntime raises a private class for each status code
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise ModelFileError(f"onnxruntime cannot load {what}: {error}") from error
+    check_active(providers[0][0], session.get_providers())
+    return session
 
 
 def check_active(requested: str, active: Sequence[str]) -> None:

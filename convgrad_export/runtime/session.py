@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError
+from ..errors import ArgumentTypeError, DTypeError, GeometryError
 from . import cuda_run, tensors
 from .blocked import in_blocked_layout
 from .model_source import model_source
 from .placement import RECORD_ASSIGNMENT, PlacementReport, read_placement
-from .providers import CPU, CUDA, Providers, check_active, onnxruntime, resolve
+from .providers import CPU, CUDA, Providers, onnxruntime, open_session, resolve
 
 
 class GradientSession:
@@ -56,18 +56,7 @@ class GradientSession:
             source = in_blocked_layout(source)
         self._requested, settings = wanted[0]
         stream = cuda_run.stream_for(settings) if self._requested == CUDA else None
-        try:
-            self._session = ort.InferenceSession(
-                source if isinstance(source, bytes) else str(source),
-                options,
-                providers=[name for name, _ in wanted],
-                provider_options=[settings for _, settings in wanted],
-            )
-        except Exception as error:  # onnxruntime raises a private class for each status code
-            if not type(error).__module__.startswith("onnxruntime"):
-                raise
-            raise ModelFileError(f"onnxruntime cannot load {where}: {error}") from error
-        check_active(self._requested, self._session.get_providers())
+        self._session = open_session(source, options, wanted, where)
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._output_names = [value.name for value in self._session.get_outputs()]
         self._cuda = None if stream is None else cuda_run.CudaRun(self._session, stream, settings)

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..runtime.graph_nodes import subgraphs
+
 ELEMENTWISE = frozenset({
     "Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Clip", "Max", "Min", "Cast", "Pow", "Abs", "Sign", "Where", "Identity"
 })  # fmt: skip
@@ -94,7 +96,7 @@ def _updates(graph: Any, shapes: Mapping[str, tuple[int, ...]], large: int) -> I
     for node in graph.node:
         names = [name for name in node.input if name]
         joined = [owner[name] for name in names if name in owner]
-        plain = node.op_type in ELEMENTWISE and not any(a.HasField("g") or a.graphs for a in node.attribute)
+        plain = node.op_type in ELEMENTWISE and next(subgraphs(node), None) is None
         if not joined:
             if names and names[0] in single and (node.op_type in VIEWS or (plain and single.issuperset(names))):
                 single.update(node.output)

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ModelFileError
 from ..runtime import tensors
-from ..runtime.providers import check_active, onnxruntime
+from ..runtime.providers import onnxruntime, open_session
 
 STATE_SUFFIX = ".updated"
 
@@ -42,8 +41,7 @@ class PhaseSession:
         shared: bool = False,
         views: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
-        ort = onnxruntime()
-        options = ort.SessionOptions()
+        options = onnxruntime().SessionOptions()
         # One block planned for a whole run is larger than what the arena hands out as it goes (365 against 417 MiB for
         # ResNet-18 at batch 8), at the same speed.
         options.enable_mem_pattern = False
@@ -51,18 +49,7 @@ class PhaseSession:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
-        try:
-            self._session = ort.InferenceSession(
-                source if isinstance(source, bytes) else str(source),
-                options,
-                providers=[name for name, _ in providers],
-                provider_options=[settings for _, settings in providers],
-            )
-        except Exception as error:  # onnxruntime raises a private class for each status code
-            if not type(error).__module__.startswith("onnxruntime"):
-                raise
-            raise ModelFileError(f"onnxruntime cannot load the training step: {error}") from error
-        check_active(providers[0][0], self._session.get_providers())
+        self._session = open_session(source, options, providers, "the training step")
         self._device = "cuda" if providers[0][0].startswith("CUDA") else "cpu"
         self._views = views or {}
         self.inputs = {value.name: value for value in self._session.get_inputs()}

@@ -9,10 +9,11 @@ Runs without torch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..runtime.graph_nodes import put_nodes, reads
 from .chunks import ELEMENTWISE, VIEWS
 
 _RATE, _LOSS = "learning_rate", "loss"
@@ -78,7 +79,7 @@ def split(model: Any, trained: Collection[str], state: Collection[str], updated:
         return None
     early = [node for i, node in enumerate(graph.node) if i not in late]
     update = [graph.node[i] for i in sorted(late)]
-    read_late = {name for node in update for name in _reads(node)}
+    read_late = {name for node in update for name in reads(node)}
     made_late = {name for node in update for name in node.output}
     outputs = [value.name for value in graph.output]
     if _LOSS in made_late:
@@ -98,15 +99,6 @@ def split(model: Any, trained: Collection[str], state: Collection[str], updated:
     )
 
 
-def _reads(node: Any) -> Iterator[str]:
-    """Names that a node reads, from within its subgraphs too."""
-    yield from (name for name in node.input if name)
-    for attribute in node.attribute:
-        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            for inner in graph.node:
-                yield from _reads(inner)
-
-
 def _late_nodes(graph: Any, roots: Collection[str]) -> set[int]:
     """Places of the nodes that the roots reach, and of elementwise nodes before them that nothing else reads.
 
@@ -114,13 +106,13 @@ def _late_nodes(graph: Any, roots: Collection[str]) -> set[int]:
     """
     reached, late = set(roots), set()
     for i, node in enumerate(graph.node):
-        if any(name in reached for name in _reads(node)):
+        if any(name in reached for name in reads(node)):
             late.add(i)
             reached.update(node.output)
     kept = {value.name for value in graph.output}
     readers: dict[str, list[int]] = {}
     for i, node in enumerate(graph.node):
-        for name in _reads(node):
+        for name in reads(node):
             readers.setdefault(name, []).append(i)
     if not late:
         return late
@@ -143,12 +135,12 @@ def _may_overwrite(nodes: Sequence[Any], old: str, new: str) -> bool:
     before = _ancestors(nodes, producer, writer)
     names = [old]
     for i, node in enumerate(nodes):
-        if not any(name in names for name in _reads(node)):
+        if not any(name in names for name in reads(node)):
             continue
         if node.op_type in VIEWS:
             names.extend(node.output)
         if i == writer:
-            if node.op_type not in _OVERWRITING or list(node.input).count(old) != sum(n in names for n in _reads(node)):
+            if node.op_type not in _OVERWRITING or list(node.input).count(old) != sum(n in names for n in reads(node)):
                 return False
         elif i not in before:
             return False
@@ -159,7 +151,7 @@ def _ancestors(nodes: Sequence[Any], producer: Mapping[str, int], start: int) ->
     found: set[int] = set()
     waiting = [start]
     while waiting:
-        for name in _reads(nodes[waiting.pop()]):
+        for name in reads(nodes[waiting.pop()]):
             if name in producer and producer[name] not in found:
                 found.add(producer[name])
                 waiting.append(producer[name])
@@ -173,12 +165,11 @@ def _part(model: Any, nodes: Sequence[Any], outputs: Sequence[str]) -> Any:
     part = onnx.ModelProto()
     part.CopyFrom(model)
     graph = part.graph
-    read = {name for node in nodes for name in _reads(node)} | set(outputs)
+    put_nodes(graph, nodes, outputs)
+    read = {name for node in nodes for name in reads(node)}.union(outputs)
     known = {value.name: value for value in (*model.graph.output, *model.graph.value_info)}
     for field, kept in (
-        ("node", list(nodes)),
         ("input", [value for value in model.graph.input if value.name in read]),
-        ("initializer", [tensor for tensor in model.graph.initializer if tensor.name in read]),
         ("output", [known.get(name, onnx.ValueInfoProto(name=name)) for name in outputs]),
         ("value_info", []),
     ):

@@ -1,0 +1,32 @@
+"""What rewriting an ONNX graph node by node needs, on protobuf messages."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+
+def subgraphs(node: Any) -> Iterator[Any]:
+    """The graphs that a node holds, for example a Scan's body."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def reads(node: Any) -> Iterator[str]:
+    """Names that a node reads, from within its subgraphs too."""
+    yield from (name for name in node.input if name)
+    for graph in subgraphs(node):
+        for inner in graph.node:
+            yield from reads(inner)
+
+
+def put_nodes(graph: Any, nodes: Iterable[Any], outputs: Collection[str]) -> None:
+    """Give the graph these nodes in place of its own, without the constants that neither they nor `outputs` name."""
+    kept = list(nodes)
+    needed = {name for node in kept for name in reads(node)}.union(outputs)
+    constants = [tensor for tensor in graph.initializer if tensor.name in needed]
+    for field, values in (("node", kept), ("initializer", constants)):
+        graph.ClearField(field)
+        getattr(graph, field).extend(values)
