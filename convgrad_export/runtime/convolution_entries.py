@@ -109,7 +109,6 @@ def _entry(value: Any) -> ConvolutionEntry | None:
     plain = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 31 for n in numbers)
     names = (entry.result, *entry.operands) if isinstance(entry.operands, tuple) else ()
     lowest, highest = _OPERANDS.get(entry.kind, (0, -1)) if isinstance(entry.kind, str) else (0, -1)
-    known = (
-        rank in (1, 2) and names and entry.groups in (1, entry.in_channels) and lowest <= len(entry.operands) <= highest
-    )
+    dense_or_depthwise = entry.groups == 1 or entry.groups == entry.in_channels == entry.out_channels
+    known = rank in (1, 2) and dense_or_depthwise and names and lowest <= len(entry.operands) <= highest
     return entry if plain and known and all(isinstance(name, str) and name for name in names) else None

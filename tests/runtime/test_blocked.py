@@ -220,6 +220,7 @@ def test_models_that_say_nothing_are_left_alone(options: dict[str, Any]) -> None
         {"operands": ["grad_output", "nothing"]},
         {"operands": ["grad_output"]},
         {"out_channels": CHANNELS + 1},
+        {"out_channels": 2 * CHANNELS},
         {"in_channels": -CHANNELS},
         {"pads": [1, 1]},
         {"kind": "bias"},
