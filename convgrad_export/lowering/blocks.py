@@ -100,10 +100,12 @@ def pad(
     return op.Pad(value, ints(op, [*before, *begin, *after, *before, *end, *after]))
 
 
-def extend(op: Ops, value: Value, windows: Sequence[Window], sizes: Sequence[int], first_axis: int = 2) -> Value:
+def extend(
+    op: Ops, value: Value, windows: Sequence[Window], sizes: Sequence[int], first_axis: int = 2, trailing: int = 0
+) -> Value:
     """The zero-extended ranges `windows` of the axes from `first_axis` on, which have `sizes` elements."""
     cropped = crop(op, value, windows, sizes, first_axis)
-    return pad(op, cropped, [w.pad_begin for w in windows], [w.pad_end for w in windows], first_axis)
+    return pad(op, cropped, [w.pad_begin for w in windows], [w.pad_end for w in windows], first_axis, trailing)
 
 
 def conv_operand(op: Ops, value: Value, windows: Sequence[Window], sizes: Sequence[int]) -> tuple[Value, list[int]]:

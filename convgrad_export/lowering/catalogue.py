@@ -20,6 +20,7 @@ from . import (
     input_conv,
     input_matmul,
     transposed_input,
+    weight_channels_last,
     weight_grad,
     weight_samples,
     weight_shifted,
@@ -271,6 +272,15 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             condition=weight_grad.flipped_conv_why_not,
             operators=_CONV,
             when="stride 1",
+            sums_once=True,
+        ),
+        Lowering(
+            name="weight.channels_last_conv",
+            gradient="weight",
+            body=weight_channels_last.channels_last_conv,
+            condition=weight_channels_last.why_not,
+            operators=_CONV,
+            when="fixed sizes; of three axes the last undilated",
             sums_once=True,
         ),
         Lowering(

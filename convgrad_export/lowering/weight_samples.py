@@ -13,20 +13,19 @@ from __future__ import annotations
 import math
 
 from ..geometry import ConvGeometry
-from .blocks import Ops, Value, extend, ints, reshape, stack, tap_slices, transpose
+from .blocks import Ops, Value, extend, ints, reshape, slices, stack, tap_slices, transpose
 from .columns import positions_read, why_not
 
 
 def sample_matmul(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
     """One GEMM for each sample and tap of the last axis; the samples' products are added up."""
     positions = math.prod(g.output_size)
-    data = reshape(op, extend(op, input, g.read_windows(), g.input_size), [-1, math.prod(g.span[:-1]), g.span[-1]])
     right = reshape(op, grad_output, [-1, g.groups, g.out_channels_per_group, positions])
     right = op.Transpose(right, perm=[0, 1, 3, 2])
     products = []
-    for shifted in _shifts(op, g, data):
+    for shifted in _shifts(op, g, input):
         picked = shifted
-        if _outer_taps(g) > 1 or any(s > 1 for s in g.stride[:-1]):
+        if g.taps > 1 and (_outer_taps(g) > 1 or any(s > 1 for s in g.stride[:-1])):
             picked = op.Gather(shifted, ints(op, positions_read(g, g.rank - 1)), axis=1)
         columns = reshape(op, picked, [-1, g.groups, g.in_channels_per_group * _outer_taps(g), positions])
         products.append(op.ReduceSum(op.MatMul(columns, right), ints(op, [0]), keepdims=1))
@@ -39,11 +38,25 @@ def _outer_taps(g: ConvGeometry) -> int:
     return math.prod(g.kernel_size[:-1])
 
 
-def _shifts(op: Ops, g: ConvGeometry, data: Value) -> list[Value]:
-    """`data` (N*C, rows, span of the last axis) as each tap of the last axis reads it."""
+def _shifts(op: Ops, g: ConvGeometry, input: Value) -> list[Value]:
+    """What each tap of the last axis reads: rows (N*C, rows, O of the last axis), those of all outer taps in order."""
+    windows = g.read_windows()
+    if g.taps == 1:
+        if not any(w.pads for w in windows):
+            return [_every_nth(op, g, input)]  # the crop is part of that Slice
+        return [_every_nth(op, g, extend(op, input, windows, g.input_size))]
+    rows = reshape(op, extend(op, input, windows, g.input_size), [-1, math.prod(g.span[:-1]), g.span[-1]])
     if g.kernel_size[-1] == 1 and g.stride[-1] == 1:
-        return [data]
-    return list(tap_slices(op, g, data, 2, slice(-1, None)))
+        return [rows]
+    return list(tap_slices(op, g, rows, 2, slice(-1, None)))
+
+
+def _every_nth(op: Ops, g: ConvGeometry, data: Value) -> Value:
+    """The positions that a kernel of one tap reads of `data`, which begins where it first reads."""
+    stops = [(o - 1) * s + 1 for o, s in zip(g.output_size, g.stride, strict=True)]
+    if all(s == 1 for s in g.stride) and tuple(stops) == g.input_size:
+        return data
+    return slices(op, data, [0] * g.rank, stops, 2, g.stride)
 
 
 def sample_matmul_why_not(g: ConvGeometry) -> str | None:

@@ -2,10 +2,10 @@
 
 onnxruntime's Conv takes a depthwise layer channel by channel, unless its weight is a constant of the model: then it
 keeps B channels side by side (NCHWc, B = 8 or 16 as the processor's registers are wide) and multiplies B of them at
-once, three to twenty times as fast; dense layers of few channels gain a third. In training, and in a gradient, the
-weight is no constant. The operators for that layout can be named in a model all the same (onnxruntime saves optimized
-models with them), but which B they mean depends on the machine, so that they have no place in a file. A session writes
-them for the machine it runs on:
+once, three to twenty times as fast; dense layers gain a tenth to a third. In training, and in a gradient, the weight
+is no constant. The operators for that layout can be named in a model all the same (onnxruntime saves
+optimized models with them), but which B they mean depends on the machine, so that they have no place in a file. A
+session writes them for the machine it runs on:
 
 - forward: Conv over blocked input and weight;
 - input gradient: the same over grad_output, zeros between its elements where the stride is above 1, with the kernel
@@ -33,7 +33,10 @@ from .providers import CPU, onnxruntime
 
 DOMAIN = "com.microsoft.nchwc"
 _CANDIDATES = (16, 8)
-_FEW_CHANNELS = 64  # of the narrower side of a dense layer: up to here the blocked Conv beats one GEMM a sample
+# Dense layers: output positions of all samples from which on the weight's rearrangement is little beside the Conv, and
+# elements of a weight that is little anyway.
+_POSITIONS, _SMALL_WEIGHT = 256, 1 << 16
+_TAPS, _FEW_CHANNELS = 3, 64  # kernels of fewer taps on one axis read what they rearrange too seldom, from here on
 
 
 def with_blocked_convolutions(model: Any) -> Any | None:
@@ -162,12 +165,26 @@ def _used(nodes: list[Any], outputs: set[str]) -> list[Any]:
 def _applies(entry: ConvolutionEntry, block: int) -> bool:
     if 0 in (*entry.input_size, *entry.output_size) or entry.out_channels % block:
         return False
-    if entry.kind == INPUT and (min(_reversed_pads(entry)) < 0 or (entry.groups == 1 and set(entry.stride) != {1})):
+    depthwise = entry.groups > 1 and entry.in_channels == entry.groups == entry.out_channels
+    if entry.kind == INPUT and (min(_reversed_pads(entry)) < 0 or not (depthwise or set(entry.stride) == {1})):
         return False
-    if entry.groups > 1:
+    if depthwise:
         return entry.kind != WEIGHT or (entry.batch is not None and entry.batch > 0)
-    blocks = entry.in_channels % block == 0 or (entry.kind == FORWARD and entry.in_channels < block)
-    return blocks and entry.kind != WEIGHT and min(entry.in_channels, entry.out_channels) <= _FEW_CHANNELS
+    inputs, outputs = entry.in_channels // entry.groups, entry.out_channels // entry.groups
+    blocks = inputs % block == 0 or (entry.kind == FORWARD and entry.groups == 1 and inputs < block)
+    return entry.kind != WEIGHT and blocks and outputs % block == 0 and _dense_pays(entry, inputs * outputs)
+
+
+def _dense_pays(entry: ConvolutionEntry, channels: int) -> bool:
+    """Whether bringing weight, operand and result into the layout and out of it costs less than it saves.
+
+    Args:
+        channels: pairs of an input and an output channel of a group.
+    """
+    taps, positions = int(np.prod(entry.kernel_size)), int(np.prod(entry.output_size))
+    if len(entry.kernel_size) == 1 and taps < _TAPS and channels > _FEW_CHANNELS**2:
+        return False
+    return channels * taps <= _SMALL_WEIGHT or (entry.batch or 1) * positions >= _POSITIONS
 
 
 def _reversed_pads(entry: ConvolutionEntry) -> list[int]:
@@ -227,26 +244,33 @@ class _Writer:
         """The weight as (O/B, I/B, K, B, B), of the Conv that is to run, in the shape that the operator wants to see.
 
         A depthwise one, and one of fewer than B input channels, is (O/B, I, K, B). An input gradient's Conv takes the
-        kernel reversed, and the channels the other way round.
+        kernel reversed, and the channels the other way round. Every step moves whole blocks, or one axis to an end:
+        for anything else onnxruntime's Transpose and Gather take ten times as long.
         """
         taps, block, stem = int(np.prod(entry.kernel_size)), self._block, f"{entry.result}.weight"
-        outputs, inputs = entry.out_channels, entry.in_channels // entry.groups
-        reverse = entry.kind == INPUT
-        split: tuple[int, ...]
-        order: tuple[int, ...]
-        if entry.groups > 1 or inputs < block:
-            split, order = (outputs // block, block, inputs, taps), (0, 2, 3, 1)
+        groups, outputs, inputs = entry.groups, entry.out_channels, entry.in_channels // entry.groups
+        backwards = self._ints(*range(taps - 1, -1, -1))
+        if entry.kind == INPUT and inputs >= block:
+            flat = self._node("Reshape", [name, self._ints(outputs * inputs, taps)], f"{stem}.flat")
+            first = self._node("Transpose", [flat], f"{stem}.taps_first", perm=[1, 0])
+            first = self._node("Gather", [first, backwards], f"{stem}.reversed", axis=0)
+            split = self._ints(taps, groups, outputs // groups // block, block, inputs // block, block)
+            first = self._node("Reshape", [first, split], f"{stem}.split")
+            inner = self._node("Transpose", [first], f"{stem}.inner", perm=[1, 4, 2, 0, 3, 5])
+            outputs, inputs = inputs * groups, outputs // groups
         else:
-            split, order = (outputs // block, block, inputs // block, block, taps), (0, 2, 4, 3, 1)
-            if reverse:
-                order, outputs, inputs = (2, 0, 4, 1, 3), inputs, outputs
-        flat = self._node("Reshape", [name, self._ints(*split)], f"{stem}.flat")
-        if reverse:
-            backwards = self._ints(*range(taps - 1, -1, -1))
-            flat = self._node("Gather", [flat, backwards], f"{stem}.reversed", axis=len(split) - 1)
-        inner = self._node("Transpose", [flat], f"{stem}.inner", perm=order)
-        shape = self._ints(outputs, inputs, *_plane(entry.kernel_size))
-        return self._node("Reshape", [inner, shape], f"{stem}.blocked")
+            image = self._node("Reshape", [name, self._ints(1, outputs, inputs, taps)], f"{stem}.image")
+            inner = self._node("ReorderInput", [image], f"{stem}.lanes", DOMAIN)  # (O/B, I, K, B)
+            if inputs >= block:
+                split = self._ints(outputs // block, inputs // block, block, taps, block)
+                inner = self._node("Reshape", [inner, split], f"{stem}.split")
+                inner = self._node("Transpose", [inner], f"{stem}.inner", perm=[0, 1, 3, 2, 4])
+            elif entry.kind == INPUT:
+                inner = self._node("Reshape", [inner, self._ints(outputs // block, taps, block)], f"{stem}.split")
+                inner = self._node("Gather", [inner, backwards], f"{stem}.reversed", axis=1)
+        return self._node(
+            "Reshape", [inner, self._ints(outputs, inputs, *_plane(entry.kernel_size))], f"{stem}.blocked"
+        )
 
     def _forward(self, entry: ConvolutionEntry) -> None:
         x, w, *bias = entry.operands
@@ -297,7 +321,7 @@ class _Writer:
         if len(size) == 2:
             self._node("ReorderOutput", [blocked], entry.result, DOMAIN, channels=channels)
             return
-        plane = self._node("ReorderOutput", [blocked], f"{entry.result}.plane", DOMAIN, channels=channels)
+        plane = self._node("ReorderOutput", [blocked], f"{entry.result}.result_plane", DOMAIN, channels=channels)
         self._node("Reshape", [plane, self._ints(0, channels, size[0])], entry.result)
 
     def _weight_gradient(self, entry: ConvolutionEntry) -> None:

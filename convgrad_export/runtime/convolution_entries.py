@@ -14,7 +14,8 @@ from ..geometry import ConvGeometry
 
 METADATA = "convgrad.convolutions"
 FORWARD, INPUT, WEIGHT = "forward", "input", "weight"
-_DIRECT = ("input.flipped_conv", "input.conv_transpose")
+_SMALLEST_BLOCK = 8  # channels side by side in the narrowest of onnxruntime's blocked layouts
+_DIRECT = ("input.flipped_conv", "input.conv_transpose", "input.col2im")
 _OPERANDS = {FORWARD: (2, 3), INPUT: (2, 2), WEIGHT: (2, 2)}
 
 
@@ -27,7 +28,7 @@ class ConvolutionEntry:
             ``"weight"`` (grad_output, input).
         result, operands: names in the graph.
         batch: number of samples, None where it is not fixed.
-        in_channels, out_channels, groups: one group, or as many as channels of either side.
+        in_channels, out_channels, groups: of the forward convolution.
         input_size, output_size, kernel_size, stride, dilation: per spatial axis, one or two.
         pads: of the forward convolution, all beginnings and then all ends.
     """
@@ -48,7 +49,7 @@ class ConvolutionEntry:
 
 
 def may_replace(geometry: ConvGeometry, lowering: str) -> bool:
-    """Whether a session has a better form: than any lowering of a depthwise layer, than a direct one of a dense."""
+    """Whether a session has a better form: than any lowering of a layer in groups, than a direct one of a dense."""
     return geometry.groups > 1 or lowering in _DIRECT
 
 
@@ -59,7 +60,8 @@ def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence
     if g.transposed or g.rank > 2 or not static:
         return None
     depthwise = g.groups > 1 and g.in_channels == g.out_channels == g.groups
-    if not depthwise and (g.groups > 1 or g.rank != 2 or g.is_pointwise or kind == WEIGHT):
+    narrow = min(g.in_channels_per_group, g.out_channels_per_group) < _SMALLEST_BLOCK
+    if not depthwise and (g.is_pointwise or kind == WEIGHT or (g.groups > 1 and narrow)):
         return None  # no gain was measured
     if kind == FORWARD and any(r >= s for r, s in zip(g.remainder, g.stride, strict=True)):
         return None  # the adjoint of a transposed convolution whose output padding is never read
@@ -106,9 +108,10 @@ def _entry(value: Any) -> ConvolutionEntry | None:
         if not isinstance(group, tuple) or len(group) != (2 * rank if group is entry.pads else rank):
             return None
         numbers.extend(group)
-    plain = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 31 for n in numbers)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 31 for n in numbers):
+        return None
     names = (entry.result, *entry.operands) if isinstance(entry.operands, tuple) else ()
     lowest, highest = _OPERANDS.get(entry.kind, (0, -1)) if isinstance(entry.kind, str) else (0, -1)
-    dense_or_depthwise = entry.groups == 1 or entry.groups == entry.in_channels == entry.out_channels
-    known = rank in (1, 2) and dense_or_depthwise and names and lowest <= len(entry.operands) <= highest
-    return entry if plain and known and all(isinstance(name, str) and name for name in names) else None
+    divided = entry.groups > 0 and not entry.in_channels % entry.groups and not entry.out_channels % entry.groups
+    known = rank in (1, 2) and divided and names and lowest <= len(entry.operands) <= highest
+    return entry if known and all(isinstance(name, str) and name for name in names) else None

@@ -18,6 +18,9 @@ _TINY_IMAGE, _ONE_THREAD_TINY_IMAGE = 64, 8  # up to here a GEMM a sample does l
 _SMALL_IMAGE = 256  # up to here Col2Im's additions cost less than ConvTranspose's
 _SMALL_VOLUME = 64  # up to here plane by plane pays for strided 1x1x1 kernels
 _SMALL_PLANE, _ONE_THREAD_PLANE = 256, 64  # up to here a Gather of runs over the batch is faster than a Slice of rows
+_FEW_GROUP_CHANNELS = 4  # up to here taps beside the channels fill a GEMM better than the channels alone
+# Few output channels: from here on taps beside them fill the GEMM's short side.
+_MANY_TAPS_FEW_ROWS, _ONE_THREAD_MANY_TAPS_FEW_ROWS = 49, 25
 _MANY_TAPS = 81  # few input channels: from here on the columns are best made inside the Conv
 _RUN = 8  # samples from which on a run over the batch is worth copying as such
 _WIDE_ROW = 56  # depthwise, kernels of 5 and more: from here on taps divided between the operands beat whole rows
@@ -98,6 +101,28 @@ def weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
         return ("weight.image_matmul", "weight.depthwise_rows")
     if g.is_depthwise:
         return _depthwise_weight_preferences(g, one_thread)
+    preferences = _matmul_weight_preferences(g, one_thread)
+    return ("weight.channels_last_conv", *preferences) if _channels_last_pays(g, one_thread) else preferences
+
+
+def _channels_last_pays(g: ConvGeometry, one_thread: bool) -> bool:
+    """For almost every kernel of more than one tap: a GEMM of full size, and columns that stay in the cache."""
+    if not g.is_static or g.is_pointwise or g.rank == 3:
+        return False
+    if g.groups > 1:
+        return min(g.in_channels_per_group, g.out_channels_per_group) > _FEW_GROUP_CHANNELS
+    many = _ONE_THREAD_MANY_TAPS_FEW_ROWS if one_thread else _MANY_TAPS_FEW_ROWS
+    if g.rank == 2 and g.out_channels < _FEW_CHANNELS and g.taps >= many:
+        return False  # the columns are copied for few rows of the GEMM
+    if one_thread:
+        return True
+    if g.in_channels < _FEW_CHANNELS and all(k <= s for k, s in zip(g.kernel_size, g.stride, strict=True)):
+        return False  # no element is read twice
+    return math.prod(g.output_size) > _TINY_IMAGE  # else the result's Transpose, on one thread, takes too long
+
+
+def _matmul_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
+    """Neither depthwise nor by `channels_last_conv`: matrix products of copied columns, in float64 too."""
     if g.groups > 1:
         return _grouped_weight_preferences(g, one_thread)
     few = min(g.in_channels, g.out_channels) < _FEW_CHANNELS
@@ -149,7 +174,7 @@ def _few_channels_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple
 
 def _pointwise_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
     positions = math.prod(g.output_size)
-    if g.rank == 3 and any(s > 1 for s in g.stride[1:]) and _has_runs(g):
+    if g.rank == 3 and any(s > 1 for s in g.stride[1:]) and _has_runs(g) and positions < _LARGE_IMAGE:
         return ("weight.depth_taps_gathered", *_ANY_WEIGHT)
     # One product of weight size a sample is worth it where it is small beside the two operands.
     product, operands = g.in_channels * g.out_channels, (g.in_channels + g.out_channels) * positions

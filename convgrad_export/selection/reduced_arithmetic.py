@@ -19,10 +19,10 @@ DEFAULT_ERROR_FACTOR = 2.0
 # they are in proportion to the sum of the two, the multiplications to their product.
 _CHANNELS, _ONE_THREAD_CHANNELS = 42, 32
 _LARGE_IMAGE, _LARGE_IMAGE_CHANNELS = 1024, 60  # positions; the untransformed tensors leave the cache as well
-# Three taps on one axis save a third of the multiplications, on two axes more than half. On several threads the direct
-# weight gradients are the slower ones: their copies run on one.
-_ONE_AXIS_CHANNELS = {"input": 192, "forward": 192, "weight": 64}
-_ONE_AXIS_ONE_THREAD_CHANNELS = 96
+_HUGE_IMAGE, _HUGE_IMAGE_CHANNELS = 8192, 96
+# Three taps on one axis save a third of the multiplications, on two axes more than half.
+_ONE_AXIS_CHANNELS = 192
+_ONE_AXIS_ONE_THREAD_CHANNELS = {"input": 96, "forward": 96, "weight": 160}
 _CONSTANT_WEIGHT_CHANNELS = 128  # onnxruntime runs a Conv in its blocked layout then
 _TILES = 32  # of all samples: fewer do not pay for transforming the weight
 _ASSUMED_BATCH = 8  # where the batch is open
@@ -46,7 +46,7 @@ def winograd_tiles(
     if math.prod(size) > _LARGE_IMAGE:
         needed = _LARGE_IMAGE_CHANNELS
     if len(filtered) < 2:
-        needed = _ONE_AXIS_ONE_THREAD_CHANNELS if one_thread else _ONE_AXIS_CHANNELS[gradient]
+        needed = _ONE_AXIS_ONE_THREAD_CHANNELS[gradient] if one_thread else _ONE_AXIS_CHANNELS
     if constant_weight:
         needed = max(needed, _CONSTANT_WEIGHT_CHANNELS)
     channels = 2 * g.in_channels * g.out_channels / (g.in_channels + g.out_channels)
@@ -56,6 +56,8 @@ def winograd_tiles(
 
     def pays(tile: int) -> bool:
         if not 3 <= max(g.kernel_size) <= _TAPS[tile]:
+            return False
+        if tile == 4 and math.prod(size) > _HUGE_IMAGE and channels < _HUGE_IMAGE_CHANNELS:
             return False
         counts = (math.ceil(size[axis] / (tile - g.kernel_size[axis] + 1)) for axis in filtered)
         return batch * math.prod(counts) >= _TILES

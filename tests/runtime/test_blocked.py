@@ -27,7 +27,7 @@ LAYER: dict[str, Any] = {"input_shape": (2, CHANNELS, 6, 7), "weight_shape": (CH
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> dict[str, Any]:
-    """Depthwise and dense ones."""
+    """Depthwise and dense ones, the latter in one group or two."""
     rank = draw(st.sampled_from([1, 2]))
 
     def sizes(low: int, high: int) -> list[int]:
@@ -36,11 +36,13 @@ def convolutions(draw: st.DrawFn) -> dict[str, Any]:
     kernel, stride, dilation, padding = sizes(1, 4), sizes(1, 3), sizes(1, 2), sizes(0, 3)
     extent = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     image = [max(1, e - 2 * p) + extra for e, p, extra in zip(extent, padding, sizes(0, 7), strict=True)]
-    channels, depthwise = draw(st.sampled_from([3, 8, 16, 24, 32])), draw(st.booleans())
-    outputs = channels if depthwise else draw(st.sampled_from([8, 16, 32]))
+    channels, groups = draw(st.sampled_from([3, 8, 16, 24, 32])), draw(st.sampled_from([1, 2, None]))
+    outputs = draw(st.sampled_from([8, 16, 32]))
+    if groups is None or channels % groups:
+        groups = outputs = channels
     return {
         "input": (draw(st.integers(1, 3)), channels, *image),
-        "weight": (outputs, 1 if depthwise else channels, *kernel),
+        "weight": (outputs, channels // groups, *kernel),
         "attributes": {"stride": stride, "padding": padding, "dilation": dilation},
     }
 
@@ -81,11 +83,11 @@ def test_gradients_are_exact_on_integers(case: dict[str, Any]) -> None:
         )
         rewritten = blocked.with_blocked_convolutions(model)
         fits = kind == "weight" or takes_input_gradient(x.shape[2:], w.shape[2:], grad.shape[2:], **attributes)
-        if groups > 1:
+        if groups == x.shape[1]:
             assert (rewritten is not None) == (groups % BLOCK == 0 and fits)
         elif rewritten is not None:
             assert set(attributes["stride"]) == {1}
-            assert (kind, fits, w.shape[0] % BLOCK, w.shape[1] % BLOCK) == ("input", True, 0, 0)
+            assert (kind, fits, w.shape[0] // groups % BLOCK, w.shape[1] % BLOCK) == ("input", True, 0, 0)
         session = cg.GradientSession(model, threads=1)
         operands = {"grad_output": grad, "input": x, "weight": w}
         (got,) = session.run({name: operands[name] for name in session.input_names}).values()
@@ -103,7 +105,9 @@ def network() -> nn.Module:
         nn.BatchNorm2d(CHANNELS),
         nn.ReLU6(),
         nn.Conv2d(CHANNELS, CHANNELS, (5, 3), 2, (2, 1), groups=CHANNELS, bias=False),
+        nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=2),
         nn.Flatten(2),
+        nn.Conv1d(CHANNELS, CHANNELS, 3, padding=1),
         nn.Conv1d(CHANNELS, CHANNELS, 4, padding="same", dilation=2, groups=CHANNELS),
         nn.Flatten(),
         nn.LazyLinear(4),
@@ -124,9 +128,9 @@ def test_a_step_computes_the_same_and_its_file_is_standard(in_place: bool) -> No
     model = onnx.load_from_string(_bytes(report))
     assert {opset.domain for opset in model.opset_import} == {""}
     kinds = sorted(entry.kind for entry in from_text(_entry(model)))
-    assert kinds == ["forward"] * 5 + ["input"] * 3 + ["weight"] * 3  # of the dense layers, two forward convolutions
+    assert kinds == ["forward"] * 7 + ["input"] * 5 + ["weight"] * 3  # no weight gradient but the depthwise layers'
     rewritten = blocked.with_blocked_convolutions(model)
-    assert [n.op_type for n in rewritten.graph.node if n.domain == blocked.DOMAIN].count("Conv") == 11
+    assert [n.op_type for n in rewritten.graph.node if n.domain == blocked.DOMAIN].count("Conv") == 15
     batch = torch.randn(4, 3, 11, 9), torch.tensor([0, 1, 2, 3])
     states = []
     for layout in (True, False):
@@ -178,8 +182,9 @@ def test_a_convolution_with_a_window_too_many_is_none() -> None:
 def test_a_tensor_is_brought_into_the_layout_once() -> None:
     rewritten = blocked.with_blocked_convolutions(onnx.load_from_string(_bytes(training_step())))
     reordered = [node.input[0] for node in rewritten.graph.node if node.op_type == "ReorderInput"]
-    # four inputs (the images themselves are read as they are) and the gradients of the depthwise layers
-    assert len(reordered) == len(set(reordered)) == 7
+    assert len(reordered) == len(set(reordered))
+    # six inputs (the images themselves are read as they are) and the gradients of five layers
+    assert sum(not name.endswith(".weight.image") for name in reordered) == 11
 
 
 @needs_blocks

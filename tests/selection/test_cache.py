@@ -74,7 +74,7 @@ def test_limits_apply_to_what_the_cache_offers(own_cache: Path) -> None:
     save(own_cache, [record({AUTO: 3.0, "weight.winograd6": 1.0, "weight.im2col": 2.0}, wide)])
     assert choose("weight", wide, lowering="tuned").name == "weight.im2col"
     assert choose("weight", wide, lowering="tuned", max_error_factor=8).name == "weight.winograd6"
-    assert choose("weight", wide, lowering="tuned", max_workspace=1_000_000).name == "weight.matmul_taps"
+    assert choose("weight", wide, lowering="tuned", max_workspace=1_000_000).name == "weight.channels_last_conv"
 
 
 def test_the_nearest_thread_count_and_batch_decide(own_cache: Path) -> None:

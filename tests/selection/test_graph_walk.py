@@ -60,14 +60,16 @@ direct = partial(choose, max_error_factor=1.0)
 
 
 def test_choose_obeys_the_limit_and_says_what_is_too_large() -> None:
-    assert direct("weight", DENSE).name == "weight.sample_matmul"
-    need = workspace_bytes("weight.sample_matmul", DENSE)
-    assert direct("weight", DENSE, max_workspace=need).name == "weight.sample_matmul"
-    smaller = direct("weight", DENSE, max_workspace=need - 1)
-    assert workspace_bytes(smaller.name, DENSE) < need
+    assert direct("weight", DENSE).name == "weight.channels_last_conv"
+    need = workspace_bytes("weight.channels_last_conv", DENSE)
+    assert need < workspace_bytes("weight.sample_matmul", DENSE) / 2
+    assert direct("weight", DENSE, max_workspace=need).name == "weight.channels_last_conv"
+    with pytest.raises(cg.UnsupportedLoweringError, match=rf"channels_last_conv: needs {need} bytes of workspace"):
+        direct("weight", DENSE, max_workspace=need - 1)  # no form needs less
     wasteful = choose("weight", DENSE)
     assert wasteful.name == "weight.winograd4"
-    assert choose("weight", DENSE, max_workspace=workspace_bytes(wasteful.name, DENSE) - 1) != wasteful
+    smaller = choose("weight", DENSE, max_workspace=workspace_bytes(wasteful.name, DENSE) - 1)
+    assert smaller.name == "weight.channels_last_conv"
     with pytest.raises(cg.UnsupportedLoweringError, match="bytes of workspace, max_workspace is 10"):
         direct("weight", DENSE, max_workspace=10)
     with pytest.raises(cg.UnsupportedLoweringError, match=r"weight\.im2col.*max_workspace is 10: raise the limit"):

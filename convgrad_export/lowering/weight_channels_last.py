@@ -1,0 +1,73 @@
+"""Weight gradient as one Conv over the input with its channels last: no column buffer, and a GEMM of full size.
+
+A weight gradient adds up over the samples and the output positions. Here the samples are the channels of a Conv and
+grad_output is its kernel, so both are summed inside it, while taps and input channels lie on its output's axes: the
+GEMM within has M/G rows and as many columns as a filter has elements. onnxruntime makes that GEMM's columns piece by
+piece in a buffer that stays in the cache, in parallel, and copies runs of all input channels.
+
+With the last axis undilated, its taps and the channels are neighbours in memory: those two axes are one, on which a
+position is as many elements as there are channels.
+
+Operands: grad_output (N, M, *O), input (N, C, *I). Result: (M, C/G, *K).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..geometry import ConvGeometry
+from .blocks import Ops, Value, conv_operand, reshape, transpose
+
+_CONV_AXES = 3  # spatial axes of the largest Conv that onnxruntime has fast kernels for
+
+
+def channels_last_conv(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
+    """Conv over the samples, input channels on its last axis: the stride dilates grad_output, the dilation strides."""
+    windows = g.read_windows()
+    data, pads = conv_operand(op, input, windows, g.input_size)
+    if any(pads):
+        sizes = [i - w.crop_begin - w.crop_end for i, w in zip(g.input_size, windows, strict=True)]
+    else:
+        sizes = list(g.span)
+    begin, end = pads[: g.rank], pads[g.rank :]
+    channels = g.in_channels_per_group
+    data = _channels_last(op, data, g.groups, channels, sizes)  # (G, N, *sizes, C/G)
+    kernel = op.Transpose(grad_output, perm=[1, 0, *range(2, 2 + g.rank)])
+    if _merges(g):
+        axes = [*sizes[:-1], sizes[-1] * channels]
+        begin, end = [*begin[:-1], begin[-1] * channels], [*end[:-1], end[-1] * channels]
+        strides, dilations = [*g.dilation[:-1], 1], [*g.stride[:-1], g.stride[-1] * channels]
+    else:
+        axes = [*sizes, channels]
+        begin, end = [*begin, 0], [*end, 0]
+        strides, dilations = [*g.dilation, 1], [*g.stride, 1]
+        kernel = reshape(op, kernel, [g.out_channels, -1, *g.output_size, 1])
+    data = reshape(op, data, [1, -1, *axes])
+    result = op.Conv(data, kernel, strides=strides, dilations=dilations, pads=[*begin, *end], group=g.groups)
+    if g.taps == 1:
+        return reshape(op, result, g.weight_shape)
+    taps_first = reshape(op, result, [g.out_channels, *g.kernel_size, channels])
+    return op.Transpose(taps_first, perm=[0, 1 + g.rank, *range(1, 1 + g.rank)])
+
+
+def why_not(g: ConvGeometry) -> str | None:
+    if not g.is_static:
+        return "the sizes of its axes are attributes, which need fixed sizes"
+    if g.rank == _CONV_AXES and not _merges(g):
+        return f"the last of three axes has dilation {g.dilation[-1]}, it needs 1"
+    return None
+
+
+def _merges(g: ConvGeometry) -> bool:
+    """Whether the taps of the last axis lie one position apart."""
+    return g.dilation[-1] == 1 or g.kernel_size[-1] == 1
+
+
+def _channels_last(op: Ops, value: Value, groups: int, per_group: int, sizes: Sequence[int]) -> Value:
+    """(N, G*c, *sizes) as (G, N, *sizes, c); one axis a Transpose, for which onnxruntime has fast kernels."""
+    spatial = range(2, 2 + len(sizes))
+    if groups > 1:
+        rows = op.Transpose(reshape(op, value, [-1, groups, per_group * math.prod(sizes)]), perm=[1, 0, 2])
+        value = reshape(op, rows, [-1, per_group, *sizes])
+    return transpose(op, value, [0, *spatial, 1])
