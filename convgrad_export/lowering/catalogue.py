@@ -284,6 +284,15 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             sums_once=True,
         ),
         Lowering(
+            name="weight.channels_last_flipped_conv",
+            gradient="weight",
+            body=weight_channels_last.channels_last_flipped_conv,
+            condition=weight_channels_last.flipped_why_not,
+            operators=_CONV,
+            when="stride 1, fixed sizes; of three axes the last undilated",
+            sums_once=True,
+        ),
+        Lowering(
             name="weight.im2col",
             gradient="weight",
             body=weight_grad.im2col,

@@ -16,8 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..geometry import ConvGeometry
-from .blocks import Ops, Value, conv_operand, reshape, transpose
+from ..geometry import ConvGeometry, Window, window
+from .blocks import Ops, Value, conv_operand, reshape, reverse, transpose
 
 _CONV_AXES = 3  # spatial axes of the largest Conv that onnxruntime has fast kernels for
 
@@ -26,29 +26,72 @@ def channels_last_conv(op: Ops, g: ConvGeometry, grad_output: Value, input: Valu
     """Conv over the samples, input channels on its last axis: the stride dilates grad_output, the dilation strides."""
     windows = g.read_windows()
     data, pads = conv_operand(op, input, windows, g.input_size)
-    if any(pads):
-        sizes = [i - w.crop_begin - w.crop_end for i, w in zip(g.input_size, windows, strict=True)]
-    else:
-        sizes = list(g.span)
-    begin, end = pads[: g.rank], pads[g.rank :]
-    channels = g.in_channels_per_group
-    data = _channels_last(op, data, g.groups, channels, sizes)  # (G, N, *sizes, C/G)
-    kernel = op.Transpose(grad_output, perm=[1, 0, *range(2, 2 + g.rank)])
+    sizes = _sizes_after(pads, windows, g.input_size, g.span)
+    data = _channels_last(op, data, g.groups, g.in_channels_per_group, sizes)
+    # (M, *K, C/G)
+    result = _convolve(op, g, data, sizes, grad_output, g.output_size, pads, g.stride)
+    if g.taps == 1:
+        return reshape(op, result, g.weight_shape)
+    return op.Transpose(result, perm=[0, 1 + g.rank, *range(1, 1 + g.rank)])
+
+
+def channels_last_flipped_conv(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
+    """Stride 1, operands the other way round: input channels are the GEMM's rows, the result is reversed."""
+    windows = [
+        window(o, lo - (e - 1), i + e - 1)
+        for o, lo, e, i in zip(g.output_size, g.begin, g.extent, g.input_size, strict=True)
+    ]
+    data, pads = conv_operand(op, grad_output, windows, g.output_size)
+    sizes = _sizes_after(pads, windows, g.output_size, [i + e - 1 for i, e in zip(g.input_size, g.extent, strict=True)])
+    data = _channels_last(op, data, g.groups, g.out_channels_per_group, sizes)
+    # (C, *K, M/G), the kernel reversed
+    result = _convolve(op, g, data, sizes, input, g.input_size, pads, g.stride)
+    spatial = range(2, 2 + g.rank)
+    split = reshape(op, result, [g.groups, g.in_channels_per_group, *g.kernel_size, g.out_channels_per_group])
+    ordered = op.Transpose(split, perm=[0, 2 + g.rank, 1, *spatial])
+    return reverse(op, reshape(op, ordered, g.weight_shape), 2, g.kernel_size)
+
+
+def _convolve(
+    op: Ops,
+    g: ConvGeometry,
+    data: Value,
+    sizes: Sequence[int],
+    kernel: Value,
+    kernel_size: Sequence[int],
+    pads: Sequence[int],
+    spacing: Sequence[int],
+) -> Value:
+    """The Conv: `data` (G, N, *sizes, c), `kernel` (N, G*r, *kernel_size), result (G*r, *K, c).
+
+    Args:
+        spacing: of the kernel's elements over the data.
+    """
+    begin, end = list(pads[: g.rank]), list(pads[g.rank :])
+    rows = g.out_channels if kernel_size is g.output_size else g.in_channels
+    channels = (g.in_channels if kernel_size is g.output_size else g.out_channels) // g.groups
+    kernel = op.Transpose(kernel, perm=[1, 0, *range(2, 2 + g.rank)])
     if _merges(g):
         axes = [*sizes[:-1], sizes[-1] * channels]
-        begin, end = [*begin[:-1], begin[-1] * channels], [*end[:-1], end[-1] * channels]
-        strides, dilations = [*g.dilation[:-1], 1], [*g.stride[:-1], g.stride[-1] * channels]
+        begin[-1], end[-1] = begin[-1] * channels, end[-1] * channels
+        strides, dilations = [*g.dilation[:-1], 1], [*spacing[:-1], spacing[-1] * channels]
     else:
         axes = [*sizes, channels]
         begin, end = [*begin, 0], [*end, 0]
-        strides, dilations = [*g.dilation, 1], [*g.stride, 1]
-        kernel = reshape(op, kernel, [g.out_channels, -1, *g.output_size, 1])
+        strides, dilations = [*g.dilation, 1], [*spacing, 1]
+        kernel = reshape(op, kernel, [rows, -1, *kernel_size, 1])
     data = reshape(op, data, [1, -1, *axes])
     result = op.Conv(data, kernel, strides=strides, dilations=dilations, pads=[*begin, *end], group=g.groups)
-    if g.taps == 1:
-        return reshape(op, result, g.weight_shape)
-    taps_first = reshape(op, result, [g.out_channels, *g.kernel_size, channels])
-    return op.Transpose(taps_first, perm=[0, 1 + g.rank, *range(1, 1 + g.rank)])
+    return reshape(op, result, [rows, *g.kernel_size, channels])
+
+
+def _sizes_after(
+    pads: Sequence[int], windows: Sequence[Window], sizes: Sequence[int], lengths: Sequence[int]
+) -> list[int]:
+    """What `conv_operand` leaves of the axes: cropped, or of the windows' full `lengths`."""
+    if not any(pads):
+        return list(lengths)
+    return [size - w.crop_begin - w.crop_end for size, w in zip(sizes, windows, strict=True)]
 
 
 def why_not(g: ConvGeometry) -> str | None:
@@ -57,6 +100,10 @@ def why_not(g: ConvGeometry) -> str | None:
     if g.rank == _CONV_AXES and not _merges(g):
         return f"the last of three axes has dilation {g.dilation[-1]}, it needs 1"
     return None
+
+
+def flipped_why_not(g: ConvGeometry) -> str | None:
+    return why_not(g) or (None if all(s == 1 for s in g.stride) else f"stride is {g.stride}, it needs 1")
 
 
 def _merges(g: ConvGeometry) -> bool:

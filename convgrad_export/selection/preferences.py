@@ -19,8 +19,6 @@ _SMALL_IMAGE = 256  # up to here Col2Im's additions cost less than ConvTranspose
 _SMALL_VOLUME = 64  # up to here plane by plane pays for strided 1x1x1 kernels
 _SMALL_PLANE, _ONE_THREAD_PLANE = 256, 64  # up to here a Gather of runs over the batch is faster than a Slice of rows
 _FEW_GROUP_CHANNELS = 4  # up to here taps beside the channels fill a GEMM better than the channels alone
-# Few output channels: from here on taps beside them fill the GEMM's short side.
-_MANY_TAPS_FEW_ROWS, _ONE_THREAD_MANY_TAPS_FEW_ROWS = 49, 25
 _MANY_TAPS = 81  # few input channels: from here on the columns are best made inside the Conv
 _RUN = 8  # samples from which on a run over the batch is worth copying as such
 _WIDE_ROW = 56  # depthwise, kernels of 5 and more: from here on taps divided between the operands beat whole rows
@@ -102,7 +100,11 @@ def weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
     if g.is_depthwise:
         return _depthwise_weight_preferences(g, one_thread)
     preferences = _matmul_weight_preferences(g, one_thread)
-    return ("weight.channels_last_conv", *preferences) if _channels_last_pays(g, one_thread) else preferences
+    if not _channels_last_pays(g, one_thread):
+        return preferences
+    # The side with more channels gives the GEMM its rows: the other side's columns are copied once for all of them.
+    flipped = g.in_channels > g.out_channels and all(s == 1 for s in g.stride)
+    return ("weight.channels_last_flipped_conv" if flipped else "weight.channels_last_conv", *preferences)
 
 
 def _channels_last_pays(g: ConvGeometry, one_thread: bool) -> bool:
@@ -111,9 +113,6 @@ def _channels_last_pays(g: ConvGeometry, one_thread: bool) -> bool:
         return False
     if g.groups > 1:
         return min(g.in_channels_per_group, g.out_channels_per_group) > _FEW_GROUP_CHANNELS
-    many = _ONE_THREAD_MANY_TAPS_FEW_ROWS if one_thread else _MANY_TAPS_FEW_ROWS
-    if g.rank == 2 and g.out_channels < _FEW_CHANNELS and g.taps >= many:
-        return False  # the columns are copied for few rows of the GEMM
     if one_thread:
         return True
     if g.in_channels < _FEW_CHANNELS and all(k <= s for k, s in zip(g.kernel_size, g.stride, strict=True)):

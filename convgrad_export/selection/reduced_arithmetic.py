@@ -18,6 +18,7 @@ DEFAULT_ERROR_FACTOR = 2.0
 # Channels, the harmonic mean of both sides, below which the transforms cost more than the multiplications they save:
 # they are in proportion to the sum of the two, the multiplications to their product.
 _CHANNELS, _ONE_THREAD_CHANNELS = 42, 32
+_WEIGHT_CHANNELS = 60  # against a direct form whose copies stay in the cache
 _LARGE_IMAGE, _LARGE_IMAGE_CHANNELS = 1024, 60  # positions; the untransformed tensors leave the cache as well
 _HUGE_IMAGE, _HUGE_IMAGE_CHANNELS = 8192, 96
 # Three taps on one axis save a third of the multiplications, on two axes more than half.
@@ -43,6 +44,8 @@ def winograd_tiles(
     filtered = [axis for axis, k in enumerate(g.kernel_size) if k > 1]
     size = g.input_size if gradient == "input" else g.output_size
     needed = _ONE_THREAD_CHANNELS if one_thread else _CHANNELS
+    if gradient == "weight":
+        needed = _WEIGHT_CHANNELS
     if math.prod(size) > _LARGE_IMAGE:
         needed = _LARGE_IMAGE_CHANNELS
     if len(filtered) < 2:

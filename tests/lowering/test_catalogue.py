@@ -95,7 +95,7 @@ def test_the_policy_always_finds_a_lowering_and_keeps_to_direct_forms(case) -> N
 def test_the_policy_obeys_the_allowed_error() -> None:
     wide = ConvGeometry.from_forward((8, 256, 14, 14), (256, 256, 3, 3), padding=1)
     chosen = {factor: choose("weight", wide, max_error_factor=factor).name for factor in (1.0, 2.0, 8.0)}
-    assert chosen == {1.0: "weight.columns", 2.0: "weight.winograd4", 8.0: "weight.winograd6"}
+    assert chosen == {1.0: "weight.channels_last_conv", 2.0: "weight.winograd4", 8.0: "weight.winograd6"}
     narrow = ConvGeometry.from_forward((8, 16, 14, 14), (16, 16, 3, 3), padding=1)
     assert choose("weight", narrow, max_error_factor=8.0).error_factor == 1.0
 
@@ -138,14 +138,17 @@ def test_a_constant_weight_changes_the_choice_where_the_runtime_profits() -> Non
         ("input", (8, 512, 2, 2), (512, 512, 3, 3), 1, "input.columns", "input.columns"),
         ("input", (8, 3, 224, 224), (64, 3, 7, 7), 2, "input.conv_transpose", "input.conv_transpose"),
         ("input", (8, 96, 56, 56), (96, 1, 3, 3), 1, "input.conv_transpose", "input.flipped_conv"),
-        ("weight", (8, 48, 56, 56), (48, 48, 3, 3), 1, "weight.matmul_taps", "weight.sample_matmul"),
-        ("weight", (8, 512, 2, 2), (512, 512, 3, 3), 1, "weight.columns", "weight.columns"),
+        ("weight", (8, 48, 56, 56), (48, 48, 3, 3), 1, "weight.channels_last_conv", "weight.channels_last_conv"),
+        ("weight", (8, 512, 2, 2), (512, 512, 3, 3), 1, "weight.channels_last_conv", "weight.columns"),
         ("weight", (8, 256, 56, 56), (64, 256, 1, 1), 1, "weight.sample_matmul", "weight.sample_matmul"),
         ("weight", (8, 2048, 7, 7), (512, 2048, 1, 1), 1, "weight.matmul_taps", "weight.matmul_taps"),
-        ("weight", (8, 3, 224, 224), (64, 3, 7, 7), 2, "weight.sample_matmul", "weight.sample_matmul"),
-        ("weight", (8, 3, 224, 224), (96, 3, 4, 4), 4, "weight.swapped_conv", "weight.swapped_conv"),
-        ("weight", (2, 3, 128, 128), (32, 3, 11, 11), 2, "weight.swapped_conv", "weight.swapped_conv"),
-        ("weight", (2, 128, 64, 64), (3, 128, 3, 3), 1, "weight.shifted_matmul", "weight.shifted_matmul"),
+        ("weight", (8, 3, 224, 224), (64, 3, 7, 7), 2, "weight.channels_last_conv", "weight.channels_last_conv"),
+        ("weight", (8, 3, 224, 224), (96, 3, 4, 4), 4, "weight.channels_last_conv", "weight.swapped_conv"),
+        ("weight", (2, 3, 128, 128), (32, 3, 11, 11), 2, "weight.channels_last_conv", "weight.channels_last_conv"),
+        ("weight", (2, 128, 64, 64), (3, 128, 3, 3), 1, *["weight.channels_last_flipped_conv"] * 2),
+        ("weight", (8, 128, 32, 32), (64, 128, 1, 7), 1, *["weight.channels_last_flipped_conv"] * 2),
+        ("weight", (8, 128, 32, 32), (64, 128, 1, 7), 2, *["weight.channels_last_conv"] * 2),
+        ("weight", (8, 64, 256), (128, 64, 5), 1, *["weight.channels_last_conv"] * 2),
     ],
 )
 def test_the_rules_know_the_number_of_threads(gradient, input_shape, weight_shape, stride, one, several) -> None:
@@ -154,6 +157,22 @@ def test_the_rules_know_the_number_of_threads(gradient, input_shape, weight_shap
     geometry = ConvGeometry.from_forward(input_shape, weight_shape, stride, padding, groups=groups)
     chosen = [choose(gradient, geometry, threads=threads).name for threads in (1, 2, None)]
     assert chosen == [one, several, several]
+
+
+@pytest.mark.parametrize(
+    ("input_shape", "weight_shape", "stride", "one", "several"),
+    [
+        ((8, 48, 56, 56), (48, 48, 3, 3), 1, "weight.matmul_taps", "weight.sample_matmul"),
+        ((8, 512, 2, 2), (512, 512, 3, 3), 1, "weight.columns", "weight.columns"),
+        ((8, 3, 224, 224), (64, 3, 7, 7), 2, "weight.sample_matmul", "weight.sample_matmul"),
+        ((2, 3, 128, 128), (32, 3, 5, 5), 1, "weight.columns", "weight.sample_matmul"),
+        ((2, 128, 64, 64), (3, 128, 3, 3), 1, "weight.shifted_matmul", "weight.shifted_matmul"),
+    ],
+)
+def test_without_a_conv_weight_gradients_are_matrix_products(input_shape, weight_shape, stride, one, several) -> None:
+    """onnxruntime has no Conv in float64."""
+    geometry = ConvGeometry.from_forward(input_shape, weight_shape, stride, padding=weight_shape[2] // 2)
+    assert [choose("weight", geometry, "float64", threads=count).name for count in (1, 2)] == [one, several]
 
 
 def test_a_name_for_one_gradient_leaves_the_others_to_the_policy() -> None:
