@@ -24,6 +24,8 @@ _HUGE_IMAGE, _HUGE_IMAGE_CHANNELS = 8192, 96
 # Three taps on one axis save a third of the multiplications, on two axes more than half.
 _ONE_AXIS_CHANNELS = 192
 _ONE_AXIS_ONE_THREAD_CHANNELS = {"input": 96, "forward": 96, "weight": 160}
+# Three axes: the transforms hold eight times the tensor, so that it must not be too large.
+_VOLUME_CHANNELS, _VOLUME_ELEMENTS = 96, 1 << 22
 _CONSTANT_WEIGHT_CHANNELS = 128  # onnxruntime runs a Conv in its blocked layout then
 _TILES = 32  # of all samples: fewer do not pay for transforming the weight
 _ASSUMED_BATCH = 8  # where the batch is open
@@ -39,7 +41,7 @@ def winograd_tiles(
         gradient: ``"input"``, ``"weight"`` or ``"forward"``.
         g: of the plain convolution; a transposed one goes by its adjoint.
     """
-    if not g.is_static or g.transposed or g.groups > 1 or g.rank > 2 or any(s > 1 for s in g.stride):
+    if not g.is_static or g.transposed or g.groups > 1 or any(s > 1 for s in g.stride):
         return []
     filtered = [axis for axis, k in enumerate(g.kernel_size) if k > 1]
     size = g.input_size if gradient == "input" else g.output_size
@@ -52,10 +54,15 @@ def winograd_tiles(
         needed = _ONE_AXIS_ONE_THREAD_CHANNELS[gradient] if one_thread else _ONE_AXIS_CHANNELS
     if constant_weight:
         needed = max(needed, _CONSTANT_WEIGHT_CHANNELS)
+    batch = g.batch if isinstance(g.batch, int) else _ASSUMED_BATCH
+    if g.rank == 3:
+        elements = batch * math.prod(size) * max(g.in_channels, g.out_channels)
+        if gradient == "forward" or elements > _VOLUME_ELEMENTS or any(size[axis] < 2 for axis in filtered):
+            return []
+        needed = max(needed, _VOLUME_CHANNELS)
     channels = 2 * g.in_channels * g.out_channels / (g.in_channels + g.out_channels)
     if not filtered or channels < needed:
         return []
-    batch = g.batch if isinstance(g.batch, int) else _ASSUMED_BATCH
 
     def pays(tile: int) -> bool:
         if not 3 <= max(g.kernel_size) <= _TAPS[tile]:

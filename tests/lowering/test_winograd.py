@@ -76,7 +76,8 @@ BOTH = ("input.winograd4", "weight.winograd4", True)
 def test_auto_takes_tiles_of_4_for_dense_layers(size: int, dilation: int) -> None:
     assert names(geometry(8, 64, size, dilation=dilation)) == BOTH
     assert names(geometry("batch", 128, size, dilation=dilation)) == BOTH
-    assert names(geometry(8, 32, min(size, 28), dilation=dilation), threads=1) == BOTH
+    narrow = names(geometry(8, 32, min(size, 28), dilation=dilation), threads=1)
+    assert narrow == ("input.winograd4", "weight.channels_last_conv", True)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,10 @@ def test_auto_takes_tiles_of_4_for_dense_layers(size: int, dilation: int) -> Non
         geometry(8, 64, 56, kernel=5),
         geometry(8, 512, 2),
         ConvGeometry.from_forward((8, 48, 1024), (48, 48, 3), padding=1),
-        ConvGeometry.from_forward((8, 128, 8, 8, 8), (128, 128, 3, 3, 3), padding=1),
+        ConvGeometry.from_forward((8, 64, 8, 8, 8), (64, 64, 3, 3, 3), padding=1),
+        ConvGeometry.from_forward((8, 128, 1, 8, 8), (128, 128, 3, 3, 3), padding=1),  # two of three taps on padding
+        ConvGeometry.from_forward((8, 128, 8, 28, 28), (128, 128, 3, 3, 3), padding=1),  # eight times 26 MB
+        ConvGeometry.from_forward((8, 72, 112, 112), (96, 72, 3, 3), padding=1),
     ],
     ids=lambda g: g.describe(),
 )
@@ -103,8 +107,9 @@ def test_auto_keeps_to_direct_forms_elsewhere(g: ConvGeometry) -> None:
 def test_auto_wants_more_channels_of_a_kernel_along_one_axis() -> None:
     for channels, threads, expected in (
         (48, 1, (False, False, False)),
-        (96, 1, (True, True, True)),
-        (96, 2, (False, True, False)),
+        (96, 1, (True, False, True)),
+        (96, 2, (False, False, False)),
+        (160, 1, (True, True, True)),
         (192, 2, (True, True, True)),
     ):
         for g in (
@@ -113,6 +118,11 @@ def test_auto_wants_more_channels_of_a_kernel_along_one_axis() -> None:
         ):
             chosen = names(g, threads=threads)
             assert ("winograd" in chosen[0], "winograd" in chosen[1], chosen[2]) == expected
+
+
+def test_auto_takes_tiles_of_4_for_volumes() -> None:
+    g = ConvGeometry.from_forward((8, 128, 4, 14, 14), (128, 128, 3, 3, 3), padding=1)
+    assert names(g) == ("input.winograd4", "weight.winograd4", False)
 
 
 def test_auto_obeys_the_limit_the_provider_and_a_constant_weight() -> None:
