@@ -44,16 +44,20 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        # NamedTemporaryFile makes files that only the owner can read; the umask decides for ordinary ones.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        grant(temporary, 0o666)
         temporary.replace(target)
     except OSError as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         raise OutputPathError(f"cannot write {target}: {error.strerror or error}") from error
     return target
+
+
+def grant(path: Path, mode: int) -> None:
+    """Give a temporary file or folder, which is its owner's alone, the permissions that the umask leaves of `mode`."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(mode & ~mask)
 
 
 def digest(root: Path, paths: Iterable[Path]) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import onnx_ir as ir
 
 from convgrad_export.errors import ArgumentTypeError, OutputExistsError, OutputPathError
+from convgrad_export.files import temporary_folder
 from convgrad_export.integrations.report import weight_bytes
 
 # protobuf refuses messages above 2 GB; well below it, a file of its own already loads faster (it can be mapped).
@@ -50,16 +49,13 @@ def save(
     weights = weight_bytes(model)
     external = weights > external_data_above if external_data is None else external_data
     data = _data_path(path)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with temporary_folder(path.parent) as folder:
         ir.save(model, folder / path.name, external_data=data.name if external else None)
         if (folder / data.name).exists():
             os.replace(folder / data.name, data)
         elif data.exists():
             data.unlink()  # of the model that is overwritten
         os.replace(folder / path.name, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     files = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
     return {"weights": weights, "graph": files - weights, "files": files}
 

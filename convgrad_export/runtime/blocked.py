@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from ..geometry import ConvGeometry
 from .convolution_entries import FORWARD, INPUT, METADATA, WEIGHT, ConvolutionEntry, from_text
 from .graph_nodes import put_nodes, reads
 from .model_source import loaded
@@ -91,9 +92,8 @@ def block_size() -> int | None:
         opset_imports=[helper.make_opsetid("", 18)],
         ir_version=8,
     )
-    entry = ConvolutionEntry(
-        FORWARD, "y", ("x", "w"), 2, channels, channels, channels, (5, 4), (5, 4), (3, 3), (1, 1), (1, 1), (1, 1, 1, 1)
-    )
+    geometry = ConvGeometry.from_forward(x.shape, w.shape, padding=1, groups=channels)
+    entry = ConvolutionEntry(FORWARD, "y", ("x", "w"), geometry)
     expected = _run(plain, {"x": x, "w": w})
     for block in _CANDIDATES:
         blocked = type(plain)()
@@ -163,37 +163,38 @@ def _used(nodes: list[Any], outputs: set[str]) -> list[Any]:
 
 
 def _applies(entry: ConvolutionEntry, block: int) -> bool:
-    if 0 in (*entry.input_size, *entry.output_size) or entry.out_channels % block:
+    g = entry.geometry
+    if 0 in (*g.input_size, *g.output_size) or g.out_channels % block:
         return False
-    depthwise = entry.groups > 1 and entry.in_channels == entry.groups == entry.out_channels
-    if entry.kind == INPUT and (min(_reversed_pads(entry)) < 0 or not (depthwise or set(entry.stride) == {1})):
+    depthwise = g.groups > 1 and g.in_channels == g.groups == g.out_channels
+    if entry.kind == INPUT and (min(_reversed_pads(g)) < 0 or not (depthwise or set(g.stride) == {1})):
         return False
     if depthwise:
-        return entry.kind != WEIGHT or (entry.batch is not None and entry.batch > 0)
-    inputs, outputs = entry.in_channels // entry.groups, entry.out_channels // entry.groups
-    blocks = inputs % block == 0 or (entry.kind == FORWARD and entry.groups == 1 and inputs < block)
-    return entry.kind != WEIGHT and blocks and outputs % block == 0 and _dense_pays(entry, inputs * outputs)
+        return entry.kind != WEIGHT or _batch(g) > 0
+    inputs, outputs = g.in_channels // g.groups, g.out_channels // g.groups
+    blocks = inputs % block == 0 or (entry.kind == FORWARD and g.groups == 1 and inputs < block)
+    return entry.kind != WEIGHT and blocks and outputs % block == 0 and _dense_pays(g, inputs * outputs)
 
 
-def _dense_pays(entry: ConvolutionEntry, channels: int) -> bool:
+def _dense_pays(g: ConvGeometry, channels: int) -> bool:
     """Whether bringing weight, operand and result into the layout and out of it costs less than it saves.
 
     Args:
         channels: pairs of an input and an output channel of a group.
     """
-    taps, positions = int(np.prod(entry.kernel_size)), int(np.prod(entry.output_size))
-    if len(entry.kernel_size) == 1 and taps < _TAPS and channels > _FEW_CHANNELS**2:
+    taps, positions = int(np.prod(g.kernel_size)), int(np.prod(g.output_size))
+    if len(g.kernel_size) == 1 and taps < _TAPS and channels > _FEW_CHANNELS**2:
         return False
-    return channels * taps <= _SMALL_WEIGHT or (entry.batch or 1) * positions >= _POSITIONS
+    return channels * taps <= _SMALL_WEIGHT or max(_batch(g), 1) * positions >= _POSITIONS
 
 
-def _reversed_pads(entry: ConvolutionEntry) -> list[int]:
+def _reversed_pads(g: ConvGeometry) -> list[int]:
     """Padding of grad_output, with `stride` - 1 zeros behind each element, that gives a result of the input's size."""
-    rank = len(entry.kernel_size)
-    reach = [d * (k - 1) for d, k in zip(entry.dilation, entry.kernel_size, strict=True)]
-    begin = [r - pad for r, pad in zip(reach, entry.pads[:rank], strict=True)]
-    spread = [s * size for s, size in zip(entry.stride, entry.output_size, strict=True)]
-    end = [i + r - s - b for i, r, s, b in zip(entry.input_size, reach, spread, begin, strict=True)]
+    rank = len(g.kernel_size)
+    reach = [d * (k - 1) for d, k in zip(g.dilation, g.kernel_size, strict=True)]
+    begin = [r - pad for r, pad in zip(reach, _pads(g)[:rank], strict=True)]
+    spread = [s * size for s, size in zip(g.stride, g.output_size, strict=True)]
+    end = [i + r - s - b for i, r, s, b in zip(g.input_size, reach, spread, begin, strict=True)]
     return [*begin, *end]
 
 
@@ -247,8 +248,9 @@ class _Writer:
         kernel reversed, and the channels the other way round. Every step moves whole blocks, or one axis to an end:
         for anything else onnxruntime's Transpose and Gather take ten times as long.
         """
-        taps, block, stem = int(np.prod(entry.kernel_size)), self._block, f"{entry.result}.weight"
-        groups, outputs, inputs = entry.groups, entry.out_channels, entry.in_channels // entry.groups
+        g = entry.geometry
+        taps, block, stem = int(np.prod(g.kernel_size)), self._block, f"{entry.result}.weight"
+        groups, outputs, inputs = g.groups, g.out_channels, g.in_channels // g.groups
         backwards = self._ints(*range(taps - 1, -1, -1))
         if entry.kind == INPUT and inputs >= block:
             flat = self._node("Reshape", [name, self._ints(outputs * inputs, taps)], f"{stem}.flat")
@@ -268,33 +270,34 @@ class _Writer:
             elif entry.kind == INPUT:
                 inner = self._node("Reshape", [inner, self._ints(outputs // block, taps, block)], f"{stem}.split")
                 inner = self._node("Gather", [inner, backwards], f"{stem}.reversed", axis=1)
-        return self._node(
-            "Reshape", [inner, self._ints(outputs, inputs, *_plane(entry.kernel_size))], f"{stem}.blocked"
-        )
+        return self._node("Reshape", [inner, self._ints(outputs, inputs, *_plane(g.kernel_size))], f"{stem}.blocked")
 
     def _forward(self, entry: ConvolutionEntry) -> None:
+        g = entry.geometry
         x, w, *bias = entry.operands
-        few = entry.groups == 1 and entry.in_channels < self._block  # then the operator reads rows as they are
+        few = g.groups == 1 and g.in_channels < self._block  # then the operator reads rows as they are
         convert = self._plane_tensor if few else self._block_tensor
-        inputs = [convert(x, entry.in_channels, entry.input_size), self._weight(entry, w), *bias]
-        self._convolve(entry, inputs, entry.stride, entry.pads, entry.out_channels, entry.output_size)
+        inputs = [convert(x, g.in_channels, g.input_size), self._weight(entry, w), *bias]
+        self._convolve(entry, inputs, g.stride, _pads(g), g.out_channels, g.output_size)
 
     def _input_gradient(self, entry: ConvolutionEntry) -> None:
+        g = entry.geometry
         grad_output, w = entry.operands
-        data = self._block_tensor(grad_output, entry.out_channels, entry.output_size)
-        if set(entry.stride) != {1}:
+        data = self._block_tensor(grad_output, g.out_channels, g.output_size)
+        if set(g.stride) != {1}:
             data = self._spread(entry, data)
-        ones, pads = [1] * len(entry.stride), _reversed_pads(entry)
-        self._convolve(entry, [data, self._weight(entry, w)], ones, pads, entry.in_channels, entry.input_size)
+        ones, pads = [1] * len(g.stride), _reversed_pads(g)
+        self._convolve(entry, [data, self._weight(entry, w)], ones, pads, g.in_channels, g.input_size)
 
     def _spread(self, entry: ConvolutionEntry, blocked: str) -> str:
         """`stride` - 1 zeros behind each element of a blocked (N, C, H, W), along both axes."""
-        (height, width), (down, right) = _plane(entry.output_size), _plane(entry.stride)
-        rows, stem = entry.out_channels // self._block * height, f"{entry.result}.spread"
+        g = entry.geometry
+        (height, width), (down, right) = _plane(g.output_size), _plane(g.stride)
+        rows, stem = g.out_channels // self._block * height, f"{entry.result}.spread"
         apart = self._node("Reshape", [blocked, self._ints(0, rows, 1, width, 1, self._block)], f"{stem}.apart")
         amounts = self._ints(*[0] * 8, down - 1, 0, right - 1, 0)
         padded = self._node("Pad", [apart, amounts], f"{stem}.padded")
-        shape = self._ints(0, entry.out_channels, height * down, width * right)
+        shape = self._ints(0, g.out_channels, height * down, width * right)
         return self._node("Reshape", [padded, shape], stem)
 
     def _convolve(
@@ -307,15 +310,16 @@ class _Writer:
         size: Sequence[int],
     ) -> None:
         """The Conv, and its result as the graph's (N, channels, *size)."""
+        g = entry.geometry
         blocked = self._node(
             "Conv",
             inputs,
             f"{entry.result}.blocked_result",
             DOMAIN,
-            group=entry.groups,
-            kernel_shape=_plane(entry.kernel_size),
+            group=g.groups,
+            kernel_shape=_plane(g.kernel_size),
             strides=_plane(stride),
-            dilations=_plane(entry.dilation),
+            dilations=_plane(g.dilation),
             pads=_plane_pads(pads),
         )
         if len(size) == 2:
@@ -329,40 +333,51 @@ class _Writer:
 
         Stride and dilation change places. A last window that the forward convolution left out is cut off.
         """
+        g = entry.geometry
         grad_output, x = entry.operands
-        together = (entry.batch or 0) * entry.in_channels
+        together = _batch(g) * g.in_channels
         stem = f"{entry.result}.weight_gradient"
-        data = self._block_tensor(x, entry.in_channels, entry.input_size)
-        data = self._node("Reshape", [data, self._ints(1, together, *_plane(entry.input_size))], f"{stem}.image")
-        kernel = self._block_tensor(grad_output, entry.in_channels, entry.output_size)
-        kernel = self._node("Reshape", [kernel, self._ints(together, 1, *_plane(entry.output_size))], f"{stem}.kernel")
+        data = self._block_tensor(x, g.in_channels, g.input_size)
+        data = self._node("Reshape", [data, self._ints(1, together, *_plane(g.input_size))], f"{stem}.image")
+        kernel = self._block_tensor(grad_output, g.in_channels, g.output_size)
+        kernel = self._node("Reshape", [kernel, self._ints(together, 1, *_plane(g.output_size))], f"{stem}.kernel")
         blocked = self._node(
             "Conv",
             [data, kernel],
             f"{stem}.blocked",
             DOMAIN,
             group=together,
-            kernel_shape=_plane(entry.output_size),
-            strides=_plane(entry.dilation),
-            dilations=_plane(entry.stride),
-            pads=_plane_pads(entry.pads),
+            kernel_shape=_plane(g.output_size),
+            strides=_plane(g.dilation),
+            dilations=_plane(g.stride),
+            pads=_plane_pads(_pads(g)),
         )
         taps = self._node("ReorderOutput", [blocked], f"{stem}.taps", DOMAIN, channels=together)
-        size = _plane(entry.kernel_size)
-        if _weight_windows(entry) != size:
+        size = _plane(g.kernel_size)
+        if _weight_windows(g) != size:
             taps = self._node("Slice", [taps, self._ints(0, 0), self._ints(*size), self._ints(2, 3)], f"{stem}.cut")
-        shape = self._ints(entry.batch or 0, entry.in_channels, 1, *entry.kernel_size)
+        shape = self._ints(_batch(g), g.in_channels, 1, *g.kernel_size)
         samples = self._node("Reshape", [taps, shape], f"{stem}.samples")
         self._node("ReduceSum", [samples, self._ints(0)], entry.result, keepdims=0)
 
 
-def _weight_windows(entry: ConvolutionEntry) -> list[int]:
+def _weight_windows(g: ConvGeometry) -> list[int]:
     """Positions that the Conv of the weight gradient has; the first of them are the kernel's."""
-    rank = len(entry.kernel_size)
-    padded = [size + entry.pads[i] + entry.pads[rank + i] for i, size in enumerate(entry.input_size)]
-    spans = [s * (o - 1) + 1 for s, o in zip(entry.stride, entry.output_size, strict=True)]
-    counts = [(p - e) // d + 1 for p, e, d in zip(padded, spans, entry.dilation, strict=True)]
+    rank = len(g.kernel_size)
+    padded = [size + _pads(g)[i] + _pads(g)[rank + i] for i, size in enumerate(g.input_size)]
+    spans = [s * (o - 1) + 1 for s, o in zip(g.stride, g.output_size, strict=True)]
+    counts = [(p - e) // d + 1 for p, e, d in zip(padded, spans, g.dilation, strict=True)]
     return [1] * (2 - rank) + counts
+
+
+def _batch(g: ConvGeometry) -> int:
+    """0 where it is not fixed."""
+    return g.batch if isinstance(g.batch, int) else 0
+
+
+def _pads(g: ConvGeometry) -> list[int]:
+    """All beginnings, then all ends."""
+    return [*g.begin, *(hi for _, hi in g.pads)]
 
 
 def _plane(sizes: Sequence[int]) -> list[int]:

@@ -5,17 +5,20 @@ The graph itself stays standard and complete: a runtime that does not know the e
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ConvGradError
 from ..geometry import ConvGeometry
 
 METADATA = "convgrad.convolutions"
 FORWARD, INPUT, WEIGHT = "forward", "input", "weight"
 _SMALLEST_BLOCK = 8  # channels side by side in the narrowest of onnxruntime's blocked layouts
 _DIRECT = ("input.flipped_conv", "input.conv_transpose", "input.col2im")
+_ANY_BATCH, _LARGEST = "batch", 2**31 - 1
 _OPERANDS = {FORWARD: (2, 3), INPUT: (2, 2), WEIGHT: (2, 2)}
 
 
@@ -27,25 +30,13 @@ class ConvolutionEntry:
         kind: ``"forward"`` (operands input, weight, and perhaps the bias), ``"input"`` (grad_output, weight) or
             ``"weight"`` (grad_output, input).
         result, operands: names in the graph.
-        batch: number of samples, None where it is not fixed.
-        in_channels, out_channels, groups: of the forward convolution.
-        input_size, output_size, kernel_size, stride, dilation: per spatial axis, one or two.
-        pads: of the forward convolution, all beginnings and then all ends.
+        geometry: of the forward convolution; not transposed, one or two spatial axes, all sizes but the batch fixed.
     """
 
     kind: str
     result: str
     operands: tuple[str, ...]
-    batch: int | None
-    in_channels: int
-    out_channels: int
-    groups: int
-    input_size: tuple[int, ...]
-    output_size: tuple[int, ...]
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    pads: tuple[int, ...]
+    geometry: ConvGeometry
 
 
 def may_replace(geometry: ConvGeometry, lowering: str) -> bool:
@@ -65,25 +56,16 @@ def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence
         return None  # no gain was measured
     if kind == FORWARD and any(r >= s for r, s in zip(g.remainder, g.stride, strict=True)):
         return None  # the adjoint of a transposed convolution whose output padding is never read
-    return ConvolutionEntry(
-        kind,
-        result,
-        tuple(operands),
-        g.batch if isinstance(g.batch, int) else None,
-        g.in_channels,
-        g.out_channels,
-        g.groups,
-        tuple(g.input_size),
-        tuple(g.output_size),
-        tuple(g.kernel_size),
-        tuple(g.stride),
-        tuple(g.dilation),
-        (*(lo for lo, _ in g.pads), *(hi for _, hi in g.pads)),
-    )
+    fixed = g if isinstance(g.batch, int) else g.with_batch(_ANY_BATCH)
+    return ConvolutionEntry(kind, result, tuple(operands), fixed)
 
 
 def to_text(entries: Iterable[ConvolutionEntry]) -> str:
-    return json.dumps([asdict(entry) for entry in entries], separators=(",", ":"))
+    values = [
+        {"kind": e.kind, "result": e.result, "operands": list(e.operands), "geometry": e.geometry.to_dict()}
+        for e in entries
+    ]
+    return json.dumps(values, separators=(",", ":"))
 
 
 def from_text(text: str | None) -> list[ConvolutionEntry]:
@@ -99,19 +81,23 @@ def from_text(text: str | None) -> list[ConvolutionEntry]:
 def _entry(value: Any) -> ConvolutionEntry | None:
     if not isinstance(value, Mapping) or set(value) != set(ConvolutionEntry.__dataclass_fields__):
         return None
-    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in value.items()}
-    entry = ConvolutionEntry(**fields)
-    sizes = (entry.input_size, entry.output_size, entry.kernel_size, entry.stride, entry.dilation, entry.pads)
-    rank = len(entry.kernel_size) if isinstance(entry.kernel_size, tuple) else 0
-    numbers = [entry.in_channels, entry.out_channels, entry.groups, *([] if entry.batch is None else [entry.batch])]
-    for group in sizes:
-        if not isinstance(group, tuple) or len(group) != (2 * rank if group is entry.pads else rank):
-            return None
-        numbers.extend(group)
-    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 31 for n in numbers):
+    kind, operands, geometry = value["kind"], value["operands"], _geometry(value["geometry"])
+    if geometry is None or not isinstance(kind, str) or kind not in _OPERANDS or not isinstance(operands, list):
         return None
-    names = (entry.result, *entry.operands) if isinstance(entry.operands, tuple) else ()
-    lowest, highest = _OPERANDS.get(entry.kind, (0, -1)) if isinstance(entry.kind, str) else (0, -1)
-    divided = entry.groups > 0 and not entry.in_channels % entry.groups and not entry.out_channels % entry.groups
-    known = rank in (1, 2) and divided and names and lowest <= len(entry.operands) <= highest
-    return entry if known and all(isinstance(name, str) and name for name in names) else None
+    lowest, highest = _OPERANDS[kind]
+    names = (value["result"], *operands)
+    if not lowest <= len(operands) <= highest or not all(isinstance(name, str) and name for name in names):
+        return None
+    return ConvolutionEntry(kind, value["result"], tuple(operands), geometry)
+
+
+def _geometry(value: Any) -> ConvGeometry | None:
+    try:
+        geometry = ConvGeometry.from_forward(**value)
+    except (ConvGradError, TypeError):
+        return None
+    g = geometry
+    sizes = (*g.input_shape[1:], *g.weight_shape, *g.output_size, *g.stride, *g.dilation, *itertools.chain(*g.pads))
+    if g.transposed or g.rank > 2 or any(not isinstance(n, int) or n > _LARGEST for n in sizes):
+        return None
+    return geometry

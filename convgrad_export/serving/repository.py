@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputExistsError, OutputPathError, ServingConfigError
-from ..files import temporary_folder, write_atomically
+from ..files import grant, temporary_folder, write_atomically
 from .config import MODEL_FILE, batch_limit, make_config, read_config, to_text
 from .options import ServingOptions, check_name
 from .rows import why_rows_depend
@@ -244,9 +244,7 @@ def _add_version(folder: Path, write: Callable[[Path, int], None]) -> int:
 
 
 def _publish(staged: Path, target: Path) -> None:
-    mask = os.umask(0)
-    os.umask(mask)
-    staged.chmod(0o777 & ~mask)  # mkdtemp's are for their owner alone; a server may run as another user
+    grant(staged, 0o777)  # a server may run as another user
     for path in staged.rglob("*"):
         if path.is_file():
             with path.open("rb") as stream:

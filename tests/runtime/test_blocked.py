@@ -161,7 +161,7 @@ def test_the_input_gradient_of_a_transposed_convolution_is_a_convolution() -> No
     batch = torch.randn(2, 1, 4, 5), torch.tensor([3, 1])
     report = cg.export_training_step(net, "cross_entropy", "sgd", batch)
     entries = from_text(_entry(onnx.load_from_string(_bytes(report))))
-    assert [(e.kind, e.in_channels, e.out_channels) for e in entries] == [("forward", CHANNELS, 16)]
+    assert [(e.kind, e.geometry.in_channels, e.geometry.out_channels) for e in entries] == [("forward", CHANNELS, 16)]
     sessions = [cg.TrainingSession(report.model, report.state, blocked_layout=layout) for layout in (True, False)]
     for session in sessions:
         session.step(*batch)
@@ -224,13 +224,19 @@ def test_models_that_say_nothing_are_left_alone(options: dict[str, Any]) -> None
         {"result": "nothing"},
         {"operands": ["grad_output", "nothing"]},
         {"operands": ["grad_output"]},
-        {"out_channels": CHANNELS + 1},
-        {"out_channels": 2 * CHANNELS},
-        {"in_channels": -CHANNELS},
-        {"pads": [1, 1]},
+        {"geometry": {"weight_shape": [CHANNELS + 1, 1, 3, 3]}},
+        {"geometry": {"weight_shape": [2 * CHANNELS, 1, 3, 3]}},
+        {"geometry": {"input_shape": [2, -CHANNELS, 6, 7]}},
+        {"geometry": {"input_shape": [2, CHANNELS, 6, 2**40]}},
+        {"geometry": {"input_shape": [2, CHANNELS, "height", 7]}},
+        {"geometry": {"padding": [1, 1, 1]}},
+        {"geometry": {"weight_shape": "3333"}},
+        {"geometry": {"stride": [0, 0]}},
+        {"geometry": {"transposed": True}},
+        {"geometry": {"more": 1}},
+        {"geometry": None},
         {"kind": "bias"},
-        {"kernel_size": "33"},
-        {"stride": [2, 2]},
+        {"kind": ["input"]},
         {"more": 1},
     ],
 )
@@ -239,7 +245,9 @@ def test_entries_that_do_not_fit_the_graph_are_left_out(change: dict[str, Any]) 
     (entry,) = json.loads(_entry(model) or "")
     for item in model.metadata_props:
         if item.key == METADATA:
-            item.value = json.dumps([{**entry, **change}])
+            geometry = change.get("geometry", {})
+            changed = geometry and {**entry["geometry"], **geometry}
+            item.value = json.dumps([{**entry, **change, "geometry": entry["geometry"] if changed == {} else changed}])
     assert blocked.with_blocked_convolutions(model) is None
     w, grad = integers(CHANNELS, 1, 3, 3), integers(2, CHANNELS, 4, 5, seed=1)
     (got,) = cg.GradientSession(model).run({"weight": w, "grad_output": grad}).values()
