@@ -28,8 +28,8 @@ def channels_last_conv(op: Ops, g: ConvGeometry, grad_output: Value, input: Valu
     data, pads = conv_operand(op, input, windows, g.input_size)
     sizes = _sizes_after(pads, windows, g.input_size, g.span)
     data = _channels_last(op, data, g.groups, g.in_channels_per_group, sizes)
-    # (M, *K, C/G)
-    result = _convolve(op, g, data, sizes, grad_output, g.output_size, pads, g.stride)
+    channels = (g.out_channels, g.in_channels_per_group)
+    result = _convolve(op, g, data, sizes, grad_output, g.output_size, pads, channels)  # (M, *K, C/G)
     if g.taps == 1:
         return reshape(op, result, g.weight_shape)
     return op.Transpose(result, perm=[0, 1 + g.rank, *range(1, 1 + g.rank)])
@@ -44,8 +44,8 @@ def channels_last_flipped_conv(op: Ops, g: ConvGeometry, grad_output: Value, inp
     data, pads = conv_operand(op, grad_output, windows, g.output_size)
     sizes = _sizes_after(pads, windows, g.output_size, [i + e - 1 for i, e in zip(g.input_size, g.extent, strict=True)])
     data = _channels_last(op, data, g.groups, g.out_channels_per_group, sizes)
-    # (C, *K, M/G), the kernel reversed
-    result = _convolve(op, g, data, sizes, input, g.input_size, pads, g.stride)
+    channels = (g.in_channels, g.out_channels_per_group)
+    result = _convolve(op, g, data, sizes, input, g.input_size, pads, channels)  # (C, *K, M/G), the kernel reversed
     spatial = range(2, 2 + g.rank)
     split = reshape(op, result, [g.groups, g.in_channels_per_group, *g.kernel_size, g.out_channels_per_group])
     ordered = op.Transpose(split, perm=[0, 2 + g.rank, 1, *spatial])
@@ -60,29 +60,24 @@ def _convolve(
     kernel: Value,
     kernel_size: Sequence[int],
     pads: Sequence[int],
-    spacing: Sequence[int],
+    channels: tuple[int, int],
 ) -> Value:
-    """The Conv: `data` (G, N, *sizes, c), `kernel` (N, G*r, *kernel_size), result (G*r, *K, c).
-
-    Args:
-        spacing: of the kernel's elements over the data.
-    """
+    """The Conv: `data` (G, N, *sizes, c), `kernel` (N, r, *kernel_size), result (r, *K, c), with `channels` (r, c)."""
     begin, end = list(pads[: g.rank]), list(pads[g.rank :])
-    rows = g.out_channels if kernel_size is g.output_size else g.in_channels
-    channels = (g.in_channels if kernel_size is g.output_size else g.out_channels) // g.groups
+    rows, last = channels
     kernel = op.Transpose(kernel, perm=[1, 0, *range(2, 2 + g.rank)])
     if _merges(g):
-        axes = [*sizes[:-1], sizes[-1] * channels]
-        begin[-1], end[-1] = begin[-1] * channels, end[-1] * channels
-        strides, dilations = [*g.dilation[:-1], 1], [*spacing[:-1], spacing[-1] * channels]
+        axes = [*sizes[:-1], sizes[-1] * last]
+        begin[-1], end[-1] = begin[-1] * last, end[-1] * last
+        strides, dilations = [*g.dilation[:-1], 1], [*g.stride[:-1], g.stride[-1] * last]
     else:
-        axes = [*sizes, channels]
+        axes = [*sizes, last]
         begin, end = [*begin, 0], [*end, 0]
-        strides, dilations = [*g.dilation, 1], [*spacing, 1]
+        strides, dilations = [*g.dilation, 1], [*g.stride, 1]
         kernel = reshape(op, kernel, [rows, -1, *kernel_size, 1])
     data = reshape(op, data, [1, -1, *axes])
     result = op.Conv(data, kernel, strides=strides, dilations=dilations, pads=[*begin, *end], group=g.groups)
-    return reshape(op, result, [rows, *g.kernel_size, channels])
+    return reshape(op, result, [rows, *g.kernel_size, last])
 
 
 def _sizes_after(
