@@ -21,6 +21,8 @@ from .peer import OrtTraining
 from .sampling import FORWARD, Expected, expected
 from .timing import FOREIGN_CORES, Contender, alternate, timed
 
+_TORCH_SPINS = 0.02  # seconds that its threads go on waiting for work; they would take a core from the next contender
+
 
 def measure(
     operation: str,
@@ -77,7 +79,13 @@ def measure(
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     processes = () if peer is None else (peer.process,)
     result_rounds = alternate(
-        runners, rounds, seconds, always=(TORCH, GEMM), processes=processes, foreign_cores=foreign_cores
+        runners,
+        rounds,
+        seconds,
+        always=(TORCH, GEMM),
+        processes=processes,
+        foreign_cores=foreign_cores,
+        rest_after={TORCH: _TORCH_SPINS},
     )
     if CONV_GRAD in runners and peer is not None:
         peer.release()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 Contender: TypeAlias = Callable[[int], float]  # runs that many calls, returns their seconds together
@@ -103,6 +104,7 @@ def alternate(
     foreign_cores: float = FOREIGN_CORES,
     turn_seconds: float = TURN_SECONDS,
     settle_seconds: float = SETTLE_SECONDS,
+    rest_after: Mapping[str, float] = MappingProxyType({}),
     read: Callable[[tuple[int, ...]], Ticks] = read_ticks,
 ) -> Rounds:
     """Time contenders that have run once already.
@@ -113,7 +115,8 @@ def alternate(
         always: contenders that are never given up as hopeless.
         processes: ids of other processes that work for a contender.
         foreign_cores: what the rest of the machine may use before a round counts as disturbed.
-        settle_seconds: pause before each turn.
+        settle_seconds: pause before each turn. rest_after: a further pause after the turns of these contenders, whose
+            threads spin for longer.
         turn_seconds: a call shorter than this is repeated within its turn.
         read: where processor times come from.
     """
@@ -127,6 +130,7 @@ def alternate(
         for name in active if result.kept % 2 == 0 else active[::-1]:
             time.sleep(settle_seconds)
             taken[name] = contenders[name](repeats[name]) * 1e3 / repeats[name]
+            time.sleep(rest_after.get(name, 0.0))
         after, elapsed = read(processes), time.perf_counter() - start
         stolen = after.stolen - before.stolen
         foreign = max(0.0, (after.used - before.used) - (after.own - before.own))

@@ -48,6 +48,14 @@ def test_the_order_turns_round_every_round() -> None:
     assert "".join(log) == "abc" + "abc" + "cba" + "abc"
 
 
+def test_a_contender_whose_threads_spin_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr("convgrad_export.bench.timing.time.sleep", lambda seconds: log.append(f"{seconds:g}"))
+    contenders = {name: Contender(name, log, 0.01) for name in "ab"}
+    alternate(contenders, rounds=2, settle_seconds=0.5, rest_after={"a": 2.0}, seconds=0.0, read=lambda _: QUIET)
+    assert log[2:] == ["0.5", "a", "2", "0.5", "b", "0", "0.5", "b", "0", "0.5", "a", "2"]
+
+
 @pytest.mark.parametrize(
     ("disturbance", "disturbed"),
     [(Ticks(0.05, 0.0, 0.0), True), (Ticks(0.0, 5.0, 0.0), True), (Ticks(0.0, 5.0, 5.0), False)],
