@@ -67,8 +67,6 @@ def winograd_tiles(
     def pays(tile: int) -> bool:
         if not 3 <= max(g.kernel_size) <= _TAPS[tile]:
             return False
-        if tile == 4 and gradient == "weight" and g.batch == 1:
-            return False  # too few tiles for the transform of the result
         if tile == 4 and math.prod(size) > _HUGE_IMAGE and channels < _HUGE_IMAGE_CHANNELS:
             return False
         counts = (math.ceil(size[axis] / (tile - g.kernel_size[axis] + 1)) for axis in filtered)

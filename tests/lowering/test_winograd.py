@@ -120,11 +120,6 @@ def test_auto_wants_more_channels_of_a_kernel_along_one_axis() -> None:
             assert ("winograd" in chosen[0], "winograd" in chosen[1], chosen[2]) == expected
 
 
-def test_auto_takes_a_direct_weight_gradient_for_one_sample() -> None:
-    assert names(geometry(1, 256, 14)) == ("input.winograd4", "weight.channels_last_conv", True)
-    assert names(geometry(2, 256, 14)) == BOTH
-
-
 def test_auto_takes_tiles_of_4_for_volumes() -> None:
     g = ConvGeometry.from_forward((8, 128, 4, 14, 14), (128, 128, 3, 3, 3), padding=1)
     assert names(g) == ("input.winograd4", "weight.winograd4", False)
