@@ -96,7 +96,7 @@ def main() -> int:
         "input": lambda: torch.nn.grad.conv2d_input(images.shape, weight, grad_output, STRIDE, PADDING),
         "weight": lambda: torch.nn.grad.conv2d_weight(images, weight.shape, grad_output, STRIDE, PADDING),
     }
-    print("gradient lowering                onnxruntime  torch.nn.grad  ratio  error / bound (torch's)")
+    print("gradient lowering                           onnxruntime  torch.nn.grad  ratio  error / bound (torch's)")
     for gradient, in_torch in torch_gradients.items():
         model = cg.build_model(
             f"conv2d_{gradient}",
@@ -118,7 +118,7 @@ def main() -> int:
         mine, eager = (statistics.median(timings[name].values) for name in turns)
         lowering = next(item.value for item in model.metadata_props if item.key == "convgrad.lowering")
         print(
-            f"{gradient:<8} {lowering:<22} {mine:>9.1f} ms {eager:>11.1f} ms {eager / mine:>5.2f}x  "
+            f"{gradient:<8} {lowering:<33} {mine:>9.1f} ms {eager:>11.1f} ms {eager / mine:>5.2f}x  "
             f"{ours.worst:.3f} ({theirs.worst:.3f})"
         )
     draw(images, results["input"], options.out / "photo_gradients.png")
