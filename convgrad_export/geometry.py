@@ -275,6 +275,11 @@ class ConvGeometry:
         """lo: zeros before each axis."""
         return tuple(lo for lo, _ in self.pads)
 
+    @property
+    def onnx_pads(self) -> list[Size]:
+        """`pads` as ONNX attributes have them: all beginnings, then all ends."""
+        return [*self.begin, *(hi for _, hi in self.pads)]
+
     @cached_property
     def end(self) -> Sizes:
         """Zeros the forward pass really reads after each axis, ``F - lo - size``; negative where it stops short."""
@@ -294,6 +299,11 @@ class ConvGeometry:
     def write_windows(self) -> tuple[Window, ...]:
         """Where the input lies inside the span: what to crop from and append to a full transposed convolution."""
         return tuple(window(f, lo, n) for f, lo, n in zip(self.span, self.begin, self.input_size, strict=True))
+
+    def flipped_windows(self) -> tuple[Window, ...]:
+        """At stride 1, what a Conv over grad_output with the kernel reversed reads of each axis."""
+        axes = zip(self.output_size, self.begin, self.extent, self.input_size, strict=True)
+        return tuple(window(o, lo - (e - 1), i + e - 1) for o, lo, e, i in axes)
 
     def phases(self, axis: int) -> tuple[Phase | None, ...]:
         """Grad-input along `axis` split by position modulo the stride; None for a phase that no tap reaches.

@@ -116,7 +116,7 @@ def forward_call(geometry: ConvGeometry, feeds: Mapping[str, np.ndarray], thread
     g = geometry
     attributes: dict[str, Any] = {
         "strides": list(g.stride),
-        "pads": [*g.begin, *(hi for _, hi in g.pads)],
+        "pads": g.onnx_pads,
         "dilations": list(g.dilation),
         "group": g.groups,
     }

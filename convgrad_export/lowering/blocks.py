@@ -121,6 +121,14 @@ def conv_operand(op: Ops, value: Value, windows: Sequence[Window], sizes: Sequen
     return cropped, [*begin, *end]
 
 
+def operand_sizes(pads: Sequence[int], windows: Sequence[Window], sizes: Sequence[int]) -> list[int]:
+    """Sizes of `conv_operand`'s value, whose other result is `pads`: it is padded already where that is all zeros."""
+    left = [size - w.crop_begin - w.crop_end for size, w in zip(sizes, windows, strict=True)]
+    if any(pads):
+        return left
+    return [size + w.pad_begin + w.pad_end for size, w in zip(left, windows, strict=True)]
+
+
 def zeros_like_batch(op: Ops, value: Value, shape: Sequence[int]) -> Value:
     """Zeros of shape (N, *shape), N and the element type taken from `value`, whatever `value` holds."""
     empty = op.Slice(value, ints(op, [0]), ints(op, [0]), ints(op, [1]))  # (N, 0, ...): no element, so no NaN

@@ -29,7 +29,7 @@ _MAX_PHASES = 64
 
 def conv_transpose(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
     """One ConvTranspose with the forward's pads; output_padding restores the rows the forward stride skipped."""
-    pads = [*(lo for lo, _ in g.pads), *(hi for _, hi in g.pads)]
+    pads = g.onnx_pads
     return op.ConvTranspose(
         grad_output,
         weight,
@@ -60,11 +60,7 @@ def channel_first_weight(op: Ops, g: ConvGeometry, weight: Value) -> Value:
 
 def flipped_conv(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
     """Stride 1: a Conv of grad_output with the reversed kernel, padded by ``E-1-lo`` (cropped if negative)."""
-    windows = [
-        window(o, lo - (e - 1), i + e - 1)
-        for o, lo, e, i in zip(g.output_size, g.begin, g.extent, g.input_size, strict=True)
-    ]
-    data, pads = conv_operand(op, grad_output, windows, g.output_size)
+    data, pads = conv_operand(op, grad_output, g.flipped_windows(), g.output_size)
     flipped = reverse(op, channel_first_weight(op, g, weight), 2, g.kernel_size)
     return op.Conv(data, flipped, pads=pads, dilations=list(g.dilation), group=g.groups)
 

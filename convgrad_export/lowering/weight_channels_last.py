@@ -16,8 +16,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..geometry import ConvGeometry, Window, window
-from .blocks import Ops, Value, conv_operand, reshape, reverse, transpose
+from ..geometry import ConvGeometry
+from .blocks import Ops, Value, conv_operand, operand_sizes, reshape, reverse, transpose
+from .weight_grad import flipped_conv_why_not
 
 _CONV_AXES = 3  # spatial axes of the largest Conv that onnxruntime has fast kernels for
 
@@ -26,7 +27,7 @@ def channels_last_conv(op: Ops, g: ConvGeometry, grad_output: Value, input: Valu
     """Conv over the samples, input channels on its last axis: the stride dilates grad_output, the dilation strides."""
     windows = g.read_windows()
     data, pads = conv_operand(op, input, windows, g.input_size)
-    sizes = _sizes_after(pads, windows, g.input_size, g.span)
+    sizes = operand_sizes(pads, windows, g.input_size)
     data = _channels_last(op, data, g.groups, g.in_channels_per_group, sizes)
     channels = (g.out_channels, g.in_channels_per_group)
     result = _convolve(op, g, data, sizes, grad_output, g.output_size, pads, channels)  # (M, *K, C/G)
@@ -37,12 +38,9 @@ def channels_last_conv(op: Ops, g: ConvGeometry, grad_output: Value, input: Valu
 
 def channels_last_flipped_conv(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
     """Stride 1, operands the other way round: input channels are the GEMM's rows, the result is reversed."""
-    windows = [
-        window(o, lo - (e - 1), i + e - 1)
-        for o, lo, e, i in zip(g.output_size, g.begin, g.extent, g.input_size, strict=True)
-    ]
+    windows = g.flipped_windows()
     data, pads = conv_operand(op, grad_output, windows, g.output_size)
-    sizes = _sizes_after(pads, windows, g.output_size, [i + e - 1 for i, e in zip(g.input_size, g.extent, strict=True)])
+    sizes = operand_sizes(pads, windows, g.output_size)
     data = _channels_last(op, data, g.groups, g.out_channels_per_group, sizes)
     channels = (g.in_channels, g.out_channels_per_group)
     result = _convolve(op, g, data, sizes, input, g.input_size, pads, channels)  # (C, *K, M/G), the kernel reversed
@@ -80,15 +78,6 @@ def _convolve(
     return reshape(op, result, [rows, *g.kernel_size, last])
 
 
-def _sizes_after(
-    pads: Sequence[int], windows: Sequence[Window], sizes: Sequence[int], lengths: Sequence[int]
-) -> list[int]:
-    """What `conv_operand` leaves of the axes: cropped, or of the windows' full `lengths`."""
-    if not any(pads):
-        return list(lengths)
-    return [size - w.crop_begin - w.crop_end for size, w in zip(sizes, windows, strict=True)]
-
-
 def why_not(g: ConvGeometry) -> str | None:
     if not g.is_static:
         return "the sizes of its axes are attributes, which need fixed sizes"
@@ -98,7 +87,7 @@ def why_not(g: ConvGeometry) -> str | None:
 
 
 def flipped_why_not(g: ConvGeometry) -> str | None:
-    return why_not(g) or (None if all(s == 1 for s in g.stride) else f"stride is {g.stride}, it needs 1")
+    return why_not(g) or flipped_conv_why_not(g)
 
 
 def _merges(g: ConvGeometry) -> bool:

@@ -9,8 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ..geometry import ConvGeometry, window
-from .blocks import Ops, Value, conv_operand, extend, ints, reshape, reverse, stack, tap_slices, transpose
+from ..geometry import ConvGeometry
+from .blocks import (
+    Ops,
+    Value,
+    conv_operand,
+    extend,
+    ints,
+    operand_sizes,
+    reshape,
+    reverse,
+    stack,
+    tap_slices,
+    transpose,
+)
 
 
 def swapped_conv(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
@@ -20,10 +32,7 @@ def swapped_conv(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> 
     """
     windows = g.read_windows()
     data, pads = conv_operand(op, input, windows, g.input_size)
-    if any(pads):
-        sizes = [i - w.crop_begin - w.crop_end for i, w in zip(g.input_size, windows, strict=True)]
-    else:
-        sizes = list(g.span)
+    sizes = operand_sizes(pads, windows, g.input_size)
     data = _channels_before_batch(op, data, g.groups, g.in_channels_per_group, sizes)
     kernel = op.Transpose(grad_output, perm=[1, 0, *range(2, 2 + g.rank)])
     result = op.Conv(data, kernel, strides=list(g.dilation), dilations=list(g.stride), pads=pads, group=g.groups)
@@ -32,15 +41,9 @@ def swapped_conv(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> 
 
 def flipped_conv(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
     """Stride 1, operands the other way round: grad_output is the data, the input the kernel, the result is reversed."""
-    windows = [
-        window(o, lo - (e - 1), i + e - 1)
-        for o, lo, e, i in zip(g.output_size, g.begin, g.extent, g.input_size, strict=True)
-    ]
+    windows = g.flipped_windows()
     data, pads = conv_operand(op, grad_output, windows, g.output_size)
-    if any(pads):
-        sizes = [o - w.crop_begin - w.crop_end for o, w in zip(g.output_size, windows, strict=True)]
-    else:
-        sizes = [i + e - 1 for i, e in zip(g.input_size, g.extent, strict=True)]
+    sizes = operand_sizes(pads, windows, g.output_size)
     data = _channels_before_batch(op, data, g.groups, g.out_channels_per_group, sizes)
     kernel = op.Transpose(input, perm=[1, 0, *range(2, 2 + g.rank)])
     result = op.Conv(data, kernel, strides=list(g.dilation), pads=pads, group=g.groups)  # (M/G, C, *K), reversed

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from ..geometry import ConvGeometry
-from .convolution_entries import FORWARD, INPUT, METADATA, WEIGHT, ConvolutionEntry, from_text
+from .convolution_entries import FORWARD, INPUT, METADATA, WEIGHT, ConvolutionEntry, from_text, one_to_one
 from .graph_nodes import put_nodes, reads
 from .model_source import loaded
 from .providers import CPU, onnxruntime
@@ -166,12 +166,12 @@ def _applies(entry: ConvolutionEntry, block: int) -> bool:
     g = entry.geometry
     if 0 in (*g.input_size, *g.output_size) or g.out_channels % block:
         return False
-    depthwise = g.groups > 1 and g.in_channels == g.groups == g.out_channels
+    depthwise = one_to_one(g)
     if entry.kind == INPUT and (min(_reversed_pads(g)) < 0 or not (depthwise or set(g.stride) == {1})):
         return False
     if depthwise:
         return entry.kind != WEIGHT or _batch(g) > 0
-    inputs, outputs = g.in_channels // g.groups, g.out_channels // g.groups
+    inputs, outputs = g.in_channels_per_group, g.out_channels_per_group
     blocks = inputs % block == 0 or (entry.kind == FORWARD and g.groups == 1 and inputs < block)
     return entry.kind != WEIGHT and blocks and outputs % block == 0 and _dense_pays(g, inputs * outputs)
 
@@ -190,9 +190,8 @@ def _dense_pays(g: ConvGeometry, channels: int) -> bool:
 
 def _reversed_pads(g: ConvGeometry) -> list[int]:
     """Padding of grad_output, with `stride` - 1 zeros behind each element, that gives a result of the input's size."""
-    rank = len(g.kernel_size)
-    reach = [d * (k - 1) for d, k in zip(g.dilation, g.kernel_size, strict=True)]
-    begin = [r - pad for r, pad in zip(reach, _pads(g)[:rank], strict=True)]
+    reach = [e - 1 for e in g.extent]
+    begin = [r - pad for r, pad in zip(reach, g.begin, strict=True)]
     spread = [s * size for s, size in zip(g.stride, g.output_size, strict=True)]
     end = [i + r - s - b for i, r, s, b in zip(g.input_size, reach, spread, begin, strict=True)]
     return [*begin, *end]
@@ -250,12 +249,11 @@ class _Writer:
         """
         g = entry.geometry
         taps, block, stem = int(np.prod(g.kernel_size)), self._block, f"{entry.result}.weight"
-        groups, outputs, inputs = g.groups, g.out_channels, g.in_channels // g.groups
-        backwards = self._ints(*range(taps - 1, -1, -1))
+        groups, outputs, inputs = g.groups, g.out_channels, g.in_channels_per_group
         if entry.kind == INPUT and inputs >= block:
             flat = self._node("Reshape", [name, self._ints(outputs * inputs, taps)], f"{stem}.flat")
             first = self._node("Transpose", [flat], f"{stem}.taps_first", perm=[1, 0])
-            first = self._node("Gather", [first, backwards], f"{stem}.reversed", axis=0)
+            first = self._node("Gather", [first, self._ints(*range(taps - 1, -1, -1))], f"{stem}.reversed", axis=0)
             split = self._ints(taps, groups, outputs // groups // block, block, inputs // block, block)
             first = self._node("Reshape", [first, split], f"{stem}.split")
             inner = self._node("Transpose", [first], f"{stem}.inner", perm=[1, 4, 2, 0, 3, 5])
@@ -269,7 +267,7 @@ class _Writer:
                 inner = self._node("Transpose", [inner], f"{stem}.inner", perm=[0, 1, 3, 2, 4])
             elif entry.kind == INPUT:
                 inner = self._node("Reshape", [inner, self._ints(outputs // block, taps, block)], f"{stem}.split")
-                inner = self._node("Gather", [inner, backwards], f"{stem}.reversed", axis=1)
+                inner = self._node("Gather", [inner, self._ints(*range(taps - 1, -1, -1))], f"{stem}.reversed", axis=1)
         return self._node("Reshape", [inner, self._ints(outputs, inputs, *_plane(g.kernel_size))], f"{stem}.blocked")
 
     def _forward(self, entry: ConvolutionEntry) -> None:
@@ -278,7 +276,7 @@ class _Writer:
         few = g.groups == 1 and g.in_channels < self._block  # then the operator reads rows as they are
         convert = self._plane_tensor if few else self._block_tensor
         inputs = [convert(x, g.in_channels, g.input_size), self._weight(entry, w), *bias]
-        self._convolve(entry, inputs, g.stride, _pads(g), g.out_channels, g.output_size)
+        self._convolve(entry, inputs, g.stride, g.onnx_pads, g.out_channels, g.output_size)
 
     def _input_gradient(self, entry: ConvolutionEntry) -> None:
         g = entry.geometry
@@ -350,7 +348,7 @@ class _Writer:
             kernel_shape=_plane(g.output_size),
             strides=_plane(g.dilation),
             dilations=_plane(g.stride),
-            pads=_plane_pads(_pads(g)),
+            pads=_plane_pads(g.onnx_pads),
         )
         taps = self._node("ReorderOutput", [blocked], f"{stem}.taps", DOMAIN, channels=together)
         size = _plane(g.kernel_size)
@@ -363,21 +361,15 @@ class _Writer:
 
 def _weight_windows(g: ConvGeometry) -> list[int]:
     """Positions that the Conv of the weight gradient has; the first of them are the kernel's."""
-    rank = len(g.kernel_size)
-    padded = [size + _pads(g)[i] + _pads(g)[rank + i] for i, size in enumerate(g.input_size)]
+    padded = [lo + size + hi for size, (lo, hi) in zip(g.input_size, g.pads, strict=True)]
     spans = [s * (o - 1) + 1 for s, o in zip(g.stride, g.output_size, strict=True)]
     counts = [(p - e) // d + 1 for p, e, d in zip(padded, spans, g.dilation, strict=True)]
-    return [1] * (2 - rank) + counts
+    return _plane(counts)
 
 
 def _batch(g: ConvGeometry) -> int:
     """0 where it is not fixed."""
     return g.batch if isinstance(g.batch, int) else 0
-
-
-def _pads(g: ConvGeometry) -> list[int]:
-    """All beginnings, then all ends."""
-    return [*g.begin, *(hi for _, hi in g.pads)]
 
 
 def _plane(sizes: Sequence[int]) -> list[int]:

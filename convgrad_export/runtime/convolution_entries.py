@@ -39,6 +39,11 @@ class ConvolutionEntry:
     geometry: ConvGeometry
 
 
+def one_to_one(g: ConvGeometry) -> bool:
+    """Depthwise without a channel multiplier."""
+    return g.is_depthwise and g.in_channels == g.out_channels
+
+
 def may_replace(geometry: ConvGeometry, lowering: str) -> bool:
     """Whether a session has a better form: than any lowering of a layer in groups, than a direct one of a dense."""
     return geometry.groups > 1 or lowering in _DIRECT
@@ -50,7 +55,7 @@ def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence
     static = all(isinstance(size, int) for size in (*g.input_size, *g.output_size))
     if g.transposed or g.rank > 2 or not static:
         return None
-    depthwise = g.groups > 1 and g.in_channels == g.out_channels == g.groups
+    depthwise = one_to_one(g)
     narrow = min(g.in_channels_per_group, g.out_channels_per_group) < _SMALLEST_BLOCK
     if not depthwise and (g.is_pointwise or kind == WEIGHT or (g.groups > 1 and narrow)):
         return None  # no gain was measured
