@@ -40,20 +40,18 @@ _POSITIONS, _SMALL_WEIGHT = 256, 1 << 16
 _TAPS, _FEW_CHANNELS = 3, 64  # kernels of fewer taps on one axis read what they rearrange too seldom, from here on
 
 
-def with_blocked_convolutions(model: Any) -> Any | None:
-    """The onnx.ModelProto with its convolutions in the blocked layout; None where none can be, or would gain."""
+def put_blocked_layout(model: Any) -> bool:
+    """Bring the convolutions of an onnx.ModelProto into the blocked layout.
+
+    Returns:
+        False where none can be, or would gain; then the model is as it was.
+    """
     text = next((entry.value for entry in model.metadata_props if entry.key == METADATA), None)
     entries = from_text(text)
     if not entries or any(tensor.external_data for tensor in model.graph.initializer):
-        return None
+        return False
     block = block_size()
-    if block is None:
-        return None
-    import onnx
-
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    return result if _rewrite(result, entries, block) else None
+    return block is not None and _rewrite(model, entries, block)
 
 
 def in_blocked_layout(source: Path | bytes) -> Path | bytes:
@@ -61,8 +59,7 @@ def in_blocked_layout(source: Path | bytes) -> Path | bytes:
     if not _mentions(source, METADATA.encode()):
         return source
     model = loaded(source)
-    blocked = None if model is None else with_blocked_convolutions(model)
-    return source if blocked is None else blocked.SerializeToString()
+    return source if model is None or not put_blocked_layout(model) else model.SerializeToString()
 
 
 def _mentions(source: Path | bytes, text: bytes) -> bool:

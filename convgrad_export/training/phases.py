@@ -40,7 +40,7 @@ class Phases:
     in_place: frozenset[str]
 
     def typed_update(self, outputs: Iterable[Any]) -> Any:
-        """The second phase's model with all types.
+        """The second phase's model, once it has been given the types of its `carried` inputs.
 
         Args:
             outputs: the first phase's, as its session describes them.
@@ -49,13 +49,11 @@ class Phases:
 
         from ..runtime.tensors import onnx_type
 
-        model = onnx.ModelProto()
-        model.CopyFrom(self.update)
         for value in outputs:
             if value.name in self.carried:
                 info = onnx.helper.make_tensor_value_info(value.name, onnx_type(value.type)[0], list(value.shape))
-                model.graph.input.append(info)
-        return model
+                self.update.graph.input.append(info)
+        return self.update
 
 
 def split(model: Any, trained: Collection[str], state: Collection[str], updated: Mapping[str, str]) -> Phases | None:
@@ -162,17 +160,15 @@ def _part(model: Any, nodes: Sequence[Any], outputs: Sequence[str]) -> Any:
     """The model with these nodes alone: its own inputs and constants as far as they are read, and these outputs."""
     import onnx
 
-    part = onnx.ModelProto()
-    part.CopyFrom(model)
-    graph = part.graph
-    put_nodes(graph, nodes, outputs)
     read = {name for node in nodes for name in reads(node)}.union(outputs)
     known = {value.name: value for value in (*model.graph.output, *model.graph.value_info)}
-    for field, kept in (
-        ("input", [value for value in model.graph.input if value.name in read]),
-        ("output", [known.get(name, onnx.ValueInfoProto(name=name)) for name in outputs]),
-        ("value_info", []),
-    ):
-        graph.ClearField(field)
-        getattr(graph, field).extend(kept)
+    part = onnx.ModelProto(ir_version=model.ir_version)
+    for field in ("opset_import", "metadata_props", "functions"):
+        getattr(part, field).extend(getattr(model, field))
+    graph = part.graph
+    graph.name = model.graph.name
+    graph.node.extend(nodes)
+    graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in read)
+    graph.input.extend(value for value in model.graph.input if value.name in read)
+    graph.output.extend(known.get(name, onnx.ValueInfoProto(name=name)) for name in outputs)
     return part

@@ -7,7 +7,6 @@ twice: a step reads one set and writes the other, then they change places. Nothi
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -16,20 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError, NonFiniteLossError, ProviderError
+from ..errors import ArgumentTypeError, DTypeError, GeometryError, NonFiniteLossError, ProviderError
 from ..runtime import tensors
-from ..runtime.blocked import in_blocked_layout
-from ..runtime.model_source import loaded, model_source
+from ..runtime.model_source import model_source
 from ..runtime.providers import CPU, Providers, onnxruntime, resolve
 from .checkpoint import check_matches, checkpoint_path, save_checkpoint
 from .checkpoint_file import open_checkpoint
 from .chunks import chunk_updates, fixed_shapes
 from .phase_session import STATE_SUFFIX, PhaseSession, is_onnxruntime_error
-from .phases import Phases, split
+from .preparation import prepare, training_metadata
 
-METADATA = "convgrad.training"
 _SETTINGS = ("learning_rate", "seed")
-_WORTH_A_CUT = 1 << 23  # elements of state: below, the gradients' way from one phase to the other costs more time
 
 
 class TrainingSession:
@@ -73,23 +69,17 @@ class TrainingSession:
         on_cpu = [name for name, _ in wanted] == [CPU]
         if in_place and not on_cpu:
             raise ArgumentTypeError(f"in_place is {in_place}, expected None or False: it is for the CPU provider alone")
-        origin = source
-        if blocked_layout and on_cpu:
-            source = in_blocked_layout(source)
-        cut = _cut(source, in_place) if on_cpu else None
+        content, cut = prepare(source, in_place, blocked_layout) if on_cpu else (source, None)
+        self._phases = [PhaseSession(content, wanted, threads, shared=cut is not None)]
         whole: dict[str, tuple[int, ...]] = {}
-        if cut is None:
-            self._phases = [PhaseSession(source, wanted, threads)]
-        else:
-            first = PhaseSession(cut.gradients.SerializeToString(), wanted, threads, shared=True)
-            update = cut.typed_update(first.outputs.values())
+        if cut is not None:
+            update = cut.typed_update(self._phases[0].outputs.values())
             whole = fixed_shapes(update.graph.input)
             views = chunk_updates(update)
-            second = PhaseSession(update.SerializeToString(), wanted, threads, shared=True, views=views)
-            self._phases = [first, second]
+            self._phases.append(PhaseSession(update.SerializeToString(), wanted, threads, shared=True, views=views))
         self._carried = frozenset(cut.carried if cut else ())
         self._in_place = cut.in_place if cut else frozenset()
-        self._metadata = _metadata(self._phases[0].metadata)
+        self._metadata = training_metadata(self._phases[0].metadata)
         self.learning_rate = float(self._metadata["learning_rate"] if learning_rate is None else learning_rate)
         self.seed = seed
         self.stop_on_non_finite = stop_on_non_finite
@@ -106,9 +96,9 @@ class TrainingSession:
         self._current: dict[str, Any] = {}
         self._next: dict[str, Any] = {}
         if checkpoint is None:
-            if not isinstance(origin, Path):
+            if not isinstance(source, Path):
                 raise ArgumentTypeError("checkpoint is missing: a model that is no file has none beside it")
-            checkpoint = checkpoint_path(origin)
+            checkpoint = checkpoint_path(source)
         self.load(checkpoint)
 
     def _dtype(self, name: str) -> str:
@@ -272,35 +262,3 @@ class TrainingSession:
 
 def _as_numpy(view: tensors.TensorView) -> Any:
     return view.owner.numpy() if tensors.is_torch(view.owner) else view.owner
-
-
-def _cut(source: Path | bytes, in_place: bool | None) -> Phases | None:
-    """The step cut in two, or None where that is not wanted; what is wrong with a model is said when it is loaded."""
-    model = None if in_place is False else loaded(source)
-    if model is None:
-        return None
-    try:
-        metadata = _metadata({entry.key: entry.value for entry in model.metadata_props})
-    except ModelFileError:
-        return None
-    outputs = {value.name for value in model.graph.output}
-    updated = {name: name + STATE_SUFFIX for name in metadata["state"] if name + STATE_SUFFIX in outputs}
-    phases = split(model, set(metadata["trained"]), set(metadata["state"]), updated)
-    if phases is None or in_place:
-        return phases
-    shapes = fixed_shapes(model.graph.input)
-    elements = sum(math.prod(shapes[name]) for name in phases.in_place if name in shapes)
-    return phases if elements >= _WORTH_A_CUT else None
-
-
-def _metadata(entries: Mapping[str, str]) -> dict[str, Any]:
-    text = entries.get(METADATA)
-    try:
-        found: dict[str, Any] = json.loads(text or "")
-    except ValueError:
-        raise ModelFileError(
-            f"the model is no training step: it has no {METADATA!r} entry; write one with export_training_step"
-        ) from None
-    if found.get("version") != 1:
-        raise ModelFileError(f"the training step has version {found.get('version')!r}, expected 1")
-    return found

@@ -32,13 +32,13 @@ from .checkpoint import checkpoint_path, save_checkpoint
 from .cumulative import cumulative_averages
 from .losses import resolve_loss
 from .optimizers import resolve_optimizer
+from .preparation import METADATA
 from .randomness import SeededRandomness
 from .step_arguments import check_numbers, split_batch, split_shapes, trainable_parameters
 from .update import LEARNING_RATE, STEP, StepOptions, optimizer_inputs, update
 from .verification import verify_step
 
 SEED, LOSS = "seed", "loss"
-METADATA = "convgrad.training"
 
 
 @dataclass

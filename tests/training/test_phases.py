@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 import convgrad_export as cg
-from convgrad_export.training import RMSprop, session
+from convgrad_export.training import RMSprop, preparation, session
 from convgrad_export.training.chunks import chunk_updates
 from convgrad_export.training.optimizers import SGD, Adam, AdamW, State
 from convgrad_export.training.phases import Phases, split
@@ -105,7 +105,7 @@ def test_parameters_and_moments_lie_where_they_lay() -> None:
 def test_only_a_large_state_is_updated_in_place_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     report = exported(AdamW())
     assert not cg.TrainingSession(report.model, report.state)._in_place
-    monkeypatch.setattr(session, "_WORTH_A_CUT", 100)
+    monkeypatch.setattr(preparation, "_WORTH_A_CUT", 100)
     assert cg.TrainingSession(report.model, report.state)._in_place
 
 

@@ -1,0 +1,80 @@
+"""What becomes of a training step's model when it is loaded to run on the CPU.
+
+Its convolutions are brought into the machine's blocked layout, it is cut in two phases where its state is to be updated
+in place, and its nodes are put in the order that keeps the fewest tensors alive.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelFileError
+from ..runtime.blocked import put_blocked_layout
+from ..runtime.execution_order import put_execution_order
+from ..runtime.model_source import loaded
+from .chunks import fixed_shapes
+from .phase_session import STATE_SUFFIX
+from .phases import Phases, split
+
+METADATA = "convgrad.training"
+_WORTH_A_CUT = 1 << 23  # elements of state: below, the gradients' way from one phase to the other costs more time
+
+
+def prepare(source: Path | bytes, in_place: bool | None, blocked_layout: bool) -> tuple[Path | bytes, Phases | None]:
+    """The model of the first phase, or of the whole step, and what the second phase needs.
+
+    Args:
+        source: as it came; it comes back unchanged where onnxruntime shall say what is wrong with it, where onnx is
+            missing, and where tensors lie in other files.
+        in_place, blocked_layout: as in `TrainingSession`.
+    """
+    model = loaded(source)
+    if model is None or any(tensor.external_data for tensor in model.graph.initializer):
+        return source, None
+    if blocked_layout:
+        put_blocked_layout(model)
+    phases = None if in_place is False else _cut(model, bool(in_place))
+    first = model if phases is None else phases.gradients
+    put_execution_order(first.graph)
+    if phases is not None:
+        put_execution_order(phases.update.graph)
+    content: bytes = first.SerializeToString()
+    return content, phases
+
+
+def _cut(model: Any, always: bool) -> Phases | None:
+    """The step cut in two, or None where that is not wanted; what is wrong with a model is said when it is loaded."""
+    try:
+        metadata = training_metadata({entry.key: entry.value for entry in model.metadata_props})
+    except ModelFileError:
+        return None
+    outputs = {value.name for value in model.graph.output}
+    updated = {name: name + STATE_SUFFIX for name in metadata["state"] if name + STATE_SUFFIX in outputs}
+    phases = split(model, set(metadata["trained"]), set(metadata["state"]), updated)
+    if phases is None or always:
+        return phases
+    shapes = fixed_shapes(model.graph.input)
+    elements = sum(math.prod(shapes[name]) for name in phases.in_place if name in shapes)
+    return phases if elements >= _WORTH_A_CUT else None
+
+
+def training_metadata(entries: Mapping[str, str]) -> dict[str, Any]:
+    """A model's own description of its training step, from its text entries.
+
+    Raises:
+        ModelFileError: it has none, or one of another version.
+    """
+    text = entries.get(METADATA)
+    try:
+        found: dict[str, Any] = json.loads(text or "")
+    except ValueError:
+        raise ModelFileError(
+            f"the model is no training step: it has no {METADATA!r} entry; write one with export_training_step"
+        ) from None
+    if found.get("version") != 1:
+        raise ModelFileError(f"the training step has version {found.get('version')!r}, expected 1")
+    return found
