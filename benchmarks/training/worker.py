@@ -28,6 +28,8 @@ def resident(key: str) -> int:
 
 
 def onnxruntime_step(folder: Path, threads: int) -> tuple[int, Step]:
+    import onnx  # noqa: F401  the session reads the model with it
+
     from convgrad_export.runtime.providers import onnxruntime
     from convgrad_export.training import TrainingSession
 
@@ -54,7 +56,9 @@ def pytorch_step(folder: Path, threads: int, compiled: bool, fused: bool) -> tup
     settings = json.loads((folder / "settings.json").read_text())
     network = BY_NAME[settings["network"]]
     built = network.build()
-    base = resident("VmRSS")
+    # The network is built among the imports, because that imports its package; its own tensors are no import.
+    tensors = (*built.parameters(), *built.buffers())
+    base = resident("VmRSS") - sum(tensor.nbytes for tensor in tensors)
     module = without_dropout(built).train()
     module.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
     with np.load(folder / "batch.npz") as batch:

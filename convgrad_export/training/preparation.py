@@ -21,7 +21,7 @@ from .phase_session import STATE_SUFFIX
 from .phases import Phases, split
 
 METADATA = "convgrad.training"
-_WORTH_A_CUT = 1 << 23  # elements of state: below, the gradients' way from one phase to the other costs more time
+_WORTH_A_CUT = 1 << 20  # elements of state: below, the gradients' way from one phase to the other costs more time
 
 
 def prepare(source: Path | bytes, in_place: bool | None, blocked_layout: bool) -> tuple[Path | bytes, Phases | None]:

@@ -39,7 +39,7 @@ class TrainingSession:
         seed: for dropout; with the step counter it decides every random number.
         stop_on_non_finite: raise `NonFiniteLossError` before the update is taken over.
         in_place: write parameters and optimizer state over the old ones, in a second phase after the gradients', so
-            that the state is held once; on the CPU alone. By default from 8 million elements on: with less state the
+            that the state is held once; on the CPU alone. By default from a million elements on: with less state the
             second phase costs more time than it saves. State whose old value may still be read when the new one is
             written (where gradients are accumulated, BatchNorm's statistics) is held twice all the same.
         blocked_layout: as in `GradientSession`.
