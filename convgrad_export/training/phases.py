@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..runtime.graph_nodes import put_nodes, reads
+from ..runtime.graph_nodes import reads
 from .chunks import ELEMENTWISE, VIEWS
 
 _RATE, _LOSS = "learning_rate", "loss"
