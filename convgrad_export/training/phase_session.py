@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime import tensors
+from ..runtime.memory import free_early
 from ..runtime.providers import CPU, onnxruntime, open_session
 
 STATE_SUFFIX = ".updated"
@@ -43,13 +44,8 @@ class PhaseSession:
         views: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         options = onnxruntime().SessionOptions()
-        # One block planned for a whole run is larger than what the arena hands out as it goes (365 against 417 MiB for
-        # ResNet-18 at batch 8), at the same speed.
-        options.enable_mem_pattern = False
-        # A buffer that a later tensor of the same shape shall reuse is held until then, through the whole backward:
-        # 342 against 279 MiB for DenseNet-121 at batch 8. Freed at once, the arena gives it to whoever asks next.
-        options.enable_mem_reuse = False
         if [name for name, _ in providers] == [CPU]:
+            free_early(options)
             # The zeros that a max pooling's gradient is scattered into would be kept as constants: 90 MiB for Inception
             # v3. onnxruntime warns of each that it leaves; on the CPU alone it has no other warning worth a line.
             options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(1 << 20))
