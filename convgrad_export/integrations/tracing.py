@@ -100,7 +100,8 @@ def swapped_tensors(
     """
     spread = {name: tensors[s.name] for s in state if s.name in tensors for name in (s.name, *s.aliases)}
     before = dict(spread)
-    with stateless._reparametrize_module(module, spread):
+    # Undone in reverse order: a submodule with two names is swapped twice, and the first swap found its own tensors.
+    with stateless._reparametrize_module(module, spread, stack_weights=True):
         yield
     for spec in state:
         if spec.name not in tensors:

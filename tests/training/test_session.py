@@ -20,7 +20,7 @@ from torch.nn import functional
 import convgrad_export as cg
 from convgrad_export.training import load_checkpoint
 
-from .parity import batches, small_network
+from .parity import assert_same_training, batches, small_network
 
 DYNAMIC = {"input": {0: "batch"}, "target": {0: "batch"}}
 
@@ -254,6 +254,25 @@ def test_tied_parameters_get_the_sum_of_their_gradients() -> None:
     functional.mse_loss(module(x), y).backward()
     expected = module.first.weight - 0.5 * module.first.weight.grad
     np.testing.assert_allclose(session.state()["first.weight"], expected.detach().numpy(), rtol=1e-12)
+
+
+def test_a_submodule_with_two_names_trains_and_keeps_its_own_tensors() -> None:
+    torch.manual_seed(0)
+    shared = nn.BatchNorm2d(3)
+    module = nn.Sequential(nn.Conv2d(1, 3, 3, bias=False), shared, nn.SiLU(), shared, nn.Flatten(), nn.Linear(108, 5))
+    module.double()
+    before = {name: (tensor, tensor.clone()) for name, tensor in module.state_dict(keep_vars=True).items()}
+    assert_same_training(
+        module,
+        "cross_entropy",
+        functional.cross_entropy,
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        batches(3),
+    )
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        own, value = before[name]
+        assert tensor is own
+        assert torch.equal(tensor, value)
 
 
 @pytest.mark.parametrize(
