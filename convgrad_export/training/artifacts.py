@@ -26,6 +26,7 @@ from ..integrations.finishing import BASE_OPSET, check_model, finish
 from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
 from ..integrations.tracing import swapped_tensors, trace_function
 from ..integrations.translation import translate
+from .backward import gradients
 from .checkpoint import save_checkpoint
 from .cumulative import cumulative_averages
 from .losses import Loss, resolve_loss
@@ -247,15 +248,15 @@ def _forward(
                 else torch.utils._pytree.tree_leaves(result)[0]
             )
             value = loss.call(first, *(values[s.name] for s in labels)).reshape(())
+            found = gradients(value, leaves) if training else {}
         outputs = [TracedOutput(GraphOutput("loss", "value"), value.detach())]
         flat = torch.utils._pytree.tree_leaves(result)
         names = flat_output_names(result, flat)
         outputs += [TracedOutput(GraphOutput(n, "output"), t.detach()) for n, t in zip(names, flat, strict=True)]
         if not training:
             return outputs
-        gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
-            new = torch.zeros_like(leaf) if gradient is None else gradient
+        for name, leaf in leaves.items():
+            new = found.get(name, torch.zeros_like(leaf))
             before = values[f"{name}{GRADIENT}"]
             total = torch.where(values[RESET], torch.zeros_like(before), before) + new
             outputs.append(TracedOutput(GraphOutput(f"{name}{GRADIENT}.updated", "buffer", f"{name}{GRADIENT}"), total))

@@ -63,6 +63,29 @@ class SeededRandomness(TorchFunctionMode):
         base = torch.remainder(seed, _P)
         self._base = _scrambled(torch.remainder(base * _MULTIPLIER + torch.remainder(step, _P), _P), base)
         self.draws = 0
+        self._states: list[tuple[Tensor, int]] = []
+        self._originals: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> SeededRandomness:
+        # `torch.utils.checkpoint` notes the generator's state before it calls a part of the forward, and sets it again
+        # before it calls that part a second time. What decides the draws here is how many there were.
+        self._originals.append((torch.get_rng_state, torch.set_rng_state))
+        _set_state_functions(self._state, self._set_state)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _set_state_functions(*self._originals.pop())
+
+    def _state(self) -> Tensor:
+        token = torch.empty(0, dtype=torch.uint8)
+        self._states.append((token, self.draws))
+        return token
+
+    def _set_state(self, new_state: Tensor) -> None:
+        # a state that was noted outside says nothing about these draws
+        self.draws = next((draws for token, draws in self._states if token is new_state), self.draws)
 
     def bits(self, shape: Sequence[Any]) -> Tensor:
         """The next draw, as `random_bits`."""
@@ -90,6 +113,12 @@ class SeededRandomness(TorchFunctionMode):
             return (self.uniform(shape, wide) < probability).to(like.dtype)
         # compared as integers, so that every dtype gets the same mask
         return (self.bits(shape) < round(probability * 2**_BITS)).to(like.dtype)
+
+
+def _set_state_functions(getter: Callable[[], Tensor], setter: Callable[[Tensor], None]) -> None:
+    for place in (torch, torch.random):  # the second under `fork_rng`
+        setattr(place, "get_rng_state", getter)  # noqa: B010  # mypy knows no functions of torch.random
+        setattr(place, "set_rng_state", setter)  # noqa: B010
 
 
 def _dropout(

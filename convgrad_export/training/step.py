@@ -28,6 +28,7 @@ from ..integrations.translation import translate
 from ..lowering import CPU
 from ..selection.policy import AUTO
 from ..selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
+from .backward import gradients
 from .checkpoint import checkpoint_path, save_checkpoint
 from .cumulative import cumulative_averages
 from .losses import resolve_loss
@@ -198,13 +199,12 @@ def _capture(
         with swapped_tensors(module, state, tensors), cumulative_averages(module), random:
             result = arguments.call(module, values)
             value = options.loss.call(result, *(values[s.name] for s in labels))
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ArgumentTypeError(f"loss must return a tensor with one element, got {got}")
+            value = value.reshape(())
+            found = gradients(value, leaves)
         draws[:] = [random.draws]
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ArgumentTypeError(f"loss must return a tensor with one element, got {got}")
-        value = value.reshape(())
-        gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        found = {n: g for n, g in zip(leaves, gradients, strict=True) if g is not None}
         unused[:] = [name for name in leaves if name not in found]
         outputs = [TracedOutput(GraphOutput(LOSS, "value"), value.detach())]
         if options.return_outputs:
