@@ -20,10 +20,14 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ..errors import ArgumentTypeError, DTypeError, GeometryError, UnsupportedOperatorError
+
+Replacement = Callable[..., Tensor]
 _P = 2**31 - 1
 _MULTIPLIER = 48271
 _DRAW_MULTIPLIER = 69621  # from the same paper
 _BITS = 24
+_SIGNIFICANT = {torch.float64: _BITS, torch.float32: _BITS, torch.float16: 11, torch.bfloat16: 8}
 
 
 def _scrambled(x: Tensor, key: Tensor) -> Tensor:
@@ -95,8 +99,18 @@ class SeededRandomness(TorchFunctionMode):
         return random_bits(shape, key)
 
     def uniform(self, shape: Sequence[Any], dtype: torch.dtype) -> Tensor:
-        """The next draw as numbers in [0, 1)."""
-        return self.bits(shape).to(dtype) * 2.0**-_BITS
+        """The next draw as numbers in [0, 1), multiples of 2**-24, or of what a half dtype holds below 1.
+
+        Raises:
+            DTypeError: no floating-point dtype.
+        """
+        kept = _SIGNIFICANT.get(dtype)
+        if kept is None:
+            raise DTypeError(f"random numbers in [0, 1) were asked for in {dtype}, expected a floating-point dtype")
+        numbers = self.bits(shape)
+        if kept < _BITS:
+            numbers = torch.div(numbers, 2 ** (_BITS - kept), rounding_mode="floor")
+        return numbers.to(dtype) * 2.0**-kept
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -107,10 +121,16 @@ class SeededRandomness(TorchFunctionMode):
         return replacement(self, *args, **(kwargs or {}))
 
     def keep(self, like: Tensor, shape: Sequence[Any], probability: Any) -> Tensor:
-        """A mask of zeros and ones in `like`'s dtype, one with the given probability (a number or a tensor)."""
+        """A mask of zeros and ones in `like`'s dtype, one with the given probability (a number or a tensor).
+
+        Raises:
+            ArgumentTypeError: a number outside 0 to 1.
+        """
         if isinstance(probability, Tensor):
             wide = torch.float64 if like.dtype == torch.float64 else torch.float32
             return (self.uniform(shape, wide) < probability).to(like.dtype)
+        if not 0.0 <= probability <= 1.0:
+            raise ArgumentTypeError(f"bernoulli: p is {probability!r}, expected a number from 0 to 1")
         # compared as integers, so that every dtype gets the same mask
         return (self.bits(shape) < round(probability * 2**_BITS)).to(like.dtype)
 
@@ -121,40 +141,72 @@ def _set_state_functions(getter: Callable[[], Tensor], setter: Callable[[Tensor]
         setattr(place, "set_rng_state", setter)  # noqa: B010
 
 
-def _dropout(
-    mode: SeededRandomness, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> Tensor:
-    if not training or p == 0.0:
-        return input
-    if p == 1.0:
-        return input * 0.0
-    return input * (mode.keep(input, input.shape, 1.0 - p) / (1.0 - p))
+def _noise_shape(function: Any, input: Tensor) -> list[Any]:
+    """One random number for each element, or for each channel of each sample."""
+    shape, ones = list(input.shape), [1] * (input.dim() - 2)
+    if function in (functional.dropout, functional.alpha_dropout):
+        return shape
+    name = function.__name__
+    if input.dim() < 2 or (function is functional.dropout1d and input.dim() > 3):
+        expected = "2 or 3" if function is functional.dropout1d else "2 or more"
+        raise GeometryError(f"{name}: input has {input.dim()} dimensions, expected {expected}")
+    # PyTorch takes these ranks, and no other, for samples without a batch axis.
+    if (function is functional.dropout1d and input.dim() == 2) or (
+        function is functional.dropout3d and input.dim() != 5
+    ):
+        return [shape[0], 1, *ones]
+    return [*shape[:2], *ones]
 
 
-def _channel_dropout(
-    mode: SeededRandomness, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> Tensor:
-    if not training or p == 0.0:
-        return input
-    if p == 1.0:
-        return input * 0.0
-    shape = [*input.shape[:2], *[1] * (input.dim() - 2)]
-    return input * (mode.keep(input, shape, 1.0 - p) / (1.0 - p))
+def _dropout(function: Any) -> Replacement:
+    alpha = function in (functional.alpha_dropout, functional.feature_alpha_dropout)
+
+    def replacement(
+        mode: SeededRandomness, input: Tensor, p: float = 0.5, training: bool = not alpha, inplace: bool = False
+    ) -> Tensor:
+        if not 0.0 <= p <= 1.0:
+            raise ArgumentTypeError(f"{function.__name__}: p is {p!r}, expected a number from 0 to 1")
+        shape = _noise_shape(function, input)
+        if not training or p == 0.0:
+            return input
+        shift: Any = None
+        if p == 1.0:
+            noise: Any = 0.0
+        elif alpha:  # Klambauer et al., arXiv:1706.02515, section 3
+            saturation = 1.7580993408473766
+            scale = 1.0 / math.sqrt((saturation * saturation * p + 1.0) * (1.0 - p))
+            kept = mode.keep(input, shape, 1.0 - p)
+            noise, shift = kept * scale, (kept - 1.0) * (saturation * scale) + saturation * scale * p
+        else:
+            noise = mode.keep(input, shape, 1.0 - p) / (1.0 - p)
+        if inplace:
+            input.mul_(noise)
+            return input if shift is None else input.add_(shift)
+        return input * noise if shift is None else input * noise + shift
+
+    return replacement
 
 
-def _alpha_dropout(
-    mode: SeededRandomness, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
-) -> Tensor:
-    """Klambauer et al., arXiv:1706.02515, section 3."""
-    if not training or p == 0.0:
-        return input
-    alpha = 1.7580993408473766
-    scale = 1.0 / math.sqrt((alpha * alpha * p + 1.0) * (1.0 - p))
-    kept = mode.keep(input, input.shape, 1.0 - p)
-    return input * (kept * scale) + (kept - 1.0) * (alpha * scale) + alpha * scale * p
+def _refuse(function: str, **given: Any) -> None:
+    """Refuse options that ask for other numbers than the seed's, or for another place.
+
+    Raises:
+        UnsupportedOperatorError: one of `given` is set.
+    """
+    if refused := [f"{name}={value!r}" for name, value in given.items() if value is not None and value is not False]:
+        raise UnsupportedOperatorError(
+            f"{function} was called with {', '.join(refused)} in the forward of a training step, which draws from its "
+            "seed input into new tensors on the CPU: leave the argument out"
+        )
+
+
+def _check_place(function: str, layout: Any, device: Any, pin_memory: Any) -> None:
+    elsewhere = device if device is not None and torch.device(device).type != "cpu" else None
+    _refuse(function, layout=layout if layout is not torch.strided else None, device=elsewhere, pin_memory=pin_memory)
 
 
 def _bernoulli_(mode: SeededRandomness, tensor: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
+    _refuse("Tensor.bernoulli_", generator=generator)
     tensor.copy_(mode.keep(tensor, tensor.shape, p))
     return tensor
 
@@ -162,25 +214,58 @@ def _bernoulli_(mode: SeededRandomness, tensor: Tensor, p: Any = 0.5, *, generat
 def _bernoulli(
     mode: SeededRandomness, input: Tensor, p: Any = None, *, generator: Any = None, out: Any = None
 ) -> Tensor:
+    _refuse("torch.bernoulli", generator=generator, out=out)
     return mode.keep(input, input.shape, input if p is None else p)
 
 
-def _rand_like(mode: SeededRandomness, input: Tensor, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-    wanted = dtype or input.dtype
-    return mode.uniform(input.shape, wanted)
+def _rand_like(
+    mode: SeededRandomness,
+    input: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: Any = None,
+    device: Any = None,
+    requires_grad: bool = False,
+    pin_memory: bool = False,
+    memory_format: Any = None,
+) -> Tensor:
+    # The order in memory changes no value; ONNX has one order only.
+    _check_place("torch.rand_like", layout, device, pin_memory)
+    drawn = mode.uniform(input.shape, dtype or input.dtype)
+    return drawn.requires_grad_() if requires_grad else drawn
 
 
-def _rand(mode: SeededRandomness, *size: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-    shape = size[0] if len(size) == 1 and isinstance(size[0], (tuple, list, torch.Size)) else size
-    return mode.uniform(shape, dtype or torch.get_default_dtype())
+def _rand(
+    mode: SeededRandomness,
+    *sizes: Any,
+    size: Sequence[Any] | None = None,
+    generator: Any = None,
+    names: Any = None,
+    out: Any = None,
+    dtype: torch.dtype | None = None,
+    layout: Any = None,
+    device: Any = None,
+    requires_grad: bool = False,
+    pin_memory: bool = False,
+) -> Tensor:
+    _refuse("torch.rand", generator=generator, names=names, out=out)
+    _check_place("torch.rand", layout, device, pin_memory)
+    if size is None:
+        size = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+    drawn = mode.uniform(size, dtype or torch.get_default_dtype())
+    return drawn.requires_grad_() if requires_grad else drawn
 
 
-_REPLACEMENTS: Mapping[Any, Callable[..., Tensor]] = {
-    functional.dropout: _dropout,
-    functional.dropout1d: _channel_dropout,
-    functional.dropout2d: _channel_dropout,
-    functional.dropout3d: _channel_dropout,
-    functional.alpha_dropout: _alpha_dropout,
+_DROPOUTS = (
+    functional.dropout,
+    functional.dropout1d,
+    functional.dropout2d,
+    functional.dropout3d,
+    functional.alpha_dropout,
+    functional.feature_alpha_dropout,
+)
+_REPLACEMENTS: Mapping[Any, Replacement] = {
+    **{function: _dropout(function) for function in _DROPOUTS},
     torch.Tensor.bernoulli_: _bernoulli_,
     torch.bernoulli: _bernoulli,
     torch.Tensor.bernoulli: _bernoulli,

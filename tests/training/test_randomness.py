@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -77,3 +81,128 @@ def test_the_exported_step_draws_what_pytorch_draws() -> None:
         loss = session.step(*batch)["loss"]
         with SeededRandomness(torch.tensor(5), torch.tensor(step)), torch.no_grad():
             assert functional.mse_loss(module(batch[0]), batch[1]).item() == pytest.approx(loss, rel=1e-5)
+
+
+class Applied(nn.Module):
+    """A function of the input times a weight."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x * self.weight)
+
+
+def outputs(function: Callable[[Tensor], Tensor], shape: Sequence[int], calls: int = 1, **options: Any) -> Any:
+    """What a step's forward returns for ones, call by call, with the weight at 1."""
+    report = cg.export_training_step(
+        Applied(function),
+        lambda output: output.square().mean(),
+        "sgd",
+        (torch.ones(shape),),
+        return_outputs=True,
+        **options,
+    )
+    session = cg.TrainingSession(report.model, report.state, learning_rate=0.0)
+    return [session.step(np.ones(shape, np.float32))["output"] for _ in range(calls)]
+
+
+def added_in_place(x: Tensor) -> Tensor:
+    dropped = functional.dropout(x, 0.5, True, inplace=True)
+    return x + dropped
+
+
+def dropped_in_place(x: Tensor) -> Tensor:
+    nn.Dropout(0.5, inplace=True)(x)
+    return x
+
+
+def alpha_in_place(x: Tensor) -> Tensor:
+    functional.alpha_dropout(x, 0.5, True, inplace=True)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("function", "values"),
+    [(added_in_place, [0.0, 4.0]), (dropped_in_place, [0.0, 2.0]), (alpha_in_place, [-0.7791, 1.6655])],
+)
+def test_dropout_in_place_changes_its_input(function: Callable[[Tensor], Tensor], values: list[float]) -> None:
+    torch.manual_seed(0)
+    assert function(torch.ones(100)).unique().tolist() == pytest.approx(values, abs=1e-4)
+    assert np.unique(outputs(function, (8, 8))[0]) == pytest.approx(values, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "axes"),
+    [
+        (functional.dropout1d, (6, 50), 1),
+        (functional.dropout1d, (5, 6, 50), 2),
+        (functional.dropout2d, (5, 6, 50), 2),
+        (functional.dropout2d, (5, 6, 7, 8), 2),
+        (functional.dropout3d, (6, 5, 4, 4), 1),
+        (functional.dropout3d, (5, 6, 3, 4, 4), 2),
+        (functional.feature_alpha_dropout, (5, 6, 3, 4, 4), 2),
+    ],
+)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.filterwarnings("ignore:dropout2d")
+def test_channel_dropout_drops_whole_channels(
+    function: Callable[..., Tensor], shape: tuple[int, ...], axes: int, inplace: bool
+) -> None:
+    """Samples without a batch axis included; PyTorch's own masks have the same form and values."""
+    torch.manual_seed(0)
+    found = []
+    for random in (contextlib.nullcontext(), mode()):
+        with random:
+            drawn = function(torch.ones(shape), 0.5, True, inplace)
+        channels = drawn.reshape(int(np.prod(shape[:axes])), -1)
+        assert all(len(channel.unique()) == 1 for channel in channels)
+        found.append(channels.unique())
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_size_given_by_keyword_is_drawn_whole() -> None:
+    (drawn,) = outputs(lambda x: x * torch.rand(size=(6, 5), device=x.device, generator=None), (6, 5))
+    assert len(np.unique(drawn)) == 30
+    with mode():
+        assert torch.rand([2, 3], dtype=torch.float64).dtype == torch.float64
+        assert torch.rand(2, 3, requires_grad=True).requires_grad
+        assert torch.rand(()).shape == ()
+        assert torch.rand_like(torch.ones(2, 3), dtype=torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_dtypes_draw_numbers_below_one(dtype: torch.dtype) -> None:
+    drawn = mode().uniform((20_000,), dtype)
+    assert drawn.dtype == dtype
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    assert abs(drawn.float().mean().item() - 0.5) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: torch.rand(2, generator=torch.Generator()), cg.UnsupportedOperatorError, "generator="),
+        (lambda x: torch.rand(2, out=torch.empty(2)), cg.UnsupportedOperatorError, "out="),
+        (lambda x: torch.rand(2, device="meta"), cg.UnsupportedOperatorError, "device='meta'"),
+        (lambda x: torch.rand(2, dtype=torch.int64), cg.DTypeError, "int64"),
+        (lambda x: torch.rand_like(x, device="meta"), cg.UnsupportedOperatorError, "rand_like.*meta"),
+        (
+            lambda x: torch.bernoulli(x, generator=torch.Generator()),
+            cg.UnsupportedOperatorError,
+            "bernoulli.*generator",
+        ),
+        (lambda x: torch.bernoulli(x, out=torch.empty(3)), cg.UnsupportedOperatorError, "out="),
+        (lambda x: x.bernoulli_(generator=torch.Generator()), cg.UnsupportedOperatorError, "bernoulli_.*generator"),
+        (lambda x: x.bernoulli_(1.5), cg.ArgumentTypeError, "p is 1.5"),
+        (lambda x: functional.dropout(x, -0.5), cg.ArgumentTypeError, "p is -0.5"),
+        (lambda x: functional.dropout1d(x, 0.5), cg.GeometryError, "dropout1d: input has 1 dim"),
+        (lambda x: torch.rand_like(x, nothing=1), TypeError, "nothing"),
+    ],
+)
+def test_what_a_seed_cannot_give_is_refused(call: Callable[[Tensor], Any], error: type, message: str) -> None:
+    with mode(), pytest.raises(error, match=message):
+        call(torch.ones(3))
