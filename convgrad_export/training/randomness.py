@@ -56,7 +56,8 @@ class SeededRandomness(TorchFunctionMode):
     """While active, random functions of torch draw from a seed instead of PyTorch's generator.
 
     Args:
-        seed: 0-d int64 tensor. step: 0-d int64 tensor; other numbers are drawn at every step.
+        seed: 0-d int64 tensor.
+        step: 0-d int64 tensor, the number of the call; other numbers are drawn at every one.
 
     Attributes:
         draws: how many draws were made.

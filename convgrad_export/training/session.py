@@ -36,7 +36,7 @@ class TrainingSession:
         checkpoint: the state's file; by default the one beside the model. A mapping of arrays is taken as it is.
         providers: as in `GradientSession`. threads: size of the intra-op thread pool, None for onnxruntime's choice.
         learning_rate: used by `step` when it is given none; by default the exported optimizer's.
-        seed: for dropout; with the step counter it decides every random number.
+        seed: for dropout; with the number of the call, which the state holds, it decides every random number.
         stop_on_non_finite: raise `NonFiniteLossError` before the update is taken over.
         in_place: write parameters and optimizer state over the old ones, in a second phase after the gradients', so
             that the state is held once; on the CPU alone. By default from a million elements on: with less state the

@@ -36,7 +36,7 @@ from .optimizers import resolve_optimizer
 from .preparation import METADATA
 from .randomness import SeededRandomness
 from .step_arguments import check_numbers, split_batch, split_shapes, trainable_parameters
-from .update import LEARNING_RATE, STEP, StepOptions, optimizer_inputs, update
+from .update import LEARNING_RATE, STEP, StepOptions, calls_before, optimizer_inputs, update
 from .verification import verify_step
 
 SEED, LOSS = "seed", "loss"
@@ -195,7 +195,7 @@ def _capture(
         tensors = {s.name: leaves.get(s.name, values[s.name].detach()) for s in state if s.kind == "parameter"}
         tensors.update({s.name: values[s.name].clone() for s in state if s.kind == "buffer"})
         # the seed is no input of a step that draws nothing
-        random = SeededRandomness(values.get(SEED, torch.zeros_like(values[STEP])), values[STEP])
+        random = SeededRandomness(values.get(SEED, torch.zeros_like(values[STEP])), calls_before(values, options))
         with swapped_tensors(module, state, tensors), cumulative_averages(module), random:
             result = arguments.call(module, values)
             value = options.loss.call(result, *(values[s.name] for s in labels))

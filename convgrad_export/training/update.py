@@ -47,6 +47,13 @@ def optimizer_inputs(parameters: Mapping[str, Tensor], options: StepOptions) -> 
     return result
 
 
+def calls_before(values: Mapping[str, Tensor], options: StepOptions) -> Tensor:
+    """Number of calls before this one, a 0-d int64 tensor: each draws random numbers of its own."""
+    if options.accumulation == 1:
+        return values[STEP]
+    return values[STEP] * options.accumulation + values[MICRO_STEP]
+
+
 def update(gradients: Mapping[str, Tensor], values: Mapping[str, Tensor], options: StepOptions) -> list[TracedOutput]:
     """New parameters and optimizer state."""
     outputs: list[TracedOutput] = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -171,6 +173,31 @@ def test_a_size_given_by_keyword_is_drawn_whole() -> None:
         assert torch.rand(2, 3, requires_grad=True).requires_grad
         assert torch.rand(()).shape == ()
         assert torch.rand_like(torch.ones(2, 3), dtype=torch.float64).dtype == torch.float64
+
+
+def test_every_call_that_accumulates_gradients_draws_anew() -> None:
+    calls = outputs(lambda x: functional.dropout(x, 0.5), (8, 8), 8, gradient_accumulation=4)
+    masks = [call != 0 for call in calls]
+    assert not any(np.array_equal(one, other) for one, other in itertools.combinations(masks, 2))
+    assert all(0.2 < mask.mean() < 0.8 for mask in masks)
+
+
+def test_accumulation_resumes_bit_for_bit_between_two_updates(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(6, 2)).double()
+    data = [(torch.randn(4, 2, 3).double(), torch.randn(4, 2).double()) for _ in range(7)]
+    report = cg.export_training_step(module, "mse", "adam", data[0], tmp_path / "step.onnx", gradient_accumulation=3)
+    whole = cg.TrainingSession(tmp_path / "step.onnx", seed=4)
+    expected = [whole.step(*batch)["loss"] for batch in data]
+    first = cg.TrainingSession(tmp_path / "step.onnx", seed=4)
+    got = [first.step(*batch)["loss"] for batch in data[:4]]
+    first.save(tmp_path / "half.safetensors")
+    second = cg.TrainingSession(tmp_path / "step.onnx", tmp_path / "half.safetensors", seed=4)
+    got += [second.step(*batch)["loss"] for batch in data[4:]]
+    assert got == expected
+    assert report.verified
+    for name, value in whole.state().items():
+        np.testing.assert_array_equal(second.state()[name], value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
