@@ -6,9 +6,10 @@ The models hold standard operators only and run on any onnxruntime build; the ch
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def generate_artifacts(
 
     Args:
         model: a torch module (then `args` is needed), or an ONNX forward model, whose operators have to be among
-            `onnx_module.OPERATORS`.
+            `onnx_module.OPERATORS`. A module in training mode trains as it is, with the parts in eval mode that are
+            (a frozen BatchNorm); one in eval mode trains in training mode. Its modes are the same afterwards.
         requires_grad: parameters to train; by default those with requires_grad, or all of an ONNX model's.
         frozen_params: parameters that stay as they are.
         loss: `LossType`, or what `export_training_step` takes. None: the model's first output is the loss.
@@ -120,12 +122,11 @@ def generate_artifacts(
     frozen = _frozen(module, requires_grad, frozen_params)
     parameters = trainable_parameters(module, frozen)
     shapes = dynamic_shapes if dynamic_shapes is not None else _batch_axes(batch)
-    training = module.training
-    programs = {
-        "training_model": _forward(module.train(), batch, resolved, shapes, parameters, opset_version),
-        "eval_model": _forward(module.eval(), batch, resolved, shapes, {}, opset_version),
-    }
-    module.train(training)
+    with _modes_kept(module):
+        if not module.training:
+            module.train()
+        programs = {"training_model": _forward(module, batch, resolved, shapes, parameters, opset_version)}
+        programs["eval_model"] = _forward(module.eval(), batch, resolved, shapes, {}, opset_version)
     chosen: ResolvedOptimizer | None = None
     if optimizer is not None:
         chosen = resolve_optimizer(_optimizer(optimizer), parameters)
@@ -144,6 +145,17 @@ def generate_artifacts(
         for key, proto in protos.items():
             write_atomically(temporary / paths[key].name, proto.SerializeToString(deterministic=True))
         save_checkpoint(temporary / paths["checkpoint"].name, state, metadata=metadata)
+
+
+@contextlib.contextmanager
+def _modes_kept(module: torch.nn.Module) -> Iterator[None]:
+    """Give every submodule its own mode back, whatever happens."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training  # not train(), which would reach the parts below
 
 
 def _module_and_batch(

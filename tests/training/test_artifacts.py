@@ -67,6 +67,34 @@ def test_a_script_trains_as_pytorch_does(tmp_path: Path) -> None:
         np.testing.assert_allclose(scores, eager.eval()(x).numpy(), rtol=1e-3, atol=1e-4)
 
 
+def test_modes_stay_and_a_frozen_normalization_stays_frozen(tmp_path: Path) -> None:
+    model = network()
+    model[1].eval()
+    modes = [part.training for part in model.modules()]
+    write(tmp_path, model)
+    assert [part.training for part in model.modules()] == modes
+    state, module, optimizer = load(tmp_path)
+    before = state.arrays["1.running_mean"].copy()
+    (x, y), eager = batches(1, torch.float32)[0], copy.deepcopy(model)
+    assert module(x.numpy(), y.numpy())[0] == pytest.approx(functional.cross_entropy(eager(x), y).item(), rel=1e-4)
+    optimizer.step()
+    np.testing.assert_array_equal(state.arrays["1.running_mean"], before)
+
+
+def test_modes_stay_when_an_export_fails(tmp_path: Path) -> None:
+    class Branching(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) if x.sum() > 0 else x
+
+    model = Branching(*network())
+    model.eval()
+    model[1].train()
+    modes = [part.training for part in model.modules()]
+    with pytest.raises(cg.ConvGradError):
+        write(tmp_path, model)
+    assert [part.training for part in model.modules()] == modes
+
+
 def test_gradients_accumulate_until_they_are_reset(tmp_path: Path) -> None:
     write(tmp_path, optimizer=artifacts.OptimType.SGD)
     state, module, optimizer = load(tmp_path)
