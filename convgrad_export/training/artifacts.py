@@ -177,7 +177,8 @@ def _module_and_batch(
     if args is None:
         inputs = module.example_inputs()
         with torch.no_grad():
-            output = module(*inputs)
+            output = module.eval()(*inputs)  # in training mode it would move BatchNorm's statistics
+        module.train()
         args = (*inputs, *(_target_like(output, resolved) for _ in resolved.target_names))
     return module, tuple(args), resolved
 

@@ -191,6 +191,8 @@ def test_an_onnx_forward_model_is_trained(tmp_path: Path) -> None:
     )
     state, module, optimizer = load(tmp_path)
     assert set(state.parameter_names) == {name for name, _ in eager.named_parameters()}
+    for name in ("1.running_mean", "1.running_var"):
+        np.testing.assert_array_equal(state.arrays[name], eager.get_buffer(name))
     optimizer.set_learning_rate(0.1)
     reference = torch.optim.SGD(eager.parameters(), lr=0.1)
     for x, y in batches(3, torch.float32):
