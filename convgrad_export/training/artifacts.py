@@ -128,14 +128,17 @@ def generate_artifacts(
         programs = {"training_model": _forward(module, batch, resolved, shapes, parameters, opset_version)}
         programs["eval_model"] = _forward(module.eval(), batch, resolved, shapes, {}, opset_version)
     chosen: ResolvedOptimizer | None = None
+    updated: dict[str, Tensor] = {}
     if optimizer is not None:
         chosen = resolve_optimizer(_optimizer(optimizer), parameters)
-        programs["optimizer_model"] = _optimizer_program(chosen, parameters, opset_version)
+        # As in PyTorch, a parameter that gets no gradient stays, weight decay or not.
+        unreached = programs["training_model"].unused
+        updated = {n: p for n, p in parameters.items() if n in chosen.rules and n not in unreached}
+        programs["optimizer_model"] = _optimizer_program(chosen, updated, opset_version)
     protos = {key: _model(program, opset_version) for key, program in programs.items()}
     state = {spec.name: spec.value.detach() for spec in state_inputs(module)}
     if chosen is not None:
-        for name, value in _optimizer_state(chosen, parameters).items():
-            state[name] = value
+        state.update(_optimizer_state(chosen, updated))
     metadata = {
         "trained": "\n".join(parameters),
         "parameters": "\n".join(spec.name for spec in state_inputs(module) if spec.kind == "parameter"),
@@ -246,6 +249,7 @@ def _forward(
         for name, tensor in parameters.items()
     )
     specs = (*users, *labels, *counters, *reset, *state, *sums)
+    unused: list[str] = []
 
     def traced(values: Mapping[str, Tensor]) -> list[TracedOutput]:
         leaves = {name: values[name].detach().requires_grad_() for name in parameters}
@@ -268,16 +272,17 @@ def _forward(
         outputs += [TracedOutput(GraphOutput(n, "output"), t.detach()) for n, t in zip(names, flat, strict=True)]
         if not training:
             return outputs
-        for name, leaf in leaves.items():
-            new = found.get(name, torch.zeros_like(leaf))
+        unused[:] = [name for name in leaves if name not in found]
+        for name, gradient in found.items():
             before = values[f"{name}{GRADIENT}"]
-            total = torch.where(values[RESET], torch.zeros_like(before), before) + new
+            total = torch.where(values[RESET], torch.zeros_like(before), before) + gradient
             outputs.append(TracedOutput(GraphOutput(f"{name}{GRADIENT}.updated", "buffer", f"{name}{GRADIENT}"), total))
         return outputs + buffer_outputs(state, tensors)
 
     program = trace_function(traced, specs, decompositions=onnx_decompositions(opset))
     refuse_unseeded_randomness(program)
-    for name in (SEED, STEP):
+    program.unused = tuple(unused)
+    for name in (SEED, STEP, *(f"{name}{GRADIENT}" for name in unused)):
         drop_input(program, name)
     return program
 
@@ -285,9 +290,8 @@ def _forward(
 def _optimizer_state(optimizer: ResolvedOptimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {STEP: torch.zeros((), dtype=torch.int64)}
     for name, tensor in parameters.items():
-        if name in optimizer.rules:
-            initial = optimizer.rules[name].optimizer.initial_state(tensor.detach())
-            state.update({f"{name}.{key}": value for key, value in initial.items()})
+        initial = optimizer.rules[name].optimizer.initial_state(tensor.detach())
+        state.update({f"{name}.{key}": value for key, value in initial.items()})
     return state
 
 

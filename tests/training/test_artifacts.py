@@ -67,6 +67,34 @@ def test_a_script_trains_as_pytorch_does(tmp_path: Path) -> None:
         np.testing.assert_allclose(scores, eager.eval()(x).numpy(), rtol=1e-3, atol=1e-4)
 
 
+def test_parameters_without_a_gradient_stay(tmp_path: Path) -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = network(), nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    model = Partly()
+    eager = copy.deepcopy(model)
+    write(tmp_path, model)
+    state, module, optimizer = load(tmp_path)
+    optimizer.set_learning_rate(0.1)
+    reference = torch.optim.AdamW(eager.parameters(), lr=0.1)
+    for x, y in batches(2, torch.float32):
+        module(x.numpy(), y.numpy())
+        optimizer.step()
+        module.lazy_reset_grad()
+        reference.zero_grad()
+        functional.cross_entropy(eager(x), y).backward()
+        reference.step()
+    assert_same_parameters(state, eager, rtol=1e-3)
+    np.testing.assert_array_equal(state.arrays["unused.weight"], model.unused.weight.detach())
+    assert state.parameters["unused.weight"].requires_grad
+    assert state.parameters["unused.weight"].grad is None
+
+
 def test_modes_stay_and_a_frozen_normalization_stays_frozen(tmp_path: Path) -> None:
     model = network()
     model[1].eval()
