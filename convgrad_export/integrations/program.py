@@ -67,6 +67,7 @@ class CapturedProgram:
         unused: Names in `wrt` that the value does not depend on, and that therefore have no gradient output.
         shape_env: The constraints gathered on the dynamic dimensions.
         function: The Python function that was traced: named tensors to outputs. Verification runs it eagerly.
+        notes: What verification found out that the caller should know; shared by copies with other values.
     """
 
     graph_module: torch.fx.GraphModule
@@ -77,6 +78,7 @@ class CapturedProgram:
     unused: tuple[str, ...]
     shape_env: ShapeEnv
     function: Callable[[Mapping[str, torch.Tensor]], Sequence[TracedOutput]]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def symbol_names(self) -> dict[str, str]:

@@ -8,8 +8,9 @@ results (see `rounding.py`). onnxruntime's result must be within
 
 A result outside is looked at again with more such runs before it is refused: where a ReLU or a max pooling is as good
 as tied, the first may miss the side that onnxruntime's rounding took. The same holds for float64 models with 2**-49
-and 2**-38, for float16 with 2**-9 and 2**-10, for bfloat16 with 2**-6 and 2**-7. A gradient that is off by a factor, a
-missing border row or another loss reduction is outside by orders of magnitude.
+and 2**-38, for float16 with 2**-9 and 2**-10, for bfloat16 with 2**-6 and 2**-7. A module that does not run in float64
+is its own reference, in its own types; as r is then rounded itself, the 8 becomes a 9. A gradient that is off by a
+factor, a missing border row or another loss reduction is outside by orders of magnitude.
 
 The report. Errors and bounds are relative to ||r||. Where r is nothing but cancellation (the gradient of a bias before
 a normalization), that would say nothing, and they are relative to the size of the terms that cancel: the distance that
@@ -19,9 +20,8 @@ random rounding moves r, divided by the rounding's size.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,10 @@ import onnx_ir as ir
 import torch
 
 from convgrad_export.errors import DynamicShapeError, VerificationError
+from convgrad_export.integrations.eager_run import eager, run_eagerly
+from convgrad_export.integrations.eager_run import (
+    perturbed as perturbed,
+)  # read here by the training steps' verification
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
 from convgrad_export.integrations.report import OutputError, merged
 from convgrad_export.integrations.rounding import RandomRounding
@@ -50,6 +54,7 @@ class Precision:
         dtype: of the compared eager run. floor: relative error that is always allowed. rounding: of a stored value.
         perturbations: relative changes of inputs and weights, a few layers' rounding (training steps).
         storage: type whose values count as exact. noise: relative rounding of each operator in the random runs.
+        slack: what the distance that rounding moves a result is multiplied by. stages: random runs, see `_STAGES`.
     """
 
     dtype: torch.dtype
@@ -58,6 +63,8 @@ class Precision:
     perturbations: tuple[float, ...]
     storage: torch.dtype
     noise: float
+    slack: float = SLACK
+    stages: tuple[int, ...] = _STAGES
 
 
 SINGLE = Precision(
@@ -70,18 +77,43 @@ DOUBLE = Precision(
 FLOAT16 = Precision(torch.float32, 2.0**-10, 2.0**-10, (0.0, 2.0**-9), storage=torch.float16, noise=2.0**-9)
 BFLOAT16 = Precision(torch.float32, 2.0**-7, 2.0**-7, (0.0, 2.0**-6), storage=torch.bfloat16, noise=2.0**-6)
 _HALF = {torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+# A result in one type moves by a part of itself that a type as coarse as this one does not hold.
+_COARSER = {torch.float32: torch.bfloat16, torch.float16: torch.float8_e5m2, torch.bfloat16: torch.float8_e5m2}
 
 
 def precision_of(program: CapturedProgram) -> Precision:
-    """By the parameters' type, or the inputs' where there are none: `DOUBLE` if all are float64, the coarsest half."""
+    """By the parameters' type, or the inputs' where there are none: `DOUBLE` if all are float64, the coarsest half.
+
+    What the forward casts to counts as well: a float32 module under autocast is as exact as bfloat16 is, and a float64
+    one that computes a part in float32 as exact as that.
+    """
     floats = [spec for spec in program.inputs if spec.value.is_floating_point()]
-    dtypes = {spec.value.dtype for spec in floats}
+    dtypes = {spec.value.dtype for spec in floats} | _computed_in(program)
     for half in (torch.bfloat16, torch.float16):
         if half in dtypes:
             return _HALF[half]
     deciding = [spec for spec in floats if spec.kind == "parameter"] or [s for s in floats if s.kind == "user"]
     double = bool(deciding) and all(spec.value.dtype == torch.float64 for spec in deciding)
-    return DOUBLE if double else SINGLE
+    return DOUBLE if double and torch.float32 not in _computed_in(program) else SINGLE
+
+
+def _computed_in(program: CapturedProgram) -> set[torch.dtype]:
+    """Floating-point types that the graph narrows a value to."""
+    found = set()
+    for node in program.graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if node.target is not torch.ops.aten._to_copy.default or not isinstance(value, torch.Tensor):
+            continue
+        source = node.args[0].meta.get("val")
+        if source is not None and source.is_floating_point() and source.dtype.itemsize > value.dtype.itemsize:
+            found.add(value.dtype)
+    return found
+
+
+def _in_own_types(precision: Precision) -> Precision:
+    """For a truth that is itself rounded: once more what rounding moves, and random runs from the start."""
+    storage = _COARSER.get(precision.storage, precision.storage)
+    return replace(precision, storage=storage, slack=precision.slack + 1, stages=precision.stages[2:])
 
 
 @dataclass(frozen=True)
@@ -91,32 +123,6 @@ class Verification:
     errors: dict[str, OutputError]
     sizes: list[dict[str, int]]
     notes: list[str]
-
-
-def eager(
-    program: CapturedProgram, inputs: Mapping[str, torch.Tensor], dtype: torch.dtype, amount: float = 0.0, seed: int = 0
-) -> dict[str, torch.Tensor]:
-    """The captured Python function run by PyTorch itself, every floating-point tensor in `dtype`, oneDNN off.
-
-    Nothing of the capture, of the decompositions or of the translation takes part in this.
-    """
-    values = {}
-    for index, spec in enumerate(program.inputs):
-        if spec.kind == "constant":
-            continue  # the function holds these itself
-        tensor = (inputs[spec.name] if spec.kind == "user" else spec.value).detach()
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor.clone()
-        values[spec.name] = perturbed(tensor, amount, 1000 * seed + index).requires_grad_(spec.value.requires_grad)
-    default = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype)
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")  # the switch talks about other hardware
-            with torch.backends.mkldnn.flags(enabled=False):
-                outputs = program.function(values)
-    finally:
-        torch.set_default_dtype(default)
-    return {output.spec.name: output.tensor.detach() for output in outputs}
 
 
 def verify(
@@ -153,7 +159,7 @@ def verify(
             continue
         sizes, more = run
         errors, sizes_run = merged(errors, more), [*sizes_run, sizes]
-    return Verification(errors, sizes_run, notes)
+    return Verification(errors, sizes_run, [*notes, *program.notes])
 
 
 def compare(runner: Any, program: CapturedProgram, inputs: Mapping[str, torch.Tensor]) -> dict[str, OutputError]:
@@ -162,8 +168,9 @@ def compare(runner: Any, program: CapturedProgram, inputs: Mapping[str, torch.Te
     Raises:
         VerificationError: Outside the bound, another shape, or onnxruntime fails.
     """
-    truth = {name: value.double() for name, value in eager(program, inputs, torch.float64).items()}
-    precision = precision_of(program)
+    exact = run_eagerly(program, inputs, torch.float64)
+    truth = {name: value.double() for name, value in exact.outputs.items()}
+    precision = precision_of(program) if exact.refusal is None else _in_own_types(precision_of(program))
     try:
         actual = runner.run({name: _numpy(inputs[name]) for name in runner.input_names})
     except Exception as refused:
@@ -178,7 +185,7 @@ def compare(runner: Any, program: CapturedProgram, inputs: Mapping[str, torch.Te
     runs: list[dict[str, float]] = []
     errors: dict[str, OutputError] = {}
     plain: dict[str, float] | None = None
-    for stage in _STAGES:
+    for stage in precision.stages:
         if stage and plain is None:
             plain = _distances(eager(program, inputs, precision.dtype), truth)
         runs += [_randomly_rounded(program, inputs, truth, precision, seed) for seed in range(len(runs), stage)]
@@ -188,9 +195,10 @@ def compare(runner: Any, program: CapturedProgram, inputs: Mapping[str, torch.Te
             break
     name, error = max(errors.items(), key=lambda item: item[1].relative / item[1].bound)
     if not all(error.within for error in errors.values()):
+        reference = "float64 eager" if exact.refusal is None else "eager"
         raise VerificationError(
-            f"output {name!r} of the exported model is wrong: relative error {error.relative:.3g} against float64 "
-            f"eager, bound {error.bound:.3g}{', relative to the terms that cancel in it' * error.cancelled}. "
+            f"output {name!r} of the exported model is wrong: relative error {error.relative:.3g} against {reference}, "
+            f"bound {error.bound:.3g}{', relative to the terms that cancel in it' * error.cancelled}. "
             f"Inputs { ({name: tuple(v.shape) for name, v in inputs.items()}) }. Nothing was written."
         )
     return errors
@@ -210,7 +218,7 @@ def _judged(
         difference = values[spec.name] - truth[spec.name]
         norm, error = float(truth[spec.name].norm()), float(difference.norm())
         moved = [run[spec.name] for run in (*runs, *([plain] if plain is not None else []))]
-        allowed = SLACK * max(moved, default=0.0) + precision.floor * norm
+        allowed = precision.slack * max(moved, default=0.0) + precision.floor * norm
         # The least of the runs: a tie that fell the other way in some of them says nothing about cancellation.
         terms = min((run[spec.name] for run in runs), default=0.0) / precision.noise
         cancelled = norm < _CANCELLED * terms
@@ -337,11 +345,3 @@ def _fresh(spec: GraphInput, shape: Sequence[int], random: np.random.Generator) 
         noise = torch.from_numpy(np.asarray(random.uniform(-1.0, 1.0, tuple(shape)))).to(example.dtype)
         drawn = drawn * (1 + 0.1 * noise) if bool(values[0]) else drawn + 2 * noise
     return drawn
-
-
-def perturbed(tensor: torch.Tensor, amount: float, seed: int) -> torch.Tensor:
-    """Each element moved by up to `amount` of itself; integers as they are."""
-    if amount == 0.0 or not tensor.is_floating_point():
-        return tensor
-    generator = torch.Generator().manual_seed(seed)
-    return tensor * (1 + amount * (2 * torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) - 1))

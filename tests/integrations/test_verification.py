@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import convgrad_export as cg
 from convgrad_export.integrations import verification
@@ -160,3 +161,85 @@ class Downsampled(nn.Module):
 def test_sizes_that_eager_refuses_are_no_reason_to_refuse_the_export() -> None:
     report = cg.export(Downsampled(), (image(2, 3, 8, 8),), dynamic_shapes={"x": {2: "height"}})
     assert [sizes["height"] for sizes in report.verified_sizes] == [8, 10]
+
+
+class Around(nn.Module):
+    """A layer with a function of the test around it."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor], layer: nn.Module) -> None:
+        super().__init__()
+        self.function, self.layer = function, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer, x)
+
+
+def _float_only(layer: nn.Module, x: Tensor) -> Tensor:
+    if x.dtype != torch.float32:
+        raise TypeError("float32 only")
+    return layer(x)
+
+
+_KERNEL = torch.ones(3, 3, 1, 1)
+_BYTES = torch.randint(0, 255, (2, 3, 6, 6), dtype=torch.uint8)
+CASTING: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], nn.Module, Tensor]] = {
+    "bytes": (lambda layer, x: layer(x.float() / 255), nn.Conv2d(3, 3, 3), _BYTES),
+    "float32 again": (lambda layer, x: layer(x.to(torch.float32)), nn.Conv2d(3, 3, 3), image(2, 3, 6, 6)),
+    "one hot": (lambda layer, x: layer(functional.one_hot(x, 5).float()), nn.Linear(5, 3), torch.tensor([0, 4])),
+    "timesteps": (
+        lambda layer, t: layer(t[:, None].float() * torch.arange(4, dtype=torch.float32)),
+        nn.Linear(4, 3),
+        torch.tensor([0, 40]),
+    ),
+    "closed-over kernel": (
+        lambda layer, x: functional.conv2d(layer(x), _KERNEL),
+        nn.Conv2d(3, 3, 3),
+        image(2, 3, 6, 6),
+    ),
+    "float32 inside float64": (
+        lambda layer, x: layer(x.float().double()),
+        nn.Conv2d(3, 3, 3).double(),
+        image().double(),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASTING)
+def test_modules_that_cast_are_compared_with_float64(case: str) -> None:
+    function, layer, x = CASTING[case]
+    module = Around(function, layer)
+    for report in (
+        cg.export(module, (x,)),
+        cg.export_gradient(module, (x,), wrt="parameters", of=lambda out: out.square().sum()),
+        cg.export_training_step(module, lambda out: out.square().mean(), "sgd", (x,)),
+    ):
+        assert report.errors
+        assert not report.notes
+
+
+def test_a_module_that_refuses_float64_is_compared_in_its_own_types() -> None:
+    module = Around(_float_only, nn.Conv2d(3, 4, 3))
+    report = cg.export(module, (image(),))
+    assert report.verified
+    assert any("own types" in note and "TypeError: float32 only" in note for note in report.notes)
+    program = capture_gradients(module, (image(),), wrt="parameters")
+
+    def wrong(outputs: dict[str, np.ndarray]) -> None:
+        outputs["layer.weight.grad"][0] *= 1 + 1e-3
+
+    verification.compare(Answers(program, lambda outputs: None), program, {"x": image()})
+    with pytest.raises(cg.VerificationError, match=r"layer\.weight\.grad.*against eager"):
+        verification.compare(Answers(program, wrong), program, {"x": image()})
+
+
+def test_a_module_that_fails_on_fresh_values_is_refused_with_its_message() -> None:
+    calls: list[None] = []
+
+    def once(layer: nn.Module, x: Tensor) -> Tensor:
+        calls.append(None)
+        if len(calls) > 1:
+            raise ValueError("these values are not allowed")
+        return layer(x)
+
+    with pytest.raises(cg.VerificationError, match=r"fails in PyTorch.*ValueError: these values.*verify=False"):
+        cg.export(Around(once, nn.Conv2d(3, 4, 3)), (image(),))

@@ -1,0 +1,154 @@
+"""A captured function run by PyTorch itself, in a wider type than the module's own.
+
+Verification holds onnxruntime against float64. Making the inputs and the weights float64 is not enough for that: a
+module that casts (`images.float() / 255`), makes a float32 tensor (`torch.arange(n, dtype=torch.float32)`) or holds one
+that is no parameter would bring float32 back in, and most operators refuse two types at once. `WidenedCasts` reads
+every such type as the wider one while the function runs.
+
+A module that does not run in float64 all the same (it asserts its input's type, or reads a float32 bit by bit) is run
+in its own types, and the run says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from convgrad_export.errors import ConvGradError, VerificationError
+from convgrad_export.integrations.program import CapturedProgram
+
+_BITS = (torch.ops.aten.view.dtype,)  # another type for the same bytes: no cast
+
+
+class WidenedCasts(TorchDispatchMode):
+    """While active, floating-point types narrower than `dtype` (float32 or float64) are read as `dtype`.
+
+    Operators below autograd see the wider type where they are asked for a narrower one, and wide copies of narrower
+    tensors. A narrow tensor that an operator writes to stays what it is.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._wider = {torch.float16: dtype, torch.bfloat16: dtype}
+        if dtype == torch.float64:
+            self._wider |= {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _BITS or not isinstance(func, torch._ops.OpOverload):
+            return func(*args, **kwargs)
+        declared = func._schema.arguments
+        written = {argument.name for argument in declared if argument.alias_info and argument.alias_info.is_write}
+        names = [argument.name for argument in declared[: len(args)]]
+        args = tuple(a if name in written else self._widened(a) for name, a in zip(names, args, strict=True))
+        return func(*args, **{name: a if name in written else self._widened(a) for name, a in kwargs.items()})
+
+    def _widened(self, argument: Any) -> Any:
+        return pytree.tree_map(self._widened_leaf, argument)
+
+    def _widened_leaf(self, leaf: Any) -> Any:
+        if isinstance(leaf, torch.dtype):
+            return self._wider.get(leaf, leaf)
+        if isinstance(leaf, torch.Tensor) and leaf.dtype in self._wider:
+            return leaf.to(self._wider[leaf.dtype])
+        return leaf
+
+
+@dataclass(frozen=True)
+class EagerRun:
+    """A run's outputs by name; `refusal` says why the type that was asked for was not to be had, or is None."""
+
+    outputs: dict[str, torch.Tensor]
+    refusal: str | None = None
+
+
+def run_eagerly(
+    program: CapturedProgram, inputs: Mapping[str, torch.Tensor], dtype: torch.dtype, amount: float = 0.0, seed: int = 0
+) -> EagerRun:
+    """The captured Python function run by PyTorch, in `dtype` if the function runs in it and in its own types if not.
+
+    oneDNN is off. Nothing of the capture, of the decompositions or of the translation takes part in this.
+
+    Args:
+        program: its parameters and buffers are taken along.
+        inputs: the user inputs, by name.
+        dtype: float32 or float64; floating-point tensors that are narrower are widened to it.
+        amount, seed: of the random relative change of every tensor, see `perturbed`.
+
+    Raises:
+        VerificationError: The function does not run on these inputs at all.
+    """
+    try:
+        return EagerRun(_run(program, inputs, dtype, amount, seed))
+    except Exception as refused:
+        refusal = _described(refused)
+    try:
+        outputs = _run(program, inputs, None, amount, seed)
+    except ConvGradError:
+        raise
+    except Exception as failed:
+        shapes = {name: tuple(value.shape) for name, value in inputs.items()}
+        raise VerificationError(
+            f"the module itself fails in PyTorch on inputs {shapes} with values drawn from the example's: "
+            f"{_described(failed)}. Nothing was compared or written. Make it take any such values, or pass verify=False"
+        ) from failed
+    note = f"compared with PyTorch in the module's own types, since it does not run in {dtype}: {refusal}"
+    if note not in program.notes:
+        program.notes.append(note)
+    return EagerRun(outputs, refusal)
+
+
+def eager(
+    program: CapturedProgram, inputs: Mapping[str, torch.Tensor], dtype: torch.dtype, amount: float = 0.0, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """The outputs of `run_eagerly`, whose arguments and errors these are."""
+    return run_eagerly(program, inputs, dtype, amount, seed).outputs
+
+
+def _run(
+    program: CapturedProgram, inputs: Mapping[str, torch.Tensor], dtype: torch.dtype | None, amount: float, seed: int
+) -> dict[str, torch.Tensor]:
+    values = {}
+    for index, spec in enumerate(program.inputs):
+        if spec.kind == "constant":
+            continue  # the function holds these itself
+        tensor = inputs[spec.name].clone() if spec.kind == "user" else spec.value
+        tensor = tensor.detach() if tensor.is_floating_point() else tensor.detach().clone()
+        if dtype is not None and tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize:
+            tensor = tensor.to(dtype)
+        values[spec.name] = perturbed(tensor, amount, 1000 * seed + index).requires_grad_(spec.value.requires_grad)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype or default)
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")  # the switch talks about other hardware
+            with torch.backends.mkldnn.flags(enabled=False):
+                if dtype is None:
+                    outputs = program.function(values)
+                else:
+                    with WidenedCasts(dtype):
+                        outputs = program.function(values)
+    finally:
+        torch.set_default_dtype(default)
+    return {output.spec.name: output.tensor.detach() for output in outputs}
+
+
+def perturbed(tensor: torch.Tensor, amount: float, seed: int) -> torch.Tensor:
+    """Each element moved by up to `amount` of itself; integers as they are."""
+    if amount == 0.0 or not tensor.is_floating_point():
+        return tensor
+    generator = torch.Generator().manual_seed(seed)
+    return tensor * (1 + amount * (2 * torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) - 1))
+
+
+def _described(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}".rstrip(".") if lines else type(error).__name__
