@@ -116,12 +116,16 @@ def _fake_inputs(inputs: Sequence[GraphInput], mode: FakeTensorMode) -> list[tor
     fakes: list[torch.Tensor] = []
     first_of: dict[str, Any] = {}  # SymInt
     for spec in inputs:
+        example = spec.value
+        if spec.kind == "user":
+            # One tensor has one fake. The same tensor given twice, or held by the module too, is still another input.
+            example = example.detach().requires_grad_(example.requires_grad)
         if not spec.dynamic:
-            fakes.append(mode.from_tensor(spec.value, static_shapes=True))
+            fakes.append(mode.from_tensor(example, static_shapes=True))
             continue
         sizes = [DimDynamic.DYNAMIC if a in spec.dynamic else DimDynamic.STATIC for a in range(spec.value.ndim)]
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-        fake = mode.from_tensor(_with_general_sizes(spec), symbolic_context=context)
+        fake = mode.from_tensor(_with_general_sizes(example, spec.dynamic), symbolic_context=context)
         for axis, label in spec.dynamic.items():
             size: Any = fake.shape[axis]
             if label in first_of:
@@ -137,13 +141,13 @@ def _fake_inputs(inputs: Sequence[GraphInput], mode: FakeTensorMode) -> list[tor
     return fakes
 
 
-def _with_general_sizes(spec: GraphInput) -> torch.Tensor:
+def _with_general_sizes(example: torch.Tensor, dynamic: Mapping[int, str]) -> torch.Tensor:
     """The example, or zeros with 2 for a dynamic size of 0 or 1: fake tensors read no data, only sizes."""
-    shape = [max(size, 2) if axis in spec.dynamic else size for axis, size in enumerate(spec.value.shape)]
-    if shape == list(spec.value.shape):
-        return spec.value
-    general = torch.zeros(shape, dtype=spec.value.dtype, device=spec.value.device)
-    return general.requires_grad_(spec.value.requires_grad)
+    shape = [max(size, 2) if axis in dynamic else size for axis, size in enumerate(example.shape)]
+    if shape == list(example.shape):
+        return example
+    general = torch.zeros(shape, dtype=example.dtype, device=example.device)
+    return general.requires_grad_(example.requires_grad)
 
 
 def _record(

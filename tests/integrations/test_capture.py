@@ -187,6 +187,42 @@ def test_a_closed_over_parameter_becomes_a_named_constant() -> None:
     torch.testing.assert_close(program.run(fresh)["output"], Closed()(fresh).detach())
 
 
+class Products(nn.Module):
+    """Of two arguments, a buffer and a tensor that is neither."""
+
+    def __init__(self, reference: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("reference", reference)
+        self.plain = [reference]
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x.sin() * y + (self.reference - x) * self.plain[0]
+
+
+def test_one_tensor_given_twice_and_held_by_the_module_is_two_inputs_and_a_constant() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    module = Products(x)
+    program = capture_gradients(module, (x, x), wrt="inputs")
+    assert [s.name for s in program.inputs if s.kind == "user"] == ["x", "y"]
+    first, second = torch.randn_like(x).requires_grad_(), torch.randn_like(x).requires_grad_()
+    module(first, second).sum().backward()
+    results = program.run(first.detach(), second.detach())
+    torch.testing.assert_close(results["x.grad"], first.grad)
+    torch.testing.assert_close(results["y.grad"], second.grad)
+
+
+def test_one_tensor_given_twice_may_have_dynamic_sizes() -> None:
+    class Outer(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x[:, None] * y[None].sin()
+
+    x = torch.randn(3, 4)
+    program = capture(Outer(), (x, x), dynamic_shapes={"x": {0: "rows", 1: "n"}, "y": {0: "columns", 1: "n"}})
+    assert set(program.dimensions) == {"rows", "columns", "n"}
+    first, second = torch.randn(2, 7), torch.randn(5, 7)
+    torch.testing.assert_close(program.run(first, second)["output"], Outer()(first, second))
+
+
 class CachedGradient(nn.Module):
     """pytorch#89675 in its usual shape: the gradient is computed once, outside, and kept."""
 
