@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,12 @@ class CallArguments:
     """`module(*args, **kwargs)`, with each tensor known by a name and replaceable.
 
     A tensor passed for the forward parameter `x` is called "x"; tensors nested in a list, tuple or dict passed for `x`
-    are "x_0", "x_1" or "x_<key>". Values that are no tensors stay as they are.
+    are "x_0", "x_1" or "x_<key>", and so are those in a class that is registered with pytree. Values that are no
+    tensors stay as they are.
+
+    Raises:
+        ArgumentTypeError: No module, arguments that its forward does not take, a numpy array, or a tensor inside an
+            object that is not registered: either would be a constant.
     """
 
     def __init__(self, module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
@@ -36,10 +43,6 @@ class CallArguments:
         self._args = tuple(args)
         self._kwargs = dict(kwargs or {})
         self._arguments = _bind(module, self._args, self._kwargs)
-        if arrays := [name for name, value in self._arguments.items() if isinstance(value, np.ndarray)]:
-            raise ArgumentTypeError(
-                f"argument {', '.join(arrays)} is a numpy array, which would be a constant: pass torch.from_numpy of it"
-            )
         self._names: dict[str, tuple[str, ...]] = {}
         self.examples: dict[str, torch.Tensor] = {}
         for argument, value in self._arguments.items():
@@ -49,6 +52,8 @@ class CallArguments:
                     name = "_".join([argument, *(key_text(key) for key in path)])
                     self.examples[name] = leaf
                     names.append(name)
+                else:
+                    _refuse_hidden(argument, leaf)
             self._names[argument] = tuple(names)
         # What a caller sees may have to differ from the argument's name where a parameter has that name already.
         self._renamed: dict[str, str] = {}
@@ -96,24 +101,92 @@ class CallArguments:
                     f"dynamic_shapes has {len(dynamic_shapes)} entries for {len(self._arguments)} arguments"
                 )
             by_argument = dict(zip(self._arguments, dynamic_shapes, strict=True))
-        result: dict[str, dict[int, str]] = {}
+        given: dict[str, Any] = {}
         for argument, value in self._arguments.items():
-            names = self._names[argument]
-            if isinstance(value, torch.Tensor):
-                specs: list[Any] = [by_argument.get(argument)]
-            else:
-                specs = [by_argument.get(name) for name in names]
-                nested = by_argument.get(argument)
-                if nested is not None:
-                    entries = nested.values() if isinstance(nested, Mapping) else nested
-                    specs = list(entries)
-                    if len(specs) != len(names):
-                        raise ArgumentTypeError(
-                            f"dynamic_shapes[{argument!r}] has {len(specs)} entries for {len(names)} tensors"
-                        )
-            for name, spec in zip(names, specs, strict=True):
-                result[name] = _dimension_names(name, self.examples[name], spec)
-        return result
+            given.update({name: by_argument.get(name) for name in self._names[argument]})
+            if by_argument.get(argument) is not None:
+                given.update(_by_tensor(argument, argument, value, by_argument[argument]))
+        return {name: _dimension_names(name, tensor, given[name]) for name, tensor in self.examples.items()}
+
+
+def _by_tensor(name: str, place: str, value: Any, spec: Any) -> Iterator[tuple[str, Any]]:
+    """The entries of a nested dynamic_shapes that belong to the tensors inside `value`, under the tensors' names.
+
+    Raises:
+        ArgumentTypeError: `spec` has other keys, or another length, than `value`.
+    """
+    if isinstance(value, torch.Tensor):
+        yield name, spec
+        return
+    children = pytree.tree_flatten_with_path(value, is_leaf=lambda inner: inner is not value)[0]
+    inside = [(path[0], child) for path, child in children if path]
+    keys = [getattr(key, "key", getattr(key, "name", None)) for key, _ in inside]
+    if spec is None:
+        entries: list[Any] = [None] * len(inside)
+    elif not inside:
+        raise ArgumentTypeError(f"dynamic_shapes of {place} is {spec!r:.80}, expected None: {place} holds no tensor")
+    elif isinstance(spec, Mapping):
+        if set(spec) != set(keys):
+            raise ArgumentTypeError(
+                f"dynamic_shapes of {place} has the keys {list(spec)}, expected those of the argument, with None for "
+                f"what is static: {keys if None not in keys else f'a sequence of {len(keys)} entries'}"
+            )
+        entries = [spec[key] for key in keys]
+    elif isinstance(spec, (list, tuple)) and not isinstance(value, Mapping):
+        if len(spec) != len(inside):
+            raise ArgumentTypeError(
+                f"dynamic_shapes of {place} has {len(spec)} entries, the argument has {len(inside)}: give one for "
+                "each, None for what is static"
+            )
+        entries = list(spec)
+    else:
+        wanted = f"a dict with the keys {keys}" if isinstance(value, Mapping) else "a sequence with an entry for each"
+        raise ArgumentTypeError(f"dynamic_shapes of {place} is {spec!r:.80}, expected {wanted}")
+    for (key, child), entry in zip(inside, entries, strict=True):
+        yield from _by_tensor(f"{name}_{key_text(key)}", f"{place}[{key_text(key)!r}]", child, entry)
+
+
+def _refuse_hidden(argument: str, leaf: Any) -> None:
+    """Refuse an array, or an object that holds one or a tensor: nothing would tell that it became a constant.
+
+    Raises:
+        ArgumentTypeError: naming where the tensor is, and how to register the class.
+    """
+    if isinstance(leaf, np.ndarray):
+        raise ArgumentTypeError(
+            f"argument {argument} is or holds a numpy array, which would be a constant: pass torch.from_numpy of it"
+        )
+    place = next(_held(leaf, argument, set()), None)
+    if place is None:
+        return
+    kind = type(leaf)
+    register = "torch.utils._pytree.register_pytree_node"
+    if dataclasses.is_dataclass(leaf):
+        register = f"torch.export.register_dataclass({kind.__name__})"
+    raise ArgumentTypeError(
+        f"argument {argument} holds a {kind.__name__} with a tensor in it ({place}), which would be a constant of the "
+        f"model. Register the class ({register}), or pass its tensors as arguments, alone or in tuples, lists and dicts"
+    )
+
+
+def _held(value: Any, place: str, seen: set[int]) -> Iterator[str]:
+    """Where inside an object tensors and arrays are. Modules, functions and classes may hold constants."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        yield place
+        return
+    if isinstance(value, (torch.nn.Module, ModuleType, type)) or callable(value) or id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        parts: Any = [(f"{place}[{key!r}]", part) for key, part in value.items()]
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        parts = [(f"{place}[{index}]", part) for index, part in enumerate(value)]
+    else:
+        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        named = {**getattr(value, "__dict__", {}), **{f.name: getattr(value, f.name, None) for f in fields}}
+        parts = [(f"{place}.{name}", part) for name, part in named.items()]
+    for name, part in parts:
+        yield from _held(part, name, seen)
 
 
 def named_tensors(

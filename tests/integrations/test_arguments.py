@@ -1,0 +1,109 @@
+"""Nested arguments: dynamic sizes by key, and tensors where nothing would find them."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convgrad_export.errors import ArgumentTypeError
+from convgrad_export.integrations.capture import capture
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+@dataclasses.dataclass
+class Batch:
+    image: Tensor
+    scale: float = 2.0
+
+
+@dataclasses.dataclass
+class Registered:
+    image: Tensor
+    scale: float = 2.0
+
+
+torch.export.register_dataclass(Registered)
+
+
+class Sums(nn.Module):
+    """Of every tensor in a nested argument, over all axes but the first two."""
+
+    def forward(self, d: Any) -> list[Tensor]:
+        return [leaf.sum(-1) for leaf in torch.utils._pytree.tree_leaves(d) if isinstance(leaf, Tensor)]
+
+
+class OfBatch(nn.Module):
+    def forward(self, batch: Any) -> Tensor:
+        return batch.image * batch.scale
+
+
+A, B = torch.ones(4, 3, 2), torch.ones(7, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "shapes", "expected"),
+    [
+        ({"a": A, "b": B}, {"b": {0: "m"}, "a": None}, {"d_a": {}, "d_b": {0: "m"}}),
+        ({"a": [A, 3], "b": B}, {"b": None, "a": [{0: "m"}, None]}, {"d_a_0": {0: "m"}, "d_b": {}}),
+        ([A, {"c": B}], [None, {"c": {0: "m"}}], {"d_0": {}, "d_1_c": {0: "m"}}),
+        (Pair(A, B), {"second": {0: "m"}, "first": None}, {"d_first": {}, "d_second": {0: "m"}}),
+        (Pair(A, B), (None, {0: "m"}), {"d_first": {}, "d_second": {0: "m"}}),
+        (Registered(A), {"image": {0: "m"}, "scale": None}, {"d_image": {0: "m"}}),
+    ],
+)
+def test_nested_dynamic_shapes_go_by_key(value: Any, shapes: Any, expected: dict[str, dict[int, str]]) -> None:
+    program = capture(Sums(), (value,), dynamic_shapes={"d": shapes})
+    assert {s.name: dict(s.dynamic) for s in program.inputs} == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "shapes", "message"),
+    [
+        ({"a": A, "b": B}, {"bogus": {0: "m"}, "nothing": None}, r"of d has the keys \['bogus'.*\['a', 'b'\]"),
+        ({"a": A, "b": B}, {"b": {0: "m"}}, r"of d has the keys \['b'\].*\['a', 'b'\]"),
+        ({"a": A, "b": B}, [None, {0: "m"}], r"of d is .*expected a dict with the keys \['a', 'b'\]"),
+        ([A, [B, A]], [None, [{0: "m"}]], r"of d\['1'\] has 1 entries, the argument has 2"),
+        ([A, 3], [None, {0: "m"}], r"of d\['1'\] is .*expected None"),
+        ([A, B], 3, r"of d is 3, expected a sequence"),
+    ],
+)
+def test_dynamic_shapes_of_another_structure_are_refused(value: Any, shapes: Any, message: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=message):
+        capture(Sums(), (value,), dynamic_shapes={"d": shapes})
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (Batch(A), r"batch holds a Batch with a tensor in it \(batch\.image\).*export\.register_dataclass\(Batch\)"),
+        ([Batch(A)], r"batch holds a Batch.*export\.register_dataclass\(Batch\)"),
+        (SimpleNamespace(image={"x": A}, scale=1), r"batch\.image\['x'\].*register_pytree_node"),
+        (Batch(np.ones((2, 2))), r"\(batch\.image\)"),
+        ([np.ones((2, 2))], r"argument batch is or holds a numpy array"),
+    ],
+)
+def test_a_tensor_that_would_be_baked_in_unseen_is_refused(argument: Any, message: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=message):
+        capture(OfBatch(), (argument,))
+
+
+def test_a_registered_class_is_an_argument_and_a_plain_object_a_constant() -> None:
+    program = capture(OfBatch(), (Registered(A),))
+    assert [s.name for s in program.inputs] == ["batch_image"]
+    torch.testing.assert_close(program.run(3 * A)["output"], 6 * A)
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, options: Any) -> Tensor:
+            return x * options.scale
+
+    assert [s.name for s in capture(Scaled(), (A, SimpleNamespace(scale=2.0))).inputs] == ["x"]
