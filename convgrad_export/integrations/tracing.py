@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -156,6 +157,7 @@ def _record(
     """First pass: what the function calls, with the calling module and the user's line on every node."""
     try:
         with (
+            _without_onednn(),  # an LSTM would be one oneDNN operator, which has no ONNX form
             mode,
             enable_python_dispatcher(),
             torch.enable_grad(),
@@ -180,6 +182,14 @@ def _record(
                 "branches only. Compute both and choose with torch.where, or move the decision out of the forward."
             ) from error
         raise CaptureError(f"{where}: the forward cannot be traced: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TF32 acceleration on top of oneDNN")  # talks about other hardware
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 @contextlib.contextmanager
