@@ -12,7 +12,8 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - threshold_backward, leaky_relu_backward, hardswish_backward, hardsigmoid_backward: right, but slow (Where); a
   non-finite gradient times 0 is not-a-number.
 - copy: the translation does not broadcast.
-- full, full_like, scalar_tensor: the translation rounds a float64 value to float32.
+- full, full_like, scalar_tensor, clamp, hardtanh, arange, addcmul, addcdiv, addmv, addbmm, sinc: the translation rounds
+  a float64 value to float32.
 - mv: onnxruntime is wrong for a transposed matrix times a vector.
 - convolution in float64: onnxruntime's CPU provider has no kernel.
 - pooling, padding and weight_norm backward: no translation, or none for every size.
@@ -81,9 +82,13 @@ def hardswish_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad * (x.clamp(-3, 3) / 3 + (outside * 0.5 + 0.5))
 
 
+# PyTorch's own kernel: on the CPU its float64 slope is the float32 next to 1/6.
+_SIXTH = float(aten.hardsigmoid_backward(torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)))
+
+
 def hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient inside (-3, 3) alone, times 1/6."""
-    return grad * ((x > -3).to(grad.dtype) * (x < 3).to(grad.dtype) * (1.0 / 6.0))
+    return grad * ((x > -3).to(grad.dtype) * (x < 3).to(grad.dtype) * _SIXTH)
 
 
 def leaky_relu_backward(grad: Tensor, x: Tensor, negative_slope: float, self_is_result: bool) -> Tensor:

@@ -101,6 +101,51 @@ def scalar_tensor(value: Any, *, dtype: torch.dtype | None = None, **options: An
     return full([], value, dtype=dtype, **options)
 
 
+def arange(start: Any, end: Any, step: Any = 1, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    """The translation counts in float32 where the limits are integers and the step is not."""
+    if not (_needs_float64(start, dtype) or _needs_float64(step, dtype)) or isinstance(
+        end, (torch.SymInt, torch.SymFloat)
+    ):
+        return NotImplemented
+    count = max(math.ceil((end - start) / step), 0)
+    return torch.arange(count, device=options.get("device")).to(torch.float64) * float(step) + float(start)
+
+
+def hardtanh(x: Tensor, min_val: Any = -1, max_val: Any = 1) -> Tensor:
+    """The translation has float32 attributes for its numbers; so have those of the functions below."""
+    if not (_needs_float64(min_val, x.dtype) or _needs_float64(max_val, x.dtype)):
+        return NotImplemented
+    return x.clamp(min_val, max_val)
+
+
+def addcmul(x: Tensor, left: Tensor, right: Tensor, *, value: Any = 1) -> Tensor:
+    return x + left * value * right if _needs_float64(value, x.dtype) else NotImplemented
+
+
+def addcdiv(x: Tensor, numerator: Tensor, denominator: Tensor, *, value: Any = 1) -> Tensor:
+    return x + numerator / denominator * value if _needs_float64(value, x.dtype) else NotImplemented
+
+
+def addmv(x: Tensor, matrix: Tensor, vector: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    if not (_needs_float64(beta, x.dtype) or _needs_float64(alpha, x.dtype)):
+        return NotImplemented
+    return x * beta + torch.mv(matrix, vector) * alpha
+
+
+def addbmm(x: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    if not (_needs_float64(beta, x.dtype) or _needs_float64(alpha, x.dtype)):
+        return NotImplemented
+    return x * beta + torch.bmm(left, right).sum(0) * alpha
+
+
+def sinc(x: Tensor) -> Tensor:
+    """The translation holds pi in float32."""
+    if x.dtype != torch.float64:
+        return NotImplemented
+    scaled = x * math.pi
+    return torch.where(x == 0, torch.ones_like(x), scaled.sin() / scaled)
+
+
 @functools.cache
 def _erf_series() -> tuple[list[float], list[float]]:
     """Maclaurin coefficients in x*x of erf(x) / x, and Chebyshev coefficients of exp(x*x) * erfc(x).
@@ -169,6 +214,14 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.full_like.default: full_like,
     aten.scalar_tensor.default: scalar_tensor,
     aten.clamp.default: clamp,
+    aten.arange.start_step: arange,
+    aten.hardtanh.default: hardtanh,
+    aten.addcmul.default: addcmul,
+    aten.addcdiv.default: addcdiv,
+    aten.addmv.default: addmv,
+    aten.addbmm.default: addbmm,
+    aten.sinc.default: sinc,
+    aten.special_sinc.default: sinc,
     aten.erf.default: erf,
 }
 

@@ -26,6 +26,7 @@ from convgrad_export.integrations.convolution_translation import (
     LoweringChoice,
     convolution_translation,
 )
+from convgrad_export.integrations.float64_constants import keep_in_float64
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
 from convgrad_export.lowering import CPU
 from convgrad_export.selection.policy import AUTO
@@ -126,6 +127,7 @@ def translate(
     if _mixes_dtypes(graph):
         _fx_passes.insert_type_promotion_nodes(program.graph_module)
         graph = program.graph_module.graph
+    keep_in_float64(registry, graph)
     model = ir.Model(ir.Graph([], [], nodes=[], name="main"), ir_version=ir_version(BASE_OPSET), producer_name=PRODUCER)
     try:
         values = _core._translate_fx_graph(

@@ -1,0 +1,63 @@
+"""float64 models stay in float64: numbers in the forward, and operators that onnxruntime has in float32 only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .onnx_check import compare_gradients
+
+
+class Apply(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def data(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rpow": lambda x: 0.9**x,
+    "masked_fill": lambda x: x.masked_fill(x > 0, 0.1) * x,
+    "hardtanh": lambda x: functional.hardtanh(x, -0.1, 0.3),
+    "add-alpha": lambda x: torch.add(x, x * x, alpha=0.1),
+    "sub-alpha": lambda x: torch.sub(x, x * x, alpha=0.1),
+    "addcmul": lambda x: torch.addcmul(x, x, x, value=0.1),
+    "addcdiv": lambda x: torch.addcdiv(x, x, x + 9, value=0.1),
+    "lerp": lambda x: torch.lerp(x, x * x, 0.1),
+    "fill": lambda x: torch.empty_like(x).fill_(0.1) * x,
+    "full": lambda x: torch.full((5,), 0.1, dtype=x.dtype) * x,
+    "new_full": lambda x: x.new_full((5,), 0.1) * x,
+    "arange-step": lambda x: x * torch.arange(0, 0.5, 0.1, dtype=x.dtype),
+    "arange-start": lambda x: x * torch.arange(0.3, 5, dtype=x.dtype),
+    "arange-down": lambda x: x * torch.arange(1, 0.5, -0.1, dtype=x.dtype),
+    "linspace": lambda x: x * torch.linspace(0, 0.7, 5, dtype=x.dtype),
+    "norm": lambda x: x.norm(p=3, dim=1),
+    "deg2rad": torch.deg2rad,
+    "sinc": torch.sinc,
+    "hardsigmoid": functional.hardsigmoid,
+    "addmm": lambda x: torch.addmm(x[0], x[0, :, :3], x[0], beta=0.1, alpha=0.3),
+    "addmv": lambda x: torch.addmv(x[0, :, 0], x[0], x[0, 0], beta=0.1, alpha=0.3),
+    "addbmm": lambda x: torch.addbmm(x[0, :, :3], x, x.transpose(1, 2), beta=0.1, alpha=0.3),
+    "baddbmm": lambda x: torch.baddbmm(x[:, :, :3], x, x.transpose(1, 2), beta=0.1, alpha=0.3),
+    "prelu": lambda x: functional.prelu(x, x.new_full((1,), 0.1)),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_stay_in_float64(name: str) -> None:
+    compare_gradients(Apply(NUMBERS[name]), (data(2, 3, 5),), tolerance=1e-13)
+
+
+def test_float32_models_do_not_change() -> None:
+    proto = compare_gradients(Apply(lambda x: torch.add(x, x * x, alpha=0.1)), (data(2, 3).float(),))
+    assert {item.data_type for item in proto.graph.initializer} <= {1, 7}
