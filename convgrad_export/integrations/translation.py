@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnxscript import opset18 as op
@@ -121,6 +122,8 @@ def translate(
     registry.register_op(torch.ops.aten.scalar_tensor.default, _scalar_tensor)
     registry.register_op(torch.ops.aten.max_pool2d_with_indices.default, _max_pool_with_indices(2))
     registry.register_op(torch.ops.aten.max_pool3d_with_indices.default, _max_pool_with_indices(3))
+    normalization = torch.ops.aten._native_batch_norm_legit_no_training.default
+    registry.register_op(normalization, _batch_norm_inference(registry.get_decomps(normalization)[0].onnx_function))
     for target, function in (custom or {}).items():
         registry.register_op(target, function)
     refuse_untranslatable(program, registry.is_registered)
@@ -168,6 +171,23 @@ def _reduce_prod(x: Any, dims: Sequence[int] | None = None, output_dtype: Any = 
 
 def _size(x: Any) -> Any:
     return op.Size(x)
+
+
+def _batch_norm_inference(otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """The translation with empty statistics, which eager returns too.
+
+    torch.onnx's translation returns the running ones under the empty shape of eager's, and a pass that merges shapes
+    would then write 0 as the size of the mean itself, where its size is symbolic.
+    """
+
+    def batch_norm_inference(
+        input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: float, eps: float
+    ) -> tuple[Any, Any, Any]:
+        result = otherwise(input, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)[0]
+        empty = op.Constant(value=ir.to_proto(ir.tensor(np.zeros(0, np.float32))))
+        return result, empty, empty
+
+    return batch_norm_inference
 
 
 def _scalar_tensor(s: Any, dtype: int = 1, **_: Any) -> Any:
