@@ -29,6 +29,7 @@ from convgrad_export.integrations.convolution_translation import (
 )
 from convgrad_export.integrations.float64_constants import keep_in_float64
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
+from convgrad_export.integrations.symbolic_scalars import scalars_to_tensors
 from convgrad_export.lowering import CPU
 from convgrad_export.selection.policy import AUTO
 from convgrad_export.selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
@@ -107,6 +108,7 @@ def translate(
     graph = program.graph_module.graph
     for node in [n for n in graph.nodes if n.target in _ASSERTIONS]:
         graph.erase_node(node)
+    scalars_to_tensors(graph)
     for node in graph.nodes:
         node.meta.setdefault("nn_module_stack", {"0": ("", torch.nn.Module)})  # else torch.onnx logs a line a node
     convolution = ConvolutionBackwardTranslation(lowering, provider, min(opset, BASE_OPSET), threads, max_error_factor)

@@ -40,3 +40,20 @@ def exported(module: nn.Module, x: Tensor, dimensions: dict[int, str], **options
 @pytest.mark.parametrize("training", [True, False])
 def test_instance_norm_over_a_dynamic_batch(training: bool) -> None:
     exported(nn.InstanceNorm2d(4, affine=True).train(training), image(2, 4, 9, 8), {0: "n"})
+
+
+STATISTICS: dict[str, tuple[Callable[[Tensor], Tensor], dict[int, str]]] = {
+    "std-height": (lambda x: x.std((2, 3)), {2: "h"}),
+    "std-biased": (lambda x: x.std((2, 3), correction=0), {2: "h", 3: "w"}),
+    "var-batch": (lambda x: x.var(0), {0: "n"}),
+    "var-all": (lambda x: x.var(), {0: "n", 2: "h"}),
+    "minibatch-std": (lambda x: x * x.std(0).mean(), {0: "n"}),
+    "scaled-by-size": (lambda x: x * (1 / x.shape[2]) + x.shape[2] / 3, {2: "h"}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_over_a_dynamic_axis(name: str, dtype: torch.dtype) -> None:
+    function, dimensions = STATISTICS[name]
+    exported(Apply(function), image(4, 3, 6, 6, dtype=dtype), dimensions)
