@@ -15,7 +15,8 @@ from .errors import ArgumentTypeError, GeometryError, UnsupportedLoweringError
 from .geometry import ConvGeometry
 from .lowering import CPU, as_provider, candidates
 from .operators import CONVOLUTION_BACKWARD, Operator, operator
-from .runtime.convolution_entries import METADATA, described, may_replace, to_text
+from .runtime.convolution_entries import described, may_replace
+from .runtime.formula import write_entries
 from .selection.policy import AUTO, choose, is_way
 from .selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 from .selection.tuned import TUNED, is_measured, is_tuned
@@ -155,6 +156,9 @@ def build_model(
     )
     if is_tuned(lowering):
         model.metadata_props["convgrad.selection"] = TUNED
+    import onnx_ir
+
+    proto = onnx_ir.to_proto(model)
     if lowering == AUTO and provider == CPU and name == "float32":
         others = {"input": "weight", "weight": "input"}
         found = [
@@ -162,11 +166,8 @@ def build_model(
             for gradient, entry in chosen.items()
             if gradient in others and may_replace(emitted, entry.name)
         ]
-        if entries := [entry for entry in found if entry is not None]:
-            model.metadata_props[METADATA] = to_text(entries)
-    import onnx_ir
-
-    return onnx_ir.to_proto(model)
+        write_entries(proto, [entry for entry in found if entry is not None])
+    return proto
 
 
 @dataclass(frozen=True)

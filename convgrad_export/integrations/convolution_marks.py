@@ -7,14 +7,17 @@ the marks are taken out, and what they stood at goes into the metadata (`runtime
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.runtime.convolution_entries import METADATA, ConvolutionEntry, described, from_text, to_text
+from convgrad_export.runtime.formula import constant_bytes, fingerprint
 
 _DOMAIN = "convgrad.marks"
 
@@ -79,13 +82,34 @@ def remove_marks(model: ir.Model) -> list[Mark]:
 
 
 def write_metadata(model: ir.Model, marks: Sequence[Mark]) -> None:
-    """The entries of all marks whose tensors are still there, under their names."""
-    known = {value for node in model.graph for value in node.outputs}
-    known |= {*model.graph.inputs, *model.graph.initializers.values()}
-    entries = [
-        replace(item.entry, result=str(item.result.name), operands=tuple(str(value.name) for value in item.operands))
-        for item in marks
-        if known.issuperset((item.result, *item.operands))
-    ]
+    """The entries of all marks whose tensors are still there, under their names, with their formulas' fingerprints.
+
+    To be called with the graph as it will be written; a later change of the nodes makes the entries void.
+    """
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    values |= {value.name: value for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    opset, entries = model.opset_imports[""], []
+    nodes: dict[ir.Node, onnx.NodeProto] = {}
+
+    def producer(name: str) -> onnx.NodeProto | None:
+        node = values[name].producer() if name in values else None
+        if node is not None and node not in nodes:
+            nodes[node] = ir.to_proto(node)
+        return None if node is None else nodes[node]
+
+    @functools.cache
+    def constant(name: str) -> bytes | None:
+        value = values.get(name)
+        tensor = None if value is None or value.is_graph_input() else value.const_value
+        return None if tensor is None else constant_bytes(int(tensor.dtype), tensor.shape.numpy(), tensor.tobytes())
+
+    for item in marks:
+        if not all(values.get(value.name) is value for value in (item.result, *item.operands)):
+            continue
+        operands = tuple(str(value.name) for value in item.operands)
+        entry = replace(item.entry, result=str(item.result.name), operands=operands)
+        formula = fingerprint(entry, opset, producer, constant)
+        if formula is not None:
+            entries.append(replace(entry, formula=formula))
     if entries:
         model.metadata_props[METADATA] = to_text(entries)

@@ -28,6 +28,7 @@ import numpy as np
 
 from ..geometry import ConvGeometry
 from .convolution_entries import FORWARD, INPUT, METADATA, WEIGHT, ConvolutionEntry, from_text, one_to_one
+from .formula import intact
 from .graph_nodes import put_nodes, reads
 from .model_source import loaded
 from .providers import CPU, onnxruntime
@@ -41,7 +42,7 @@ _TAPS, _FEW_CHANNELS = 3, 64  # kernels of fewer taps on one axis read what they
 
 
 def put_blocked_layout(model: Any) -> bool:
-    """Bring the convolutions of an onnx.ModelProto into the blocked layout.
+    """Bring the convolutions of an onnx.ModelProto into the blocked layout, those that nobody has edited since.
 
     Returns:
         False where none can be, or would gain; then the model is as it was.
@@ -51,7 +52,9 @@ def put_blocked_layout(model: Any) -> bool:
     if not entries or any(tensor.external_data for tensor in model.graph.initializer):
         return False
     block = block_size()
-    return block is not None and _rewrite(model, entries, block)
+    if block is None:
+        return False
+    return _rewrite(model, intact(model, [entry for entry in entries if _applies(entry, block)]), block)
 
 
 def in_blocked_layout(source: Path | bytes) -> Path | bytes:

@@ -31,12 +31,14 @@ class ConvolutionEntry:
             ``"weight"`` (grad_output, input).
         result, operands: names in the graph.
         geometry: of the forward convolution; not transposed, one or two spatial axes, all sizes but the batch fixed.
+        formula: hash of the nodes between operands and result (`formula.py`); empty while the graph is being made.
     """
 
     kind: str
     result: str
     operands: tuple[str, ...]
     geometry: ConvGeometry
+    formula: str = ""
 
 
 def one_to_one(g: ConvGeometry) -> bool:
@@ -67,7 +69,13 @@ def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence
 
 def to_text(entries: Iterable[ConvolutionEntry]) -> str:
     values = [
-        {"kind": e.kind, "result": e.result, "operands": list(e.operands), "geometry": e.geometry.to_dict()}
+        {
+            "kind": e.kind,
+            "result": e.result,
+            "operands": list(e.operands),
+            "geometry": e.geometry.to_dict(),
+            "formula": e.formula,
+        }
         for e in entries
     ]
     return json.dumps(values, separators=(",", ":"))
@@ -77,7 +85,7 @@ def from_text(text: str | None) -> list[ConvolutionEntry]:
     """The entries of a model file; whatever does not have their form is left out."""
     try:
         found = json.loads(text or "[]")
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter from brackets nested thousands deep
         return []
     entries = (_entry(value) for value in found) if isinstance(found, list) else ()
     return [entry for entry in entries if entry is not None]
@@ -91,9 +99,11 @@ def _entry(value: Any) -> ConvolutionEntry | None:
         return None
     lowest, highest = _OPERANDS[kind]
     names = (value["result"], *operands)
+    if not isinstance(value["formula"], str):
+        return None
     if not lowest <= len(operands) <= highest or not all(isinstance(name, str) and name for name in names):
         return None
-    return ConvolutionEntry(kind, value["result"], tuple(operands), geometry)
+    return ConvolutionEntry(kind, value["result"], tuple(operands), geometry, value["formula"])
 
 
 def _geometry(value: Any) -> ConvGeometry | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from ..errors import ArgumentTypeError, DTypeError, GeometryError
+from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError
 from . import cuda_run, tensors
 from .blocked import in_blocked_layout
 from .model_source import model_source
@@ -52,11 +52,16 @@ class GradientSession:
             options.intra_op_num_threads = threads
         options.add_session_config_entry(*RECORD_ASSIGNMENT)
         where = f"{source}" if isinstance(source, Path) else "the model given as bytes"
-        if blocked_layout and [name for name, _ in wanted] == [CPU]:
-            source = in_blocked_layout(source)
         self._requested, settings = wanted[0]
         stream = cuda_run.stream_for(settings) if self._requested == CUDA else None
-        self._session = open_session(source, options, wanted, where)
+        on_cpu = [name for name, _ in wanted] == [CPU]
+        rewritten = in_blocked_layout(source) if blocked_layout and on_cpu else source
+        try:
+            self._session = open_session(rewritten, options, wanted, where)
+        except ModelFileError:
+            if rewritten is source:
+                raise
+            self._session = open_session(source, options, wanted, where)
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._output_names = [value.name for value in self._session.get_outputs()]
         self._cuda = None if stream is None else cuda_run.CudaRun(self._session, stream, settings)

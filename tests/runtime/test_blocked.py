@@ -247,6 +247,8 @@ def test_models_that_say_nothing_are_left_alone(options: dict[str, Any]) -> None
         {"kind": "bias"},
         {"kind": ["input"]},
         {"more": 1},
+        {"formula": "0" * 32},
+        {"formula": None},
     ],
 )
 def test_entries_that_do_not_fit_the_graph_are_left_out(change: dict[str, Any]) -> None:
