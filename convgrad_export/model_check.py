@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from . import dtypes
 from .accuracy import compare, reference_and_bounds
-from .errors import ModelFileError
+from .errors import ConvGradError, DTypeError, GeometryError, ModelFileError
 from .geometry import ConvGeometry
 from .lowering import LOWERINGS, compute_dtype
 from .operators import operator
@@ -53,26 +54,21 @@ def check_model(path: str | os.PathLike[str], *, seed: int = 0, batch: int = 2) 
         path: the model file. seed: of the data. batch: batch size used where the model's batch is dynamic.
 
     Raises:
-        ModelFileError: not an ONNX model, truncated, or not made by this package.
+        ModelFileError: not an ONNX model, truncated, not made by this package, or edited so that its inputs and outputs
+            are no longer those of its metadata.
     """
     path = Path(path)
     session = GradientSession(path, blocked_layout=False)  # what the file says, for any runtime
     metadata = _metadata(session, path)
-    geometry = _geometry(metadata, session, batch)
-    dtype, gradients = metadata["convgrad.dtype"], operator(metadata["convgrad.op"]).gradients
-    names = metadata["convgrad.lowering"].split(",")
+    lowerings = _lowerings(metadata, session, path)
+    geometry = _geometry(metadata, session, batch, path)
+    dtype = metadata["convgrad.dtype"]
     checks = []
     for data in ("integers", "random"):
         operands = _operands(geometry, dtype, data == "integers", seed)
-        feeds = {name: array.astype(dtypes.numpy_dtype(dtype)) for name, array in operands.items()}
-        feeds["input_size"] = np.array(geometry.input_shape, np.int64)
-        feeds["weight_size"] = np.array(geometry.weight_shape, np.int64)
-        results = session.run({name: feeds[name] for name in session.input_names})
+        results = _run(session, operands, geometry, dtype, path)
         expected = reference_and_bounds(geometry, operands, dtype, compute_dtype(dtype))
-        for gradient in gradients:
-            if f"grad_{gradient}" not in results:
-                continue
-            name = next(name for name in names if name.startswith(f"{gradient}."))
+        for gradient, name in lowerings.items():
             factor = LOWERINGS[name].error_factor if name in LOWERINGS else 1.0
             report = compare(results[f"grad_{gradient}"], *expected[gradient], factor)
             must_be_exact = data == "integers" and factor == 1.0
@@ -101,17 +97,59 @@ def _metadata(session: GradientSession, path: Path) -> dict[str, str]:
     ]
     if missing:
         raise ModelFileError(f"{path} was not made by convgrad build: its metadata lacks {', '.join(missing)}")
+    if metadata["convgrad.dtype"] not in dtypes.NAMES:
+        raise ModelFileError(
+            f"{path}: convgrad.dtype is {metadata['convgrad.dtype']!r}, expected one of {', '.join(dtypes.NAMES)}"
+        )
     return metadata
 
 
-def _geometry(metadata: dict[str, str], session: GradientSession, batch: int) -> ConvGeometry:
+def _lowerings(metadata: dict[str, str], session: GradientSession, path: Path) -> dict[str, str]:
+    """Gradient to lowering, as the metadata says; the model must have an output for each, and no other."""
+    try:
+        possible = operator(metadata["convgrad.op"]).gradients
+    except ConvGradError as error:
+        raise ModelFileError(f"{path}: convgrad.op is damaged: {error}") from error
+    found = {name.partition(".")[0]: name for name in metadata["convgrad.lowering"].split(",")}
+    if unknown := [name for gradient, name in found.items() if gradient not in possible]:
+        raise ModelFileError(
+            f"{path}: convgrad.lowering is {metadata['convgrad.lowering']!r}, {unknown[0]!r} is for no gradient of "
+            f"{metadata['convgrad.op']} ({', '.join(possible)})"
+        )
+    wanted = [f"grad_{gradient}" for gradient in found]
+    if set(wanted) != set(session.output_names):
+        raise ModelFileError(
+            f"{path} has the outputs {', '.join(session.output_names)}, expected {', '.join(wanted)} by its metadata: "
+            "outputs that were renamed, added or removed cannot be checked"
+        )
+    return found
+
+
+def _run(
+    session: GradientSession, operands: Mapping[str, np.ndarray], geometry: ConvGeometry, dtype: str, path: Path
+) -> dict[str, np.ndarray]:
+    feeds = {name: array.astype(dtypes.numpy_dtype(dtype)) for name, array in operands.items()}
+    feeds["input_size"] = np.array(geometry.input_shape, np.int64)
+    feeds["weight_size"] = np.array(geometry.weight_shape, np.int64)
+    if unknown := [name for name in session.input_names if name not in feeds]:
+        raise ModelFileError(f"{path} has the inputs {', '.join(unknown)}, expected some of {', '.join(feeds)}")
+    try:
+        return session.run({name: feeds[name] for name in session.input_names})
+    except (GeometryError, DTypeError) as error:
+        raise ModelFileError(f"{path}: the metadata does not fit the model: {error}") from error
+
+
+def _geometry(metadata: dict[str, str], session: GradientSession, batch: int, path: Path) -> ConvGeometry:
     try:
         arguments = json.loads(metadata["convgrad.geometry"])
         if "input_shape" not in arguments:
             arguments |= _sizes(metadata["convgrad.op"], arguments["groups"])
         geometry = ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelFileError(f"the model's convgrad.geometry is damaged: {error}") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ModelFileError(f"{path}: convgrad.geometry is damaged: {error}") from error
+    rank = operator(metadata["convgrad.op"]).rank
+    if rank not in (None, geometry.rank):
+        raise ModelFileError(f"{path}: convgrad.op is {metadata['convgrad.op']}, of a convolution in {geometry.rank}d")
     fixed = any(
         value.name in ("input", "grad_output") and isinstance(value.shape[0], int)
         for value in session.inference_session.get_inputs()

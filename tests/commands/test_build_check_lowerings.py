@@ -83,6 +83,48 @@ def test_check_refuses_foreign_and_truncated_files(tmp_path: Path, capsys: pytes
     assert main(["check", str(empty)]) == 2
 
 
+def renamed(model: onnx.ModelProto, old: str, new: str) -> None:
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [new if name == old else name for name in names]
+    for value in (*model.graph.input, *model.graph.output):
+        value.name = new if value.name == old else value.name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("grad_weight", "dw"), "has the outputs dw, expected grad_weight"),
+        (("input", "image"), "has the inputs image"),
+        ({"op": "foo"}, "operator is 'foo'"),
+        ({"op": "conv2d_input"}, "is for no gradient of conv2d_input"),
+        ({"op": "conv3d_weight"}, "of a convolution in 2d"),
+        ({"dtype": "int8"}, "convgrad.dtype is 'int8'"),
+        ({"dtype": "float64"}, "input input is float64"),
+        ({"lowering": ""}, "is for no gradient"),
+        ({"lowering": "input.col2im"}, "is for no gradient"),
+        ({"geometry": "[" * 100_000}, "convgrad.geometry is damaged"),
+        ({"geometry": "null"}, "convgrad.geometry is damaged"),
+    ],
+)
+def test_check_refuses_a_model_of_ours_that_was_edited(
+    change: tuple[str, str] | dict[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the outputs of its metadata there is nothing to compare, which is no success."""
+    model = cg.build_model("conv2d_weight", input_shape=(2, 4, 6, 6), weight_shape=(8, 4, 3, 3), padding=1)
+    if isinstance(change, tuple):
+        renamed(model, *change)
+    else:
+        for item in model.metadata_props:
+            item.value = change.get(item.key.removeprefix("convgrad."), item.value)
+    path = tmp_path / "edited.onnx"
+    onnx.save(model, path)
+    assert main(["check", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(path) in error
+
+
 def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(tmp_path: Path, capsys) -> None:
     path = tmp_path / "gradient.onnx"
     path.write_text("mine")
