@@ -40,7 +40,8 @@ _INPUT_DOC = """torch.nn.grad.conv{rank}d_input on onnxruntime: the gradient wit
 
     Returns:
         Shape `input_size`, dtype and device of `grad_output`; a torch tensor or a numpy array, as the arguments.
-        Differentiable like torch.nn.grad's, where an argument requires a gradient.
+        Differentiable like torch.nn.grad's, in reverse and forward mode and under torch.func's transforms; under
+        `torch.vmap` sample by sample.
 
     Raises:
         GeometryError, ArgumentTypeError, DTypeError, DeviceError, UnsupportedLoweringError, ProviderError.
@@ -56,7 +57,8 @@ _WEIGHT_DOC = """torch.nn.grad.conv{rank}d_weight on onnxruntime: the gradient w
 
     Returns:
         Shape `weight_size`, dtype and device of `grad_output`; a torch tensor or a numpy array, as the arguments.
-        Differentiable like torch.nn.grad's, where an argument requires a gradient.
+        Differentiable like torch.nn.grad's, in reverse and forward mode and under torch.func's transforms; under
+        `torch.vmap` sample by sample.
 
     Raises:
         GeometryError, ArgumentTypeError, DTypeError, DeviceError, UnsupportedLoweringError, ProviderError.
@@ -240,13 +242,25 @@ def convolution_backward(
 def differentiable(
     geometry: ConvGeometry, gradients: tuple[str, ...], operands: dict[str, Any], lowering: str, providers: Providers
 ) -> dict[str, Any]:
-    """`compute`, recorded by autograd where a torch operand requires a gradient."""
-    requires_grad = any(tensors.is_torch(value) and value.requires_grad for value in operands.values())
-    if requires_grad and sys.modules["torch"].is_grad_enabled():
+    """`compute`, recorded by autograd where a torch operand requires a gradient, has a tangent, or is a transform's."""
+    if tensors.is_torch(operands["grad_output"]) and any(map(_is_differentiated, operands.values())):
         from .second_order import compute_recorded
 
         return compute_recorded(geometry, gradients, operands, lowering, providers)
     return compute(geometry, gradients, operands, lowering, providers)
+
+
+def _is_differentiated(value: Any) -> bool:
+    torch = sys.modules["torch"]
+    if (value.requires_grad and torch.is_grad_enabled()) or tensors.is_transformed(value):
+        return True
+    return torch.autograd.forward_ad.unpack_dual(value).tangent is not None if _in_dual_level() else False
+
+
+def _in_dual_level() -> bool:
+    """Outside of one no tensor has a tangent, and asking a tensor for it takes longer."""
+    level: int = sys.modules["torch"].autograd.forward_ad._current_level
+    return level >= 0
 
 
 def compute(

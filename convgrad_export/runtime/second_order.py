@@ -1,11 +1,15 @@
 """Derivatives of the gradients themselves, so that the eager functions can stand where torch.nn.grad stood.
 
+In reverse mode, in forward mode and under torch.func's transforms; `torch.vmap` runs sample by sample.
+
 A convolution's gradients are bilinear: grad_input in (weight, grad_output), grad_weight in (input, grad_output), and
 grad_bias is linear in grad_output. With cotangents V of grad_input, U of grad_weight and b of grad_bias:
 
     d/d grad_output = conv(V, weight) + conv(input, U) + b
     d/d weight      = grad_weight(V, grad_output)
     d/d input       = grad_input(U, grad_output)
+
+A tangent goes through each operand in turn, with the other as it is.
 
 The same identities hold for a transposed convolution with conv_transpose as the forward operator. Source: bilinearity;
 compare `convolution_double_backward` in PyTorch's FunctionsManual.
@@ -24,7 +28,7 @@ from .providers import Providers
 def compute_recorded(
     geometry: ConvGeometry, gradients: tuple[str, ...], operands: dict[str, Any], lowering: str, providers: Providers
 ) -> dict[str, Any]:
-    """`eager.compute` as one autograd node."""
+    """`eager.compute` as one node of autograd, in reverse and in forward mode."""
     arguments = [operands.get(name) for name in ("input", "weight", "grad_output")]
     results = _ConvolutionBackward.apply(geometry, gradients, lowering, providers, *arguments)
     return dict(zip(gradients, results, strict=True))
@@ -33,7 +37,6 @@ def compute_recorded(
 class _ConvolutionBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         geometry: ConvGeometry,
         gradients: tuple[str, ...],
         lowering: str,
@@ -44,12 +47,57 @@ class _ConvolutionBackward(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         from .eager import compute
 
-        ctx.geometry, ctx.gradients, ctx.lowering, ctx.providers = geometry, gradients, lowering, providers
-        ctx.save_for_backward(input, weight, grad_output)
         named = {"input": input, "weight": weight, "grad_output": grad_output}
         operands = {name: value for name, value in named.items() if value is not None}
         results = compute(geometry, gradients, operands, lowering, providers)
         return tuple(results[gradient] for gradient in gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.geometry, ctx.gradients, ctx.lowering, ctx.providers, *operands = inputs
+        ctx.save_for_backward(*operands)
+        ctx.save_for_forward(*operands)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, ...]:
+        from .eager import differentiable
+
+        geometry: ConvGeometry = ctx.geometry
+        operands = dict(zip(("input", "weight", "grad_output"), ctx.saved_tensors, strict=True))
+        moving = dict(zip(operands, tangents[4:], strict=True))
+        sizes = {"input": geometry.input_shape, "weight": geometry.weight_shape, "bias": (geometry.out_channels,)}
+        results = []
+        for gradient in ctx.gradients:
+            names = [*{"input": ["weight"], "weight": ["input"], "bias": []}[gradient], "grad_output"]
+            terms = [
+                differentiable(
+                    geometry,
+                    (gradient,),
+                    {name: moving[name] if name == moved else operands[name] for name in names},
+                    ctx.lowering,
+                    ctx.providers,
+                )[gradient]
+                for moved in names
+                if moving[moved] is not None
+            ]
+            still = operands["grad_output"].new_zeros(sizes[gradient])
+            results.append(sum(terms[1:], terms[0]) if terms else still)
+        return tuple(results)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        """One run for each sample: a session has no axis for them, and each axis it has is taken."""
+        runs = [
+            _ConvolutionBackward.apply(
+                *(
+                    a.select(dim, index) if isinstance(a, torch.Tensor) and dim is not None else a
+                    for a, dim in zip(arguments, in_dims, strict=True)
+                )
+            )
+            for index in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(values) for values in zip(*runs, strict=True))
+        return stacked, (0,) * len(stacked)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
@@ -82,19 +130,16 @@ class _ConvolutionBackward(torch.autograd.Function):
 
 
 def _forward(geometry: ConvGeometry, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The forward operator that the geometry describes, by torch."""
-    begin, symmetric = list(geometry.begin), all(lo == hi for lo, hi in geometry.pads)
+    """The forward operator that the geometry describes, by torch, which pads both ends of an axis alike."""
+    g = geometry
+    begin, extra, symmetric = list(g.begin), g.output_padding, all(lo == hi for lo, hi in g.pads)
     if not symmetric:
-        amounts = [amount for pair in reversed(geometry.pads) for amount in pair]
-        input, begin = torch.nn.functional.pad(input, amounts), [0] * geometry.rank
-    return torch.convolution(
-        input,
-        weight,
-        None,
-        geometry.stride,
-        begin,
-        geometry.dilation,
-        geometry.transposed,
-        geometry.output_padding,
-        geometry.groups,
-    )
+        begin, extra = [0] * g.rank, (0,) * g.rank
+        if not g.transposed:
+            input = torch.nn.functional.pad(input, [amount for pair in reversed(g.pads) for amount in pair])
+    result = torch.convolution(input, weight, None, g.stride, begin, g.dilation, g.transposed, extra, g.groups)
+    if symmetric or not g.transposed:
+        return result
+    # Padding of a transposed convolution cuts its result, output padding lengthens the end.
+    ends = [(-lo, more - hi) for (lo, hi), more in zip(g.pads, g.output_padding, strict=True)]
+    return torch.nn.functional.pad(result, [amount for pair in reversed(ends) for amount in pair])

@@ -50,6 +50,11 @@ def is_torch(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
+def is_transformed(value: Any) -> bool:
+    """Whether a torch tensor stands for another one inside torch.vmap, torch.func.grad and the like."""
+    return bool(sys.modules["torch"]._C._functorch.is_functorch_wrapped_tensor(value))
+
+
 def is_array(value: Any) -> bool:
     return isinstance(value, np.ndarray | np.generic)
 
@@ -63,12 +68,19 @@ def view(value: Any, name: str) -> TensorView:
     """`value` as a TensorView; copied only if it is not contiguous.
 
     Raises:
-        ArgumentTypeError: neither an array nor a tensor, or a sparse or quantized tensor.
+        ArgumentTypeError: neither an array nor a tensor, or a sparse or quantized tensor, or one that a transform of
+            torch.func put in a real one's place.
     """
     if is_torch(value):
+        if is_transformed(value):
+            raise ArgumentTypeError(
+                f"{name} is a tensor inside a transform of torch.func (vmap, grad, jvp), expected a plain one: a "
+                "session has no derivative; convgrad_export's conv*d_input, conv*d_weight and convolution_backward have"
+            )
         if value.layout != sys.modules["torch"].strided or value.is_quantized:
             raise ArgumentTypeError(f"{name} is a {value.layout} tensor, expected a dense, unquantized one")
-        dense = value.detach().contiguous()
+        # A tensor may be the negative of what its memory holds, to be computed when it is read.
+        dense = value.detach().resolve_neg().contiguous()
         device = dense.device
         return TensorView(dense, dense.data_ptr(), tuple(dense.shape), type_name(dense), device.type, device.index or 0)
     if not is_array(value):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import convgrad_export as cg
 from convgrad_export import dtypes
@@ -126,6 +129,94 @@ def test_second_derivatives_agree_with_finite_differences_and_with_torch() -> No
 
     assert torch.autograd.gradcheck(ours, (input, weight, grad_output))
     assert torch.autograd.gradgradcheck(ours, (input, weight, grad_output), fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding", "output_padding"),
+    [(2, [(0, 1), (1, 2)], 1), (1, [(0, 2), (2, 0)], 0), (1, [(1, 2), (2, 1)], 0), (2, [(1, 0), (0, 0)], 1)],
+)
+def test_second_derivatives_of_a_transposed_convolution_with_uneven_padding(
+    stride: int, padding: list[tuple[int, int]], output_padding: int
+) -> None:
+    input = torch.randn(1, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    ends = [amount for lo, hi in reversed(padding) for amount in (-lo, output_padding - hi)]
+    full = torch.nn.functional.conv_transpose2d(input, weight, None, stride)
+    grad_output = torch.randn_like(torch.nn.functional.pad(full, ends)).requires_grad_()
+
+    def ours(x: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        mask = [True, True, False]
+        return cg.convolution_backward(g, x, w, None, stride, padding, 1, True, output_padding, 1, mask)[:2]
+
+    expected = torch.autograd.grad(torch.nn.functional.pad(full, ends), (input, weight), grad_output, create_graph=True)
+    for found, wanted in zip(ours(input, weight, grad_output), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+        operands = (input, weight, grad_output)
+        second = [
+            torch.autograd.grad(v.square().sum(), operands, retain_graph=True, materialize_grads=True)
+            for v in (found, wanted)
+        ]
+        torch.testing.assert_close(*second)
+
+
+def derivatives_of(f: Callable[..., torch.Tensor], x: torch.Tensor, g: torch.Tensor) -> list[torch.Tensor]:
+    """Of a function that is linear in both: along ones in forward mode, by torch.func, and for each sample."""
+    with forward_ad.dual_level():
+        dual = [forward_ad.make_dual(value, torch.ones_like(value)) for value in (x, g)]
+        tangents = [forward_ad.unpack_dual(f(*pair)).tangent for pair in ((dual[0], g), (x, dual[1]), dual)]
+    ones = torch.ones_like(x), torch.ones_like(g)
+    return [
+        *tangents,
+        torch.func.jvp(f, (x, g), ones)[1],
+        *torch.func.grad(lambda *a: f(*a).square().sum(), argnums=(0, 1))(x, g),
+        torch.func.vmap(f)(torch.stack([x, 2 * x, -x]), torch.stack([g, g, 3 * g])),
+        torch.func.vmap(f, in_dims=(None, 1))(x, torch.stack([g, 2 * g], 1)),
+        torch.func.vmap(torch.func.grad(lambda *a: f(*a).square().sum()))(
+            torch.stack([x, 2 * x]), torch.stack([g, -g])
+        ),
+    ]
+
+
+def test_forward_mode_and_torch_func_agree_with_torch() -> None:
+    torch.manual_seed(0)
+    x, w, g = (torch.randn(*s, dtype=torch.float64) for s in ((2, 4, 5, 6), (6, 2, 3, 2), (2, 6, 3, 4)))
+    attributes = ((2, 1), (1, 0), 1, 2)
+    g = torch.randn_like(torch.conv2d(x, w, None, *attributes))
+    pairs = [
+        (w, cg.conv2d_input, torch.nn.grad.conv2d_input, lambda f: lambda w, g: f(x.shape, w, g, *attributes)),
+        (x, cg.conv2d_weight, torch.nn.grad.conv2d_weight, lambda f: lambda x, g: f(x, w.shape, g, *attributes)),
+    ]
+    for operand, ours, theirs, call_of in pairs:
+        for found, wanted in zip(
+            derivatives_of(call_of(ours), operand, g), derivatives_of(call_of(theirs), operand, g), strict=True
+        ):
+            torch.testing.assert_close(found, wanted)
+
+    def all_three(x: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return cg.convolution_backward(g, x, w, [6], *attributes[:3], False, 0, 2, [True, True, True])
+
+    operands = tuple(value.requires_grad_() for value in (x, w, g))
+    assert torch.autograd.gradcheck(all_three, operands, check_forward_ad=True)
+    with forward_ad.dual_level():  # a gradient without a tangent among others with one
+        dual = forward_ad.make_dual(w.detach(), torch.ones_like(w))
+        tangents = [forward_ad.unpack_dual(value).tangent for value in all_three(x.detach(), dual, g.detach())]
+    assert tangents[0] is not None
+    assert all(value is None or not value.any() for value in tangents[1:])
+
+
+def test_a_session_refuses_a_tensor_of_a_transform() -> None:
+    session = cg.GradientSession(cg.build_model("conv1d_input", input_shape=(1, 1, 6), weight_shape=(1, 1, 2)))
+    run = lambda w: session.run({"weight": w, "grad_output": torch.ones(1, 1, 5)})["grad_input"].sum()  # noqa: E731
+    with pytest.raises(cg.ArgumentTypeError, match=r"weight is a tensor inside a transform of torch\.func"):
+        torch.func.grad(run)(torch.ones(1, 1, 2))
+
+
+def test_a_tensor_that_is_negated_when_it_is_read() -> None:
+    weight, grad = torch.randn(4, 3, 3, 3), torch.randn(2, 4, 6, 6)
+    lazy = torch._neg_view(weight)
+    assert lazy.is_neg()
+    found = cg.conv2d_input((2, 3, 8, 8), lazy, grad)
+    assert torch.equal(found, -cg.conv2d_input((2, 3, 8, 8), weight, grad))
 
 
 def test_the_session_cache_is_bounded_and_serves_every_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
