@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import GeometryError
 from . import options
 
 
@@ -15,6 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def build(
+    context: typer.Context,
     operator: Annotated[str, typer.Argument(help="conv1d_input ... conv3d_weight, or convolution_backward.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
     input_shape: options.InputShape = None,
@@ -22,7 +24,8 @@ def build(
     layer: Annotated[
         Path | None,
         typer.Option(
-            help="Take the geometry from a torch.export program (.pt2), or from saved weights (.safetensors, .pt)."
+            help="Take the geometry from a torch.export program (.pt2), all of it, or the weight's shape from saved "
+            "weights (.safetensors, .pt); an option that the file determines is refused."
         ),
     ] = None,
     layer_name: Annotated[str | None, typer.Option(help="Name of the convolution (or its weight) in --layer.")] = None,
@@ -56,7 +59,11 @@ def build(
     if layer is not None:
         from .layer_file import layer_geometry
 
-        arguments |= layer_geometry(layer, layer_name, arguments["input_shape"])
+        found = layer_geometry(layer, layer_name, arguments["input_shape"])
+        options.refuse_given(context, found, f"--layer {layer} determines it")
+        arguments |= found
+    elif layer_name is not None:
+        raise GeometryError(f"--layer-name is {layer_name!r}, but --layer is missing: give the file that holds it")
     model = build_model(
         operator,
         **arguments,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -66,6 +67,18 @@ def geometry_arguments(
         "transposed": transposed,
         "output_padding": integers(output_padding, "--output-padding"),
     }
+
+
+def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Refuse options that were typed, where something else settles their value; a default is no option typed.
+
+    Raises:
+        GeometryError: with the options' names.
+    """
+    typed = [n for n in names if (source := context.get_parameter_source(n)) and source.name == "COMMANDLINE"]
+    if typed:
+        listed = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
+        raise GeometryError(f"{listed} is given, but {why}: leave one of the two out")
 
 
 def print_table(table: Any) -> None:

@@ -206,6 +206,35 @@ def test_the_geometry_of_a_saved_layer(tmp_path: Path, capsys: pytest.CaptureFix
     assert (geometry["groups"], geometry["stride"], geometry["padding"]) == (2, [2, 2], [[1, 1], [1, 1]])
 
 
+@pytest.mark.parametrize(
+    ("file", "given", "message"),
+    [
+        (
+            "net.pt2",
+            ["--input-shape", "4,1,32,32", "--stride", "2"],
+            "--input-shape, --stride is given, but --layer net",
+        ),
+        ("net.pt2", ["--padding", "0"], "--padding is given"),
+        ("net.pt2", ["--transposed"], "--transposed is given"),
+        ("net.pt", ["--input-shape", "2,4,8,8", "--weight-shape", "4,9,3,3"], "--weight-shape is given"),
+        (None, [*SHAPES, "--layer-name", "0"], "--layer is missing"),
+    ],
+)
+def test_options_that_the_layer_determines_are_refused(
+    file: str | None, given: list[str], message: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3))
+    torch.save(network.state_dict(), "net.pt")
+    torch.export.save(torch.export.export(network, (torch.zeros(2, 4, 8, 8),)), "net.pt2")
+    layer = [] if file is None else ["--layer", file]
+    assert main(["build", "conv2d_weight", *layer, *given, "-o", "x.onnx"]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("x.onnx").exists()
+    weights = ["build", "conv2d_weight", "--layer", "net.pt", "--input-shape", "2,4,8,8", "--stride", "2"]
+    assert main([*weights, "-o", "x.onnx"]) == 0  # which a file of weights does not know
+
+
 @pytest.mark.parametrize("name", ["broken.pt", "broken.safetensors", "broken.pt2", "absent.pt2", "layer.txt"])
 def test_layer_files_that_cannot_be_read_are_refused(name: str, tmp_path: Path, capsys) -> None:
     path = tmp_path / name
