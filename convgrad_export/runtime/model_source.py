@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..errors import ArgumentTypeError, ModelFileError
+from .graph_nodes import subgraphs
 
 
 def model_source(model: Any) -> Path | bytes:
@@ -64,10 +66,43 @@ def _check_external_data(path: Path) -> None:
         raise ModelFileError(f"{path} is not an ONNX model, or is truncated: {error}") from error
     if not model.HasField("graph"):
         raise ModelFileError(f"{path} is not an ONNX model: it holds no graph")
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                check_location(path, tensor.name, entry.value)
+    for name, location in external_locations(model):
+        check_location(path, name, location)
+
+
+def external_locations(model: Any) -> list[tuple[str, str]]:
+    """(tensor, file) for each tensor of an onnx.ModelProto with data in another file, wherever in the model it is."""
+    found = []
+    for tensor in _tensors(model):
+        locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
+        found += [(tensor.name, location) for location in locations]
+    return found
+
+
+def _tensors(model: Any) -> Iterator[Any]:
+    """Every TensorProto: constants of the graph, of its nodes' attributes and subgraphs, and of local functions."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        yield from _node_tensors(function.node)
+
+
+def _graph_tensors(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[Any]) -> Iterator[Any]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+        for graph in subgraphs(node):
+            yield from _graph_tensors(graph)
 
 
 def check_location(model_path: Path, tensor_name: str, location: str) -> None:

@@ -13,17 +13,20 @@ A new model is built in a hidden folder of the repository and renamed; a new ver
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputExistsError, OutputPathError, ServingConfigError
+from ..errors import ModelFileError, OutputExistsError, OutputPathError, ServingConfigError
 from ..files import grant, temporary_folder, write_atomically
+from ..runtime.providers import onnxruntime
+from ..runtime.session import GradientSession
 from .config import MODEL_FILE, batch_limit, make_config, read_config, to_text
 from .options import ServingOptions, check_name
 from .rows import why_rows_depend
@@ -73,14 +76,14 @@ def add_model(
         update_config: allow an existing model's config.pbtxt to be replaced where the options differ.
 
     Raises:
-        ModelFileError, DTypeError: the model cannot be served, or an existing config.pbtxt cannot be read.
+        ModelFileError, DTypeError: the model cannot be served or loaded, or an existing config.pbtxt cannot be read.
         ServingConfigError: options that do not fit the model; a version whose inputs, outputs or options differ from
             the existing configuration. OutputPathError: the repository cannot be written.
     """
     options = options or ServingOptions()
     signature = read_signature(model)
     name = check_name(signature.path.name.removesuffix(".onnx") if name is None else name)
-    root = _repository_folder(repository)
+    root = _check_repository(repository)
     limit = batch_limit(signature, options.max_batch_size)
     dynamic, notes = _dynamic_batching(signature, options, limit)
     samples = warmup_samples(options.warmup, signature, limit, options.sizes)
@@ -88,23 +91,26 @@ def add_model(
     text = to_text(config)
     folder = root / name
     extended = folder.exists()
-    if extended:
-        changed = _compare(folder, config, options.labels, update_config)
-        version = _add_version(
-            folder, lambda path, number: _write_version(path, name, number, signature, options, limit)
-        )
-        if changed:  # after the version: it is the same model to its clients, so the old configuration serves it too
-            _write_side_files(folder, options, samples)
-            write_atomically(folder / CONFIG_FILE, text.encode(), overwrite=True)
-            notes.append(f"{CONFIG_FILE} was replaced")
-    else:
-        version = 1
-        with temporary_folder(root) as staged:
-            (staged / "1").mkdir()
-            _write_version(staged / "1", name, version, signature, options, limit)
-            _write_side_files(staged, options, samples)
-            (staged / CONFIG_FILE).write_text(text, encoding="utf-8")
-            _publish(staged, folder)
+    with _made(root):
+        if extended:
+            changed = _compare(folder, config, options.labels, update_config)
+            version = _add_version(
+                folder, lambda path, number: notes.extend(_write_version(path, name, number, signature, options, limit))
+            )
+            if (
+                changed
+            ):  # after the version: it is the same model to its clients, so the old configuration serves it too
+                _write_side_files(folder, options, samples)
+                write_atomically(folder / CONFIG_FILE, text.encode(), overwrite=True)
+                notes.append(f"{CONFIG_FILE} was replaced")
+        else:
+            version = 1
+            with temporary_folder(root) as staged:
+                (staged / "1").mkdir()
+                notes += _write_version(staged / "1", name, version, signature, options, limit)
+                _write_side_files(staged, options, samples)
+                (staged / CONFIG_FILE).write_text(text, encoding="utf-8")
+                _publish(staged, folder)
     files = sorted(str(path.relative_to(root)) for path in (folder / str(version)).rglob("*") if path.is_file())
     return RepositoryEntry(
         name,
@@ -121,18 +127,30 @@ def add_model(
     )
 
 
-def _repository_folder(repository: str | os.PathLike[str]) -> Path:
+def _check_repository(repository: str | os.PathLike[str]) -> Path:
     root = Path(repository)
     if root.exists() and not root.is_dir():
         raise OutputPathError(f"repository {root} is a file, expected a folder")
-    if not root.exists():
-        if not root.parent.is_dir():
-            raise OutputPathError(f"repository {root}: the folder {root.parent} does not exist")
-        try:
-            root.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputPathError(f"repository {root} cannot be created: {error.strerror}") from error
+    if not root.exists() and not root.parent.is_dir():
+        raise OutputPathError(f"repository {root}: the folder {root.parent} does not exist")
     return root
+
+
+@contextlib.contextmanager
+def _made(root: Path) -> Iterator[None]:
+    """Make the repository's folder where it is missing; without a model in it, it goes again."""
+    missing = not root.exists()
+    try:
+        root.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputPathError(f"repository {root} cannot be created: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        if missing:
+            with contextlib.suppress(OSError):  # another process may have put a model into it
+                root.rmdir()
+        raise
 
 
 def _dynamic_batching(signature: ModelSignature, options: ServingOptions, limit: int) -> tuple[bool, list[str]]:
@@ -192,7 +210,13 @@ def _shown(config: Any, kind: str) -> str:
 
 def _write_version(
     folder: Path, name: str, version: int, signature: ModelSignature, options: ServingOptions, limit: int
-) -> None:
+) -> list[str]:
+    """Write a version's files and load the copy; gives notes."""
+    if taken := {MODEL_FILE, "model.py", MLSERVER_FILE} & {Path(file).name for file in signature.external_files}:
+        raise ModelFileError(
+            f"{signature.path} takes weights from {taken.pop()}, a name that a repository gives to a file of its own: "
+            "save the model with its weights under another name"
+        )
     shutil.copyfile(signature.path, folder / MODEL_FILE)
     for file in signature.external_files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -213,6 +237,24 @@ def _write_version(
         },
     }
     (folder / MLSERVER_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    return _load(folder / MODEL_FILE, signature.path, options.device)
+
+
+def _load(copy: Path, source: Path, device: str) -> list[str]:
+    """Load the copy on the CPU as a server would, so that nothing is published that no server can open.
+
+    A model for the GPU may have operators or types that the CPU lacks, which is a note then.
+    """
+    settings = onnxruntime().SessionOptions()
+    settings.graph_optimization_level = onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL  # quicker, and enough
+    settings.log_severity_level = 4
+    try:
+        GradientSession(copy, threads=1, session_options=settings, blocked_layout=False)
+    except ModelFileError as error:
+        if device == "gpu" and type(error.__cause__).__name__ == "NotImplemented":
+            return [f"not loaded here, for the GPU alone: {error}"]
+        raise ModelFileError(f"{source} cannot be served: {str(error).replace(str(copy), str(source))}") from error
+    return []
 
 
 def _mlserver_tensor(tensor: TensorSpec) -> dict[str, Any]:

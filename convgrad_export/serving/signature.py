@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import DTypeError, ModelFileError
-from ..runtime.model_source import model_source
+from ..runtime.model_source import external_locations, model_source
 
 # TensorProto code -> numpy's name, ModelConfig's name, the Open Inference Protocol's name, bytes of one element
 _TYPES: dict[int, tuple[str, str, str, int]] = {
@@ -112,13 +112,7 @@ def read_signature(path: str | os.PathLike[str]) -> ModelSignature:
     for kind, tensors in (("inputs", inputs), ("outputs", outputs)):
         if not tensors:
             raise ModelFileError(f"{source} has no {kind}: there is nothing to serve")
-    files = {
-        entry.value
-        for tensor in model.graph.initializer
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
+    files = {location for _, location in external_locations(model)}
     for name in sorted(files):
         if not (source.parent / name).is_file():
             raise ModelFileError(

@@ -40,8 +40,8 @@ def classifier(path: Path, *, batch: object = "batch") -> Path:
 
 
 def typed_model(path: Path, code: int) -> Path:
-    """y = x + x in any element type, (batch, height)."""
-    node = helper.make_node("Add", ["x", "x"], ["y"])
+    """y = x in any element type, (batch, height)."""
+    node = helper.make_node("Identity", ["x"], ["y"])
     shapes = [("x", ["batch", "height"])], [("y", ["batch", "height"])]
     return _save(path, [node], *shapes, [], code)
 
@@ -68,6 +68,30 @@ def external(path: Path) -> Path:
     (path.parent / "weights").mkdir()
     onnx.save(model, path, save_as_external_data=True, location="weights/w.bin", size_threshold=0)
     return path
+
+
+def external_inside(path: Path, place: str, location: str = "w.bin") -> Path:
+    """y = x + w, (batch, 4), with w = 0, 1, 2, 3 in a file: of a Constant, or of a branch of an If."""
+    if not (path.parent / "w.bin").exists():
+        np.arange(4, dtype=np.float32).tofile(path.parent / "w.bin")
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value=location)
+    sides = [("x", ["batch", 4])], [("y", ["batch", 4])]
+    if place == "constant":
+        constant = helper.make_node("Constant", [], ["w"], value=weight)
+        return _save(path, [constant, helper.make_node("Add", ["x", "w"], ["y"])], *sides, [])
+    branches = {
+        name: helper.make_graph(
+            [helper.make_node("Add", ["x", "w"], [name])],
+            name,
+            [],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4])],
+            [weight],
+        )
+        for name in ("then_branch", "else_branch")
+    }
+    condition = helper.make_tensor("condition", TensorProto.BOOL, [], [True])
+    return _save(path, [helper.make_node("If", ["condition"], ["y"], **branches)], *sides, [condition])
 
 
 def _save(path: Path, nodes: list, inputs: list, outputs: list, held: list, code: int = TensorProto.FLOAT) -> Path:

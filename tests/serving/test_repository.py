@@ -108,7 +108,7 @@ def test_a_weight_gradient_is_never_merged(tmp_path: Path) -> None:
     ):
         with pytest.raises(cg.ServingConfigError, match=message):
             add_model(model, tmp_path / "other", options)
-    assert not list((tmp_path / "other").iterdir())
+    assert not (tmp_path / "other").exists()
 
 
 def test_rows_that_see_one_another_are_not_merged(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_warm_up_data_that_does_not_fit(arrays: dict | None, message: str, tmp_p
         np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(cg.ServingConfigError, match=message):
         add_model(model, tmp_path / "repo", ServingOptions(warmup=tmp_path / "d.npz"))
-    assert not list((tmp_path / "repo").iterdir())
+    assert not (tmp_path / "repo").exists()
 
 
 def test_the_next_version_leaves_everything_else_as_it_was(tmp_path: Path) -> None:
@@ -236,6 +236,57 @@ def test_external_data_is_carried_along(tmp_path: Path) -> None:
     assert np.array_equal(cg.GradientSession(Path(entry.folder) / "model.onnx").run({"x": x})["y"], expected)
     with pytest.raises(cg.ModelFileError, match=r"weights/w\.bin"):
         add_model(model, tmp_path / "repo")
+
+
+@pytest.mark.parametrize("place", ["constant", "subgraph"])
+def test_external_data_of_attributes_and_subgraphs_is_carried_along(place: str, tmp_path: Path) -> None:
+    model = models.external_inside(tmp_path / "net.onnx", place)
+    entry = add_model(model, tmp_path / "repo")
+    assert "net/1/w.bin" in entry.files
+    (tmp_path / "w.bin").unlink()
+    (y,) = cg.GradientSession(Path(entry.folder) / "model.onnx").run({"x": np.ones((2, 4), np.float32)}).values()
+    assert np.array_equal(y, np.ones((2, 4)) + np.arange(4))
+    for location in ("../w.bin", "/w.bin"):
+        outside = models.external_inside(tmp_path / "outside.onnx", place, location)
+        with pytest.raises(cg.ModelFileError, match="outside the model's folder"):
+            add_model(outside, tmp_path / "repo")
+
+
+def test_weights_under_a_name_of_the_repository_are_refused(tmp_path: Path) -> None:
+    model = models.external_inside(tmp_path / "net.onnx", "constant", "model.onnx")
+    with pytest.raises(cg.ModelFileError, match=r"takes weights from model\.onnx"):
+        add_model(model, tmp_path / "repo")
+    assert not (tmp_path / "repo").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_a_model_that_does_not_load_is_not_published(device: str, tmp_path: Path) -> None:
+    """Its inputs and outputs can be read, what is between them is broken."""
+    path = models.gradient_model(tmp_path / "broken.onnx")
+    proto = onnx.load(path)
+    proto.graph.node[0].input[0] = "nothing"
+    onnx.save(proto, path)
+    with pytest.raises(cg.ModelFileError, match=r"broken\.onnx cannot be served"):
+        add_model(path, tmp_path / "repo", ServingOptions(device=device))
+    assert not (tmp_path / "repo").exists()
+
+
+def test_operators_that_the_cpu_lacks_are_for_the_gpu(tmp_path: Path) -> None:
+    path = models.typed_model(tmp_path / "half.onnx", TensorProto.BFLOAT16)
+    proto = onnx.load(path)
+    proto.graph.node[0].op_type = "Relu"
+    onnx.save(proto, path)
+    with pytest.raises(cg.ModelFileError, match="NOT_IMPLEMENTED"):
+        add_model(path, tmp_path / "repo")
+    (note,) = add_model(path, tmp_path / "repo", ServingOptions(device="gpu", dynamic_batching=False)).notes
+    assert note.startswith("not loaded here, for the GPU alone")
+
+
+def test_options_are_refused_before_the_folder_is_made(tmp_path: Path) -> None:
+    path = models.gradient_model(tmp_path / "grad.onnx")
+    with pytest.raises(cg.ServingConfigError):
+        add_model(path, tmp_path / "repo", ServingOptions(labels=tmp_path / "absent.txt"))
+    assert not (tmp_path / "repo").exists()
 
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
