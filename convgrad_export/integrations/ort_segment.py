@@ -12,6 +12,7 @@ from ..lowering import CPU, CUDA
 from ..runtime import cuda_run, tensors
 from ..runtime.blocked import in_blocked_layout
 from ..runtime.cuda_options import CudaOptions
+from ..runtime.memory import free_early
 from ..runtime.providers import onnxruntime
 from ..selection.policy import AUTO
 from .finishing import finish
@@ -91,6 +92,7 @@ class OrtSegment:
         self._stream = cuda_run.stream_for(settings) if provider == CUDA else None
         content = self.model.SerializeToString()
         if provider == CPU:
+            free_early(options)
             content = in_blocked_layout(content)
         try:
             self._session = ort.InferenceSession(content, options, providers=[provider], provider_options=[settings])

@@ -8,10 +8,10 @@ from typing import Any
 def free_early(options: Any) -> None:
     """Let a session give back a tensor's memory at its last use.
 
-    By default onnxruntime plans one block for a whole run after it has seen the shapes (``enable_mem_pattern``) and keeps
-    a buffer for later tensors of the same shape (``enable_mem_reuse``). The backward of a network has the shapes of its
-    forward, so most buffers are kept throughout: 310 MiB against 90 for the input gradient of a DenseNet-121 (4 images of
-    128x128), at the same speed (benchmarks/NOTES.md, "Training steps").
+    By default onnxruntime plans one block for a whole run after it has seen the shapes (``enable_mem_pattern``) and
+    keeps a buffer for later tensors of the same shape (``enable_mem_reuse``). The backward of a network has the shapes
+    of its forward, so most buffers are kept throughout: 310 MiB against 90 for the input gradient of a DenseNet-121 (4
+    images of 128x128), at the same speed (benchmarks/NOTES.md, "Training steps").
 
     Args:
         options: an `onnxruntime.SessionOptions`, which is changed.

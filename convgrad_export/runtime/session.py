@@ -11,6 +11,7 @@ from typing import Any, overload
 from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError
 from . import cuda_run, tensors
 from .blocked import in_blocked_layout
+from .memory import free_early
 from .model_source import model_source
 from .placement import RECORD_ASSIGNMENT, PlacementReport, read_placement
 from .providers import CPU, CUDA, Providers, onnxruntime, open_session, resolve
@@ -26,7 +27,8 @@ class GradientSession:
         model: path of an ``.onnx`` file, its bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
         providers: as in `onnxruntime.InferenceSession`, also ``"cpu"``, ``"cuda"`` and `CudaOptions`; None is the CPU.
         threads: size of the intra-op thread pool; None leaves the choice to onnxruntime.
-        session_options: an `onnxruntime.SessionOptions` to start from; `threads` still applies.
+        session_options: an `onnxruntime.SessionOptions` to start from; `threads` still applies. Without it, a session
+            on the CPU gives back each tensor's memory at its last use (`runtime/memory.py`).
         blocked_layout: compute depthwise convolutions and their gradients in the layout that onnxruntime keeps for
             constant weights, on the CPU (`runtime/blocked.py`). False runs the file's own formulas.
 
@@ -47,7 +49,10 @@ class GradientSession:
         ort = onnxruntime()
         source = model_source(model)
         wanted = resolve(providers)
+        on_cpu = [name for name, _ in wanted] == [CPU]
         options = session_options if session_options is not None else ort.SessionOptions()
+        if session_options is None and on_cpu:
+            free_early(options)
         if threads is not None:
             options.intra_op_num_threads = threads
         options.add_session_config_entry(*RECORD_ASSIGNMENT)

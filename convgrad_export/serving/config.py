@@ -17,6 +17,7 @@ from .warmup import WarmupSample
 
 MODEL_FILE = "model.onnx"
 THREADS = "intra_op_thread_count"  # the onnxruntime backend's name; our model.py reads the same
+MEMORY_PATTERN = "enable_mem_pattern"  # off for the reason that runtime/memory.py gives
 DEFAULT_BATCH = 8
 
 
@@ -97,6 +98,8 @@ def make_config(
         config.optimization.graph.level = level
     if options.threads is not None:
         config.parameters[THREADS].string_value = str(options.threads)
+    if options.device != "gpu":
+        config.parameters[MEMORY_PATTERN].string_value = "0"
     for sample in samples:
         _warm_up(pb, config.model_warmup.add(), sample)
     return config

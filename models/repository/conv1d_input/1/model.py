@@ -28,6 +28,10 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         options = onnxruntime.SessionOptions()
+        if args["model_instance_kind"] != "GPU":
+            # A backward has the shapes of its forward: buffers kept for them are three times what a run needs.
+            options.enable_mem_pattern = False
+            options.enable_mem_reuse = False
         parameters = config.get("parameters", {})
         if "intra_op_thread_count" in parameters:
             options.intra_op_num_threads = int(parameters["intra_op_thread_count"]["string_value"])
