@@ -17,6 +17,7 @@ from ..geometry import ConvGeometry
 from ..lowering import Lowering, candidates
 from ..lowering.kernels import CPU
 from ..runtime.blocked import in_blocked_layout
+from ..runtime.memory import free_early
 from ..selection.policy import choose
 from ..selection.tuned import TUNED, is_measured
 from .sampling import FORWARD, INPUT, WEIGHT
@@ -59,6 +60,7 @@ def session(model: bytes, threads: int, *, arena: bool = True) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = arena
+    free_early(options)  # as GradientSession does
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
