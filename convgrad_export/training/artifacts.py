@@ -34,8 +34,8 @@ from .losses import Loss, resolve_loss
 from .onnx_module import OnnxModule
 from .optimizers import SGD, AdamW, ResolvedOptimizer, resolve_optimizer
 from .randomness import SeededRandomness
-from .step import drop_input, refuse_unseeded_randomness
-from .step_arguments import split_batch, split_shapes, trainable_parameters
+from .step import LOSS, drop_input, refuse_unseeded_randomness
+from .step_arguments import check_names, split_batch, split_shapes, trainable_parameters
 from .update import apply_rules
 
 RESET, LEARNING_RATE, SEED, STEP = "lazy_reset_grad", "learning_rate", "seed", "step"
@@ -96,7 +96,7 @@ def generate_artifacts(
 
     Raises:
         ArgumentTypeError: an option without a meaning here (`ort_format`, `custom_op_library`, `nominal_checkpoint`), a
-            name the model does not have, or a torch module without `args`.
+            name the model does not have or may not have (``step``, ``loss``), or a torch module without `args`.
         UnsupportedOperatorError: an operator of the ONNX model that is not known, with its name.
     """
     for name, value in (
@@ -238,6 +238,7 @@ def _forward(
     own_shapes, target_shapes = split_shapes(arguments, loss, dynamic_shapes)
     users = arguments.inputs(state, own_shapes)
     labels = named_tensors(dict(zip(loss.target_names, targets, strict=True)), target_shapes, (*state, *users))
+    check_names(module, (*state, *users, *labels), (LEARNING_RATE, SEED, STEP, RESET, LOSS))
     training = bool(parameters)
     counters = (
         GraphInput(SEED, "user", torch.tensor(0, dtype=torch.int64)),
@@ -266,7 +267,7 @@ def _forward(
             )
             value = loss.call(first, *(values[s.name] for s in labels)).reshape(())
             found = gradients(value, leaves) if training else {}
-        outputs = [TracedOutput(GraphOutput("loss", "value"), value.detach())]
+        outputs = [TracedOutput(GraphOutput(LOSS, "value"), value.detach())]
         flat = torch.utils._pytree.tree_leaves(result)
         names = flat_output_names(result, flat)
         outputs += [TracedOutput(GraphOutput(n, "output"), t.detach()) for n, t in zip(names, flat, strict=True)]

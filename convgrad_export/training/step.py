@@ -35,8 +35,8 @@ from .losses import resolve_loss
 from .optimizers import resolve_optimizer
 from .preparation import METADATA
 from .randomness import SeededRandomness
-from .step_arguments import check_numbers, split_batch, split_shapes, trainable_parameters
-from .update import LEARNING_RATE, STEP, StepOptions, calls_before, optimizer_inputs, update
+from .step_arguments import check_names, check_numbers, split_batch, split_shapes, trainable_parameters
+from .update import GRADIENT_NORM, LEARNING_RATE, STEP, StepOptions, calls_before, optimizer_inputs, update
 from .verification import verify_step
 
 SEED, LOSS = "seed", "loss"
@@ -185,8 +185,10 @@ def _capture(
     seed = GraphInput(SEED, "user", torch.tensor(0, dtype=torch.int64))
     extra = optimizer_inputs(parameters, options)
     specs = (*batch, *labels, rate, seed, *state, *extra)
-    if clash := [name for name in (LEARNING_RATE, SEED, STEP, LOSS) if sum(s.name == name for s in specs) > 1]:
-        raise ArgumentTypeError(f"the module or its forward already uses the name(s) {', '.join(clash)}: rename them")
+    reserved = [LEARNING_RATE, SEED, LOSS, *(spec.name for spec in extra)]
+    if options.clip_norm is not None:
+        reserved.append(GRADIENT_NORM)
+    check_names(module, (*batch, *labels, *state), reserved)
     unused: list[str] = []
     draws: list[int] = []
 

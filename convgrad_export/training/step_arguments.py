@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ArgumentTypeError
 from ..integrations.arguments import CallArguments
+from ..integrations.program import GraphInput
 from .losses import Loss
 
 
@@ -20,6 +21,20 @@ def check_numbers(max_grad_norm: Any, max_grad_value: Any, accumulation: Any) ->
             raise ArgumentTypeError(f"{name} is {value!r}, expected a number above 0 or None")
     if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
         raise ArgumentTypeError(f"gradient_accumulation is {accumulation!r}, expected an integer of at least 1")
+
+
+def check_names(module: torch.nn.Module, specs: Iterable[GraphInput], reserved: Iterable[str]) -> None:
+    """Refuse a parameter, buffer, argument or target under a name that the exported models use themselves.
+
+    Raises:
+        ArgumentTypeError: with all such names.
+    """
+    own = {spec.name for spec in specs}
+    if clash := [name for name in reserved if name in own]:
+        raise ArgumentTypeError(
+            f"{type(module).__name__}, its forward or the loss has the name(s) {', '.join(clash)}, which the training "
+            "step needs for inputs and outputs of its own: rename them"
+        )
 
 
 def trainable_parameters(module: torch.nn.Module, frozen: Sequence[str]) -> dict[str, Tensor]:

@@ -27,6 +27,21 @@ def small_network(dtype: torch.dtype = torch.float64) -> nn.Module:
     ).to(dtype)
 
 
+class Named(nn.Module):
+    """Scores times a tensor that has a name of the caller's choice."""
+
+    def __init__(self, name: str, kind: str) -> None:
+        super().__init__()
+        self.scores, self.name = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), name
+        if kind == "buffer":
+            self.register_buffer(name, torch.ones(1))
+        else:
+            self.register_parameter(name, nn.Parameter(torch.ones(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x) * getattr(self, self.name)
+
+
 def batches(count: int, dtype: torch.dtype = torch.float64, size: int = 6) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [

@@ -18,7 +18,7 @@ import convgrad_export as cg
 from convgrad_export.training import artifacts
 from convgrad_export.training.api import CheckpointState, LinearLRScheduler, Module, Optimizer
 
-from .parity import batches, small_network
+from .parity import Named, batches, small_network
 
 
 def network() -> nn.Module:
@@ -256,6 +256,37 @@ def test_options_that_cannot_be_are_refused(options: dict, message: str, tmp_pat
     with pytest.raises(cg.ConvGradError, match=message):
         write(tmp_path, **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("step", "buffer"),
+        ("learning_rate", "parameter"),
+        ("loss", "parameter"),
+        ("seed", "buffer"),
+        ("lazy_reset_grad", "buffer"),
+    ],
+)
+def test_names_that_the_models_use_are_refused(name: str, kind: str, tmp_path: Path) -> None:
+    with pytest.raises(cg.ArgumentTypeError, match=f"Named.*{name}.*rename"):
+        write(tmp_path, Named(name, kind))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["step", "seed"])
+def test_arguments_under_names_of_the_models_are_refused(name: str, tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = network()
+
+    forward = {}
+    exec(f"def forward(self, x, {name}):\n    return self.scores(x) * {name}", forward)
+    Scaled.forward = forward["forward"]
+    x, y = batches(1, torch.float32)[0]
+    with pytest.raises(cg.ArgumentTypeError, match=f"Scaled.*{name}.*rename"):
+        write(tmp_path, Scaled(), args=(x, torch.ones(6, 1), y))
 
 
 def test_wrong_calls_are_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch.nn import functional
 import convgrad_export as cg
 from convgrad_export.training import load_checkpoint
 
-from .parity import assert_same_training, batches, small_network
+from .parity import Named, assert_same_training, batches, small_network
 
 DYNAMIC = {"input": {0: "batch"}, "target": {0: "batch"}}
 
@@ -293,6 +293,24 @@ def test_bad_arguments_are_refused(arguments: Any, options: dict[str, Any], mess
     x, y = batches(1, torch.float32)[0]
     with pytest.raises(cg.ConvGradError, match=message):
         cg.export_training_step(small_network(torch.float32), "cross_entropy", "sgd", arguments(x, y), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("loss", {}),
+        ("learning_rate", {}),
+        ("seed", {}),
+        ("step", {}),
+        ("micro_step", {"gradient_accumulation": 2}),
+        ("gradient_norm", {"max_grad_norm": 1.0}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_names_that_the_step_uses_are_refused(name: str, options: dict[str, Any], kind: str) -> None:
+    batch = batches(1, torch.float32)[0]
+    with pytest.raises(cg.ArgumentTypeError, match=f"Named.*{name}.*rename"):
+        cg.export_training_step(Named(name, kind), "cross_entropy", "sgd", batch, **options)
 
 
 def test_existing_files_are_kept(step_file: Path) -> None:
