@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -74,17 +74,13 @@ def capture(
             tensor.requires_grad_(values[name].requires_grad)
         with swapped_tensors(module, state, tensors):
             result = arguments.call(module, given)
-        flat, spec = pytree.tree_flatten(result)
-        spec_holder[:] = [spec]
-        names = list(output_names) if output_names is not None else flat_output_names(result, flat)
-        tensors_out = [t for t in flat if isinstance(t, torch.Tensor)]
-        if not tensors_out:
+        spec_holder[:] = [pytree.tree_structure(result)]
+        outputs = named_outputs(result, (spec.name for spec in (*state, *user)), output_names)
+        if not outputs:
             raise ArgumentTypeError(
                 f"the forward returns a {type(result).__name__} without a tensor in it, expected tensors, alone or in "
                 "tuples, lists and dicts"
             )
-        names = [n for n, t in zip(names, flat, strict=True) if isinstance(t, torch.Tensor)]
-        outputs = [TracedOutput(GraphOutput(n, "output"), t) for n, t in zip(names, tensors_out, strict=True)]
         return outputs + buffer_outputs(state, tensors)
 
     program = trace_function(traced, (*state, *user), decompositions=decompositions)
@@ -121,7 +117,8 @@ def capture_gradients(
         value_args: Example tensors, each a further input of the graph (labels, targets).
         value_arg_names: Their names; the value function's own parameter names by default.
         frozen: Parameter names left out of `wrt="parameters"`.
-        return_outputs: Also return the forward's outputs ("output", ...), before the gradients.
+        return_outputs: Also return the forward's outputs ("output", ...), before the gradients. "output." is put
+            before a name that something else has.
         hessian_vector: Also take a "<name>.vector" for each differentiated tensor and return "<name>.hvp", the product
             of the value's Hessian (with respect to all of them together) and the vectors.
         dynamic_shapes: As for `capture`.
@@ -160,8 +157,7 @@ def capture_gradients(
         with swapped_tensors(module, state, tensors):
             with _recorded(module, activations) as recorded:
                 result = arguments.call(module, {**values, **leaves})
-            flat, spec = pytree.tree_flatten(result)
-            spec_holder[:] = [spec]
+            spec_holder[:] = [pytree.tree_structure(result)]
             scalar = _scalar(value, result, [values[s.name] for s in labels])
             wanted = [recorded[name] if kind == "activation" else leaves[name] for name, kind in targets.items()]
             grads: Sequence[torch.Tensor | None] = [None] * len(wanted)
@@ -175,11 +171,10 @@ def capture_gradients(
             if hessian_vector:
                 products = _hessian_vector_products(wanted, grads, [values[s.name] for s in vectors])
         taken = {s.name for s in (*state, *user, *labels)}
-        outputs = [TracedOutput(GraphOutput("value" if "value" not in taken else "scalar_value", "value"), scalar)]
+        value_name = "value" if "value" not in taken else "scalar_value"
+        outputs = [TracedOutput(GraphOutput(value_name, "value"), scalar)]
         if return_outputs:
-            names = flat_output_names(result, flat)
-            named = [(n, t) for n, t in zip(names, flat, strict=True) if isinstance(t, torch.Tensor)]
-            outputs += [TracedOutput(GraphOutput(n, "output"), t) for n, t in named]
+            outputs += named_outputs(result, (*taken, value_name, *activations))
         outputs += [TracedOutput(GraphOutput(name, "output", name), recorded[name]) for name in activations]
         for name, tensor, grad in zip(targets, wanted, grads, strict=True):
             if grad is None:
@@ -220,6 +215,26 @@ def state_inputs(module: torch.nn.Module) -> tuple[GraphInput, ...]:
         aliases[id(tensor)] = []
         kinds[name], tensors[name] = kind, tensor
     return tuple(GraphInput(n, kinds[n], t, tuple(aliases[id(t)])) for n, t in tensors.items())
+
+
+def named_outputs(result: Any, taken: Iterable[str], names: Sequence[str] | None = None) -> list[TracedOutput]:
+    """The tensors that a forward returned; what is no tensor is left out.
+
+    Args:
+        taken: names of the graph's inputs and of its other outputs; one of these gets ``output.`` put before it.
+        names: of the flattened result, by default `flat_output_names`.
+    """
+    flat = pytree.tree_leaves(result)
+    used = set(taken)
+    outputs = []
+    for name, tensor in zip(names if names is not None else flat_output_names(result, flat), flat, strict=True):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        while name in used:
+            name = f"output.{name}"
+        used.add(name)
+        outputs.append(TracedOutput(GraphOutput(name, "output"), tensor))
+    return outputs
 
 
 def flat_output_names(result: Any, flat: Sequence[Any]) -> list[str]:

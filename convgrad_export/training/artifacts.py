@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import ArgumentTypeError
 from ..files import check_output, staged, write_atomically
 from ..integrations.arguments import CallArguments, named_tensors
-from ..integrations.capture import buffer_outputs, flat_output_names, state_inputs
+from ..integrations.capture import buffer_outputs, named_outputs, state_inputs
 from ..integrations.decompositions import onnx_decompositions
 from ..integrations.finishing import BASE_OPSET, check_model, finish
 from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
@@ -268,9 +268,8 @@ def _forward(
             value = loss.call(first, *(values[s.name] for s in labels)).reshape(())
             found = gradients(value, leaves) if training else {}
         outputs = [TracedOutput(GraphOutput(LOSS, "value"), value.detach())]
-        flat = torch.utils._pytree.tree_leaves(result)
-        names = flat_output_names(result, flat)
-        outputs += [TracedOutput(GraphOutput(n, "output"), t.detach()) for n, t in zip(names, flat, strict=True)]
+        named = named_outputs(result, (LOSS, *(spec.name for spec in specs)))
+        outputs += [TracedOutput(output.spec, output.tensor.detach()) for output in named]
         if not training:
             return outputs
         unused[:] = [name for name in leaves if name not in found]

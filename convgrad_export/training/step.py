@@ -18,7 +18,7 @@ from ..errors import ArgumentTypeError, UnsupportedOperatorError
 from ..files import staged
 from ..integrations import saving
 from ..integrations.arguments import CallArguments, named_tensors
-from ..integrations.capture import buffer_outputs, flat_output_names, state_inputs
+from ..integrations.capture import buffer_outputs, named_outputs, state_inputs
 from ..integrations.decompositions import onnx_decompositions
 from ..integrations.finishing import BASE_OPSET, check_model, check_opset, finish
 from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
@@ -101,7 +101,8 @@ def export_training_step(
             norm before scaling becomes the output ``gradient_norm``.
         max_grad_value: clamp each element of the gradients to this magnitude, before anything else.
         gradient_accumulation: number of calls whose gradients are averaged before each update.
-        return_outputs: also return the forward's outputs.
+        return_outputs: also return the forward's outputs; one that would be called as something else is, ``loss`` for
+            example, gets ``output.`` put before its name.
         opset_version: 13 to 23.
         verify: run three steps beside float64 eager PyTorch before anything is written.
         lowering, provider, threads, max_error_factor: as in `convgrad_export.export`.
@@ -210,9 +211,7 @@ def _capture(
         unused[:] = [name for name in leaves if name not in found]
         outputs = [TracedOutput(GraphOutput(LOSS, "value"), value.detach())]
         if options.return_outputs:
-            flat = torch.utils._pytree.tree_leaves(result)
-            names = flat_output_names(result, flat)
-            outputs += [TracedOutput(GraphOutput(n, "output"), t) for n, t in zip(names, flat, strict=True)]
+            outputs += named_outputs(result, (LOSS, GRADIENT_NORM, *(spec.name for spec in specs)))
         with torch.no_grad():
             outputs += update(found, values, options)
         return outputs + buffer_outputs(state, tensors)

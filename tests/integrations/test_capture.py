@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import convgrad_export as cg
 from convgrad_export.errors import ArgumentTypeError, CaptureError, ConstantGradientError, DynamicShapeError
 from convgrad_export.integrations.capture import capture, capture_gradients
 from convgrad_export.integrations.program import CapturedProgram
@@ -153,6 +154,31 @@ def test_gradient_of_an_activation_before_an_in_place_relu() -> None:
     torch.testing.assert_close(actual["norm"], activation.detach())
     torch.testing.assert_close(actual["norm.grad"], expected[0])
     torch.testing.assert_close(actual["x.grad"], expected[1])
+
+
+class Mapped(nn.Module):
+    """Outputs under names that the graph has already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | None]:
+        scores = self.head(x)
+        return {"value": scores.mean(), "hidden": None, "x": 2 * scores, "logits": scores}
+
+
+def test_outputs_have_names_of_their_own() -> None:
+    module, x = Mapped(), torch.randn(2, 4)
+    program = capture_gradients(module, (x,), value=lambda out: out["logits"].square().sum(), return_outputs=True)
+    actual, expected = program.run(x), module(x)
+    torch.testing.assert_close(actual["value"], expected["logits"].square().sum().detach())
+    torch.testing.assert_close(actual["output.value"], expected["value"].detach())
+    torch.testing.assert_close(actual["output.x"], expected["x"].detach())
+    assert [o.name for o in program.outputs if o.kind == "output"] == ["output.value", "output.x", "logits"]
+    report = cg.export(module, (x,))
+    assert report.verified
+    assert list(report.outputs) == ["value", "output.x", "logits"]
 
 
 def test_dropout_keeps_one_mask_for_forward_and_backward() -> None:

@@ -95,6 +95,22 @@ def test_parameters_without_a_gradient_stay(tmp_path: Path) -> None:
     assert state.parameters["unused.weight"].grad is None
 
 
+def test_outputs_that_are_none_are_left_out_and_names_are_unique(tmp_path: Path) -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = network()
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+            scores = self.scores(x)
+            return {"hidden": None, "loss": scores.mean(), "logits": scores}
+
+    write(tmp_path, Mapped(), loss=lambda output, target: functional.cross_entropy(output["logits"], target))
+    _, module, _ = load(tmp_path)
+    assert module.output_names() == ["loss", "output.loss", "logits"]
+    assert module.eval().output_names() == ["loss", "output.loss", "logits"]
+
+
 def test_modes_stay_and_a_frozen_normalization_stays_frozen(tmp_path: Path) -> None:
     model = network()
     model[1].eval()

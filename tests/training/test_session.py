@@ -313,6 +313,43 @@ def test_names_that_the_step_uses_are_refused(name: str, options: dict[str, Any]
         cg.export_training_step(Named(name, kind), "cross_entropy", "sgd", batch, **options)
 
 
+class Mapped(nn.Module):
+    """Scores, and what transformers' models put beside them."""
+
+    def __init__(self, **others: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scores, self.others = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), others
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        scores = self.scores(x)
+        others = {name: 2 * scores.mean() if value else None for name, value in self.others.items()}
+        return {**others, "logits": scores}
+
+
+@pytest.mark.parametrize(
+    ("others", "names"),
+    [
+        ({"loss": True}, {"output.loss", "logits"}),
+        ({"loss": None, "hidden": None}, {"logits"}),
+        ({"x": True, "output.x": True, "gradient_norm": True}, {"output.output.x", "output.x", "output.gradient_norm"}),
+    ],
+)
+def test_outputs_have_names_of_their_own(others: dict[str, Any], names: set[str]) -> None:
+    def loss(output: dict[str, Any], target: Tensor) -> Tensor:
+        return functional.cross_entropy(output["logits"], target)
+
+    module, (x, y) = Mapped(**others), batches(1, torch.float32)[0]
+    report = cg.export_training_step(module, loss, "sgd", (x, y), return_outputs=True, max_grad_norm=100.0)
+    result = cg.TrainingSession(report.model, report.state).step(x, y)
+    assert set(result) == {"loss", "gradient_norm", "logits"} | names
+    scores = module(x)["logits"].detach()
+    assert result["loss"] == pytest.approx(functional.cross_entropy(scores, y).item(), rel=1e-5)
+    np.testing.assert_allclose(result["logits"], scores, rtol=1e-4, atol=1e-5)
+    for name in names - {"logits"}:
+        assert result[name] == pytest.approx(2 * scores.mean().item(), rel=1e-4, abs=1e-6)
+
+
 def test_existing_files_are_kept(step_file: Path) -> None:
     with pytest.raises(cg.OutputExistsError):
         cg.export_training_step(
