@@ -7,6 +7,8 @@ passes below are linear.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
@@ -30,6 +32,8 @@ def check_opset(opset: int) -> None:
 def finish(model: ir.Model, *, opset: int = BASE_OPSET) -> ir.Model:
     """Fold constants, drop what nothing reads, share what is equal, convert to `opset`. In place; returns `model`.
 
+    Outputs keep their names and their order, also where several turn out to be one value.
+
     Raises:
         UnsupportedOperatorError: A node has no form at an opset below 18.
         ArgumentTypeError: An opset outside 13 to 23.
@@ -37,6 +41,7 @@ def finish(model: ir.Model, *, opset: int = BASE_OPSET) -> ir.Model:
     check_opset(opset)
     from onnxscript.optimizer import _constant_folding
 
+    promised = [output.name for output in model.graph.outputs]
     # Parameters keep their names and stay what they are: a folded Transpose would be a nameless copy.
     parameters = {name for name in model.graph.initializers if not name.startswith("constant_")}
     ir.passes.Sequential(
@@ -60,9 +65,9 @@ def finish(model: ir.Model, *, opset: int = BASE_OPSET) -> ir.Model:
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedFunctionsPass(),
         passes.RemoveUnusedOpsetsPass(),
-        passes.OutputFixPass(),
-        passes.NameFixPass(),
     )(model)
+    _name_outputs(model.graph, promised)
+    passes.NameFixPass()(model)
     marks = remove_marks(model)
     _transpose_in_gemm(model)
     model.opset_imports.setdefault("", BASE_OPSET)
@@ -88,6 +93,23 @@ def _share_equal_constants(model: ir.Model, parameters: set[str]) -> None:
         if kept is not value:
             value.replace_all_uses_with(kept)
             del model.graph.initializers[name]
+
+
+def _name_outputs(graph: ir.Graph, promised: Sequence[str | None]) -> None:
+    """Every output a value of its own, with the name that it had before the passes made one value of equal ones."""
+    outputs: list[ir.Value] = []
+    for index, (value, name) in enumerate(zip(graph.outputs, promised, strict=True)):
+        if value in outputs or value.producer() is None:
+            copy = ir.node("Identity", [value])
+            copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
+            graph.append(copy)
+            graph.outputs[index] = value = copy.outputs[0]
+        outputs.append(value)
+        value.name = name
+    inner = [value for node in graph for value in node.outputs if value not in outputs]
+    for value in inner:
+        if value.name in promised:
+            value.name = None  # the pass that follows finds another one
 
 
 def _transpose_in_gemm(model: ir.Model) -> None:

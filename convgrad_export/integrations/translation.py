@@ -343,7 +343,7 @@ def _name_outputs(program: CapturedProgram, model: ir.Model, values: Mapping[str
             model.graph.append(copy)
             value = copy.outputs[0]
         clash = internal.get(name)
-        if clash is not None and clash is not value:
+        if clash is not None and clash is not value and clash.name == name:  # it may be an output by now
             clash.name = f"{name}_inner"
         value.name = name
         internal[name] = value

@@ -1,0 +1,67 @@
+"""Every promised output exists under its name, whatever turns out to be one value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import convgrad_export as cg
+
+from .gradient_modules import image
+
+
+class Sum(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x + y).square()
+
+
+class Features(nn.Module):
+    """One tensor under two names, a weight, and one computation written twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.conv(x)
+        return {"features": y, "last": y, "weight": self.conv.weight, "again": x.relu(), "relu": torch.relu(x)}
+
+
+def _sum_gradients(verify: bool) -> tuple[cg.ExportReport, list[str]]:
+    report = cg.export_gradient(Sum(), (image(), image() * 2), wrt="inputs", verify=verify)
+    return report, ["value", "x.grad", "y.grad"]
+
+
+def _features(verify: bool) -> tuple[cg.ExportReport, list[str]]:
+    report = cg.export(Features(), (image(),), verify=verify)
+    return report, ["features", "last", "weight", "again", "relu"]
+
+
+def _activation_and_output(verify: bool) -> tuple[cg.ExportReport, list[str]]:
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Identity())
+    report = cg.export_gradient(module, (image(),), wrt=["1", "2"], return_outputs=True, verify=verify)
+    return report, ["value", "output", "1", "2", "1.grad", "2.grad"]
+
+
+def _constant_gradients(verify: bool) -> tuple[cg.ExportReport, list[str]]:
+    class Doubles(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x * 2 + y * 2
+
+    return cg.export_gradient(Doubles(), (image(), image()), verify=verify), ["value", "x.grad", "y.grad"]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("case", [_sum_gradients, _features, _activation_and_output, _constant_gradients])
+def test_outputs_of_one_value_keep_their_names(
+    case: Callable[[bool], tuple[cg.ExportReport, list[str]]], verify: bool
+) -> None:
+    report, names = case(verify)
+    assert list(report.outputs) == names
+    assert not verify or list(report.errors) == names
+    session = onnxruntime.InferenceSession(report.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == names
