@@ -1,6 +1,6 @@
 """`aten.convolution_backward` for torch.onnx: read the call's integers, choose a lowering, record it.
 
-And `aten.convolution` of models whose weights are inputs, where another formula beats Conv.
+And `aten.convolution`, where Conv and ConvTranspose cannot run the call, or another formula beats them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from convgrad_export.emit.onnx import GradientRequest, record_gradients
 from convgrad_export.errors import DTypeError
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.integrations import dynamic_convolution as dynamic
+from convgrad_export.integrations import float64_convolution
 from convgrad_export.integrations.convolution_marks import Mark, mark
 from convgrad_export.lowering import CPU, CUDA
 from convgrad_export.runtime.convolution_entries import FORWARD, may_replace
@@ -102,7 +103,7 @@ class ConvolutionBackwardTranslation:
             )
         else:
             g = _dynamic(shapes["weight"], stride, padding, dilation, transposed, output_padding, groups)
-            results = self._dynamic(operands, g, wanted)
+            results = self._dynamic(operands, g, wanted, dtype)
         placed = [results[name] if name in results else op.Constant(value_float=0.0) for name in GRADIENTS]
         return placed[0], placed[1], placed[2]
 
@@ -158,15 +159,21 @@ class ConvolutionBackwardTranslation:
         return results
 
     def _dynamic(
-        self, operands: dict[str, Any], g: dynamic.DynamicConvolution, wanted: Sequence[str]
+        self, operands: dict[str, Any], g: dynamic.DynamicConvolution, wanted: Sequence[str], dtype: str
     ) -> dict[str, Any]:
         grad_output, input, weight = operands["grad_output"], operands["input"], operands["weight"]
-        name = dynamic.NAMES["transposed_input" if g.transposed else "input"]
+        matmul = dtype == "float64" and self._provider == CPU
+
+        def input_gradient() -> Any:
+            if not matmul:
+                return dynamic.input_gradient(op, g, grad_output, input, weight, even_pads=self._provider == CUDA)
+            if not g.transposed:
+                return float64_convolution.scattered(op, g, grad_output, weight, like=input)
+            return dynamic.crop_to(op, g, float64_convolution.gathered(op, g, grad_output, weight), input, [0] * g.rank)
+
+        names = float64_convolution.NAMES if matmul else dynamic.NAMES
         forms: dict[str, tuple[str, Callable[[], Any]]] = {
-            "input": (
-                name,
-                lambda: dynamic.input_gradient(op, g, grad_output, input, weight, even_pads=self._provider == CUDA),
-            ),
+            "input": (names["transposed_input" if g.transposed else "input"], input_gradient),
             "weight": (dynamic.NAMES["weight"], lambda: dynamic.weight_gradient(op, g, grad_output, input)),
             "bias": ("bias.reduce_sum", lambda: _bias_gradient(g, grad_output)),
         }
@@ -184,12 +191,15 @@ def convolution_translation(
     threads: int | None = None,
     max_error_factor: float = DEFAULT_ERROR_FACTOR,
     marks: list[Mark] | None = None,
+    *,
+    trained: bool = True,
 ) -> Callable[..., Any]:
-    """The translation of `aten.convolution` for weights that are inputs of the model.
+    """The translation of `aten.convolution`.
 
     Args:
         otherwise: torch.onnx's own translation, for every call that is better left to Conv or ConvTranspose.
         provider: The execution provider the model is for.
+        trained: The weights are inputs of the model, so that another formula may beat Conv.
         threads, max_error_factor: As in `ConvolutionBackwardTranslation`.
         marks: Takes up those that a session may compute in another way.
     """
@@ -219,7 +229,12 @@ def convolution_translation(
             )
 
         shape, weight_shape = list(input.shape), list(weight.shape)
-        if transposed or not all(isinstance(size, int) for size in (*shape[1:], *weight_shape)):
+        g = _dynamic(weight_shape, stride, padding, dilation, transposed, output_padding, groups)
+        known = all(isinstance(size, int) for size in weight_shape)
+        if known and int(input.dtype) == dtypes.onnx_code("float64") and provider == CPU:
+            form = float64_convolution.scattered if transposed else float64_convolution.gathered
+            return _with_bias(form(op, g, input, weight), bias, g.rank)
+        if not trained or transposed or not all(isinstance(size, int) for size in (*shape[1:], *weight_shape)):
             return unchanged()
         batch = shape[0] if isinstance(shape[0], int) else "batch"
         geometry = ConvGeometry.from_forward(
@@ -230,16 +245,20 @@ def convolution_translation(
         if body is None:
             result = unchanged()
         else:
-            result = body(op, geometry, input, weight)
-            if bias is not None:
-                aligned: Any = op.Constant(value_ints=[1, -1, *[1] * geometry.rank])
-                result = op.Add(result, op.Reshape(bias, aligned))
+            result = _with_bias(body(op, geometry, input, weight), bias, geometry.rank)
         if marks is not None and provider == CPU and (groups > 1 or body is None):
             operands = (input, weight) if bias is None else (input, weight, bias)
             marks.extend(mark(FORWARD, geometry, dtype, result, operands))
         return result
 
     return aten_convolution
+
+
+def _with_bias(result: Any, bias: Any, rank: int) -> Any:
+    if bias is None:
+        return result
+    aligned: Any = op.Constant(value_ints=[1, -1, *[1] * rank])
+    return op.Add(result, op.Reshape(bias, aligned))
 
 
 def _bias_gradient(g: dynamic.DynamicConvolution, grad_output: Any) -> Any:

@@ -37,12 +37,14 @@ class DynamicConvolution:
         return len(self.stride)
 
 
-def _spatial_shape(op: Ops, g: DynamicConvolution, value: Value) -> Value:
+def spatial_shape(op: Ops, g: DynamicConvolution, value: Value) -> Value:
+    """The sizes behind batch and channels, as an INT64 vector."""
     return op.Slice(op.Shape(value), ints(op, [2]), ints(op, [2 + g.rank]), ints(op, [0]))
 
 
-def _crop_to(op: Ops, g: DynamicConvolution, value: Value, like: Value, starts: Sequence[int]) -> Value:
-    stops = _spatial_shape(op, g, like)
+def crop_to(op: Ops, g: DynamicConvolution, value: Value, like: Value, starts: Sequence[int]) -> Value:
+    """`value` from `starts` on, in the spatial sizes of `like`."""
+    stops = spatial_shape(op, g, like)
     if any(starts):
         stops = op.Add(stops, ints(op, starts))
     return op.Slice(value, ints(op, starts), stops, ints(op, range(2, 2 + g.rank)))
@@ -62,7 +64,7 @@ def input_gradient(
             grad_output, weight, strides=list(g.stride), dilations=list(g.dilation), pads=pads, group=g.groups
         )
         if any(extra >= s for extra, s in zip(g.output_padding, g.stride, strict=True)):
-            result = _crop_to(op, g, result, input, [0] * g.rank)
+            result = crop_to(op, g, result, input, [0] * g.rank)
         return result
     if all(s == 1 for s in g.stride):
         return op.ConvTranspose(
@@ -79,7 +81,7 @@ def input_gradient(
         output_padding=[s - 1 for s in g.stride],
         group=g.groups,
     )
-    return _crop_to(op, g, full, input, [p - b for p, b in zip(g.padding, before, strict=True)])
+    return crop_to(op, g, full, input, [p - b for p, b in zip(g.padding, before, strict=True)])
 
 
 def weight_gradient(op: Ops, g: DynamicConvolution, grad_output: Value, input: Value) -> Value:
@@ -94,7 +96,7 @@ def weight_gradient(op: Ops, g: DynamicConvolution, grad_output: Value, input: V
     data = pad(op, data, g.padding, g.padding)
     data = transpose(op, data, [1, 0, *spatial])
     # The last position a tap reads is its first plus (O - 1) * s: O * s - (s - 1) elements.
-    reach = _spatial_shape(op, g, rows)
+    reach = spatial_shape(op, g, rows)
     if any(s != 1 for s in g.stride):
         reach = op.Sub(op.Mul(reach, ints(op, g.stride)), ints(op, [s - 1 for s in g.stride]))
     columns = reshape(op, transpose(op, rows, [1, 0, *spatial]), [g.groups, out_per_group, -1])

@@ -113,11 +113,11 @@ def translate(
         node.meta.setdefault("nn_module_stack", {"0": ("", torch.nn.Module)})  # else torch.onnx logs a line a node
     convolution = ConvolutionBackwardTranslation(lowering, provider, min(opset, BASE_OPSET), threads, max_error_factor)
     registry = _registry()
-    if any(spec.kind == "parameter" and as_inputs(spec) for spec in program.inputs):
-        target = torch.ops.aten.convolution.default
-        own = registry.get_decomps(target)[0].onnx_function
-        forward = convolution_translation(own, provider, threads, max_error_factor, convolution.marks)
-        registry.register_op(target, forward)
+    forward = torch.ops.aten.convolution.default
+    own = registry.get_decomps(forward)[0].onnx_function
+    trained = any(spec.kind == "parameter" and as_inputs(spec) for spec in program.inputs)
+    own = convolution_translation(own, provider, threads, max_error_factor, convolution.marks, trained=trained)
+    registry.register_op(forward, own)
     registry.register_op(torch.ops.aten.convolution_backward.default, convolution.function)
     registry.register_op(torch.ops.prims.prod.default, _reduce_prod)
     registry.register_op(torch.ops.aten.sym_numel.default, _size)

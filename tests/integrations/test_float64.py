@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import convgrad_export as cg
+
 from .onnx_check import compare_gradients
 
 
@@ -61,3 +63,49 @@ def test_numbers_stay_in_float64(name: str) -> None:
 def test_float32_models_do_not_change() -> None:
     proto = compare_gradients(Apply(lambda x: torch.add(x, x * x, alpha=0.1)), (data(2, 3).float(),))
     assert {item.data_type for item in proto.graph.initializer} <= {1, 7}
+
+
+CONVOLUTIONS: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
+    "plain": ((2, 4, 9, 8), lambda: nn.Conv2d(4, 6, 3, padding=1)),
+    "strided": ((2, 4, 9, 8), lambda: nn.Conv2d(4, 6, (3, 2), (2, 3), (1, 0), groups=2)),
+    "dilated": ((2, 4, 9, 8), lambda: nn.Conv2d(4, 6, 3, 2, 2, 2, bias=False)),
+    "depthwise": ((2, 4, 9, 8), lambda: nn.Conv2d(4, 8, 3, groups=4)),
+    "pointwise": ((2, 4, 9, 8), lambda: nn.Conv2d(4, 3, 1, 3)),
+    "signal": ((2, 4, 17), lambda: nn.Conv1d(4, 3, 5, 2, 2)),
+    "volume": ((2, 3, 5, 6, 4), lambda: nn.Conv3d(3, 2, (3, 2, 1), 2, 1)),
+    "transposed": ((2, 4, 5, 6), lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, 2)),
+    "transposed-even": ((2, 4, 5, 6), lambda: nn.ConvTranspose2d(4, 6, 2, 2, bias=False)),
+    "transposed-far": ((2, 4, 5, 6), lambda: nn.ConvTranspose2d(4, 6, 3, 1, 0, 2, dilation=3)),
+    "transposed-signal": ((2, 4, 7), lambda: nn.ConvTranspose1d(4, 3, 4, 3, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_over_dynamic_sizes(name: str) -> None:
+    shape, make = CONVOLUTIONS[name]
+    torch.manual_seed(0)
+    dimensions = {0: "n", **{axis: f"size{axis}" for axis in range(2, len(shape))}}
+    other = data(3, shape[1], *(size + 1 + axis for axis, size in enumerate(shape[2:])))
+    compare_gradients(
+        make().double(), (data(*shape),), dynamic_shapes={"input": dimensions}, fresh=(other,), tolerance=1e-13
+    )
+
+
+def test_transposed_convolution_with_a_large_output_padding() -> None:
+    module = nn.ConvTranspose2d(4, 6, 3, 1, 1, 2, dilation=3).double()
+    compare_gradients(module, (data(2, 4, 5, 6),), tolerance=1e-13)
+
+
+def test_dynamic_convolution_below_opset_18() -> None:
+    module = nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1), nn.ConvTranspose2d(6, 2, 3, 2)).double()
+    shapes = {"input": {0: "n", 2: "h", 3: "w"}}
+    compare_gradients(module, (data(2, 4, 9, 8),), dynamic_shapes=shapes, opset=13, tolerance=1e-13)
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+def test_convolution_of_an_empty_batch(batch: int) -> None:
+    module = nn.Sequential(nn.Conv2d(4, 6, 3, 2), nn.ConvTranspose2d(6, 2, 3, 2)).double()
+    report = cg.export(module, (data(2, 4, 9, 8),), dynamic_shapes={"input": {0: "n", 2: "h", 3: "w"}})
+    x = data(batch, 4, 10, 7)
+    (actual,) = cg.GradientSession(report.model).run({"input": x}).values()
+    torch.testing.assert_close(torch.as_tensor(actual), module(x).detach(), rtol=1e-13, atol=1e-13)
