@@ -234,6 +234,8 @@ def convolution_translation(
         if known and int(input.dtype) == dtypes.onnx_code("float64") and provider == CPU:
             form = float64_convolution.scattered if transposed else float64_convolution.gathered
             return _with_bias(form(op, g, input, weight), bias, g.rank)
+        if any(extra >= s for extra, s in zip(g.output_padding, g.stride, strict=True)):
+            return _with_bias(dynamic.transposed_forward(op, g, input, weight), bias, g.rank)
         if not trained or transposed or not all(isinstance(size, int) for size in (*shape[1:], *weight_shape)):
             return unchanged()
         batch = shape[0] if isinstance(shape[0], int) else "batch"
@@ -242,10 +244,7 @@ def convolution_translation(
         )
         dtype = dtypes.from_onnx_code(int(input.dtype)) or ""
         body = forward_body(geometry, dtype, provider, max_error_factor, threads)
-        if body is None:
-            result = unchanged()
-        else:
-            result = _with_bias(body(op, geometry, input, weight), bias, geometry.rank)
+        result = unchanged() if body is None else _with_bias(body(op, geometry, input, weight), bias, geometry.rank)
         if marks is not None and provider == CPU and (groups > 1 or body is None):
             operands = (input, weight) if bias is None else (input, weight, bias)
             marks.extend(mark(FORWARD, geometry, dtype, result, operands))

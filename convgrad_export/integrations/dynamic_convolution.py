@@ -84,6 +84,23 @@ def input_gradient(
     return crop_to(op, g, full, input, [p - b for p, b in zip(g.padding, before, strict=True)])
 
 
+def transposed_forward(op: Ops, g: DynamicConvolution, data: Value, weight: Value) -> Value:
+    """A ConvTranspose of any output padding: onnxruntime refuses one that is not smaller than the stride.
+
+    Less padding at the end stands for it, and zeros where there is no padding left.
+    """
+    result = op.ConvTranspose(
+        data,
+        weight,
+        strides=list(g.stride),
+        dilations=list(g.dilation),
+        pads=[*g.padding, *(max(p - extra, 0) for p, extra in zip(g.padding, g.output_padding, strict=True))],
+        group=g.groups,
+    )
+    missing = [max(extra - p, 0) for p, extra in zip(g.padding, g.output_padding, strict=True)]
+    return pad(op, result, [0] * g.rank, missing)
+
+
 def weight_gradient(op: Ops, g: DynamicConvolution, grad_output: Value, input: Value) -> Value:
     """The weight's shape: one GEMM a tap, summing over batch and positions.
 

@@ -1,4 +1,4 @@
-"""float64 convolutions as MatMuls where the catalogue has none: sizes known at run time only, or a large output padding.
+"""float64 convolutions as MatMuls where the catalogue has none: sizes known at run time, or a large output padding.
 
 onnxruntime's CPU provider has no float64 Conv and ConvTranspose. Shapes are read with Shape, so both forms serve every
 size. Letters as in `geometry.py`.

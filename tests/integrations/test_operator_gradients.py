@@ -43,6 +43,8 @@ CONVOLUTION: list[Case] = [
     ("conv3d", VOLUME, lambda: nn.Conv3d(3, 2, (3, 2, 1), 2, 1)),
     ("conv_transpose1d", SIGNAL, lambda: nn.ConvTranspose1d(4, 6, 4, 3)),
     ("conv_transpose2d", IMAGE, lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, 2)),
+    ("conv_transpose2d-far", IMAGE, lambda: nn.ConvTranspose2d(4, 6, 3, output_padding=1, dilation=2)),
+    ("conv_transpose2d-far-padded", IMAGE, lambda: nn.ConvTranspose2d(4, 6, 3, 1, (2, 1), (1, 2), 2, dilation=3)),
     ("conv_transpose3d", VOLUME, lambda: nn.ConvTranspose3d(3, 2, 2, 2)),
 ]
 NORMALIZATION: list[Case] = [
