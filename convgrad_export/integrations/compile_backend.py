@@ -88,11 +88,14 @@ def convgrad_ort(
         run._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd's sign for "takes one list"
         return run
 
+    decompositions = onnx_decompositions()
+    for target in (torch.ops.aten.lift.default, torch.ops.aten.lift_fresh.default):
+        decompositions.pop(target, None)  # they make a fake tensor of a constant: an alias of a real one is refused
     backend = aot_autograd(
         fw_compiler=compiler,
         bw_compiler=compiler,
         inference_compiler=compiler,
-        decompositions=onnx_decompositions(),
+        decompositions=decompositions,
         partition_fn=default_partition,
     )
     return backend(graph_module, example_inputs)

@@ -135,6 +135,8 @@ class OrtSegment:
             results.append(result)
             if result.numel():
                 binding.bind_output(name, device.type, device.index or 0, _CODES[dtype], list(shape), result.data_ptr())
+        if not any(result.numel() for result in results):
+            return results  # onnxruntime refuses a run without outputs
         if self._stream is not None:
             self._stream.before_run()
             self._session.run_with_iobinding(binding, cuda_run.unsynchronised())

@@ -415,3 +415,29 @@ def test_entry_points_work_without_an_import(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["['convgrad', 'convgrad_ort']", "convgrad 12.0", "convgrad_ort 12.0"]
+
+
+class Channels(nn.Module):
+    """Indexes with a list, which the trace holds as a constant tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x)[:, [0, 2]] * torch.tensor([0.5])
+
+
+@pytest.mark.parametrize("make", [Channels, lambda: nn.ConvTranspose2d(3, 4, 3, output_padding=1, dilation=2)])
+@pytest.mark.parametrize("size", [0, 1, 4])
+def test_ort_runs_what_eager_runs(make, size):
+    """Constants in the graph, an empty batch, an output padding that is not smaller than the stride."""
+    module = make()
+    x = torch.randn(size, 3, 6, 6)
+    results = []
+    for run in (torch.compile(module, backend=convgrad_ort), copy.deepcopy(module)):
+        leaf = x.clone().requires_grad_()
+        y = run(leaf)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), [leaf, *run.parameters()])))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
