@@ -1,4 +1,4 @@
-"""Writing files so that nothing is half-written and nothing is lost."""
+"""Writing files so that nothing is half-written and nothing is lost, and reading arrays."""
 
 from __future__ import annotations
 
@@ -6,27 +6,49 @@ import contextlib
 import hashlib
 import os
 import shutil
+import struct
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .errors import OutputExistsError, OutputPathError
+import numpy as np
+
+from .errors import ModelFileError, OutputExistsError, OutputPathError
 
 
 def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """The path as a Path, when a file may be written there.
+    """The path as a Path, when a file may be written there; through a link, when the file that it names may.
 
     Raises:
-        OutputExistsError: it exists and `overwrite` is False. OutputPathError: a folder, or its parent is no folder.
+        OutputExistsError: it exists, if only as a link to nothing, and `overwrite` is False.
+        OutputPathError: a folder, a pipe, a device or the like, or its parent is no folder, or may not be looked at.
     """
     target = Path(path)
-    if target.is_dir():
-        raise OutputPathError(f"output {target} is a folder, expected a file name")
-    if target.exists() and not overwrite:
-        raise OutputExistsError(f"output {target} exists already; give another name or allow overwriting it")
-    if not target.parent.is_dir():
-        raise OutputPathError(f"output {target}: the folder {target.parent} does not exist")
+    if "\0" in str(target):
+        raise OutputPathError(f"output is {str(target)!r}, expected a name without null characters")
+    try:
+        if target.is_dir():
+            raise OutputPathError(f"output {target} is a folder, expected a file name")
+        if target.exists() and not target.is_file():
+            raise OutputPathError(f"output {target} is a pipe, a socket or a device, expected the name of a file")
+        if os.path.lexists(target) and not overwrite:
+            what = "exists already" if target.exists() else f"is a link to {os.readlink(target)}, which does not exist"
+            raise OutputExistsError(f"output {target} {what}; give another name or allow overwriting it")
+        folder = written_file(target).parent
+        if not folder.is_dir():
+            raise OutputPathError(f"output {target}: the folder {folder} does not exist")
+    except (OutputPathError, OutputExistsError):
+        raise
+    except OSError as error:
+        raise OutputPathError(f"output {target}: {error.strerror or error}") from error
     return target
+
+
+def written_file(path: Path) -> Path:
+    """The file that is written for a path: where a link leads, so that the link stays."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = False) -> Path:
@@ -37,18 +59,21 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
             previous file is still there then.
     """
     target = check_output(path, overwrite=overwrite)
+    file = written_file(target)
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as stream:
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as stream:
             temporary = Path(stream.name)
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         grant(temporary, 0o666)
-        temporary.replace(target)
-    except OSError as error:
+        temporary.replace(file)
+    except BaseException as error:  # Ctrl-C too
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise OutputPathError(f"cannot write {target}: {error.strerror or error}") from error
     return target
 
@@ -101,4 +126,24 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     with temporary_folder(folder) as temporary:
         yield temporary
         for path in sorted(temporary.iterdir()):
-            path.replace(Path(folder) / path.name)
+            path.replace(written_file(Path(folder) / path.name))
+
+
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz`` file by name; pickled objects are refused.
+
+    Raises:
+        ModelFileError: missing, no ``.npz``, damaged, or with pickled objects.
+    """
+    try:
+        with open(path, "rb") as stream:
+            if not zipfile.is_zipfile(stream):  # numpy would take it for a pickle
+                raise ValueError("it is no zip archive as numpy.savez writes")
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
+    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, MemoryError, *_DAMAGED) as error:
+        raise ModelFileError(f"{path} cannot be read as .npz without pickled objects: {error}") from error
+
+
+_DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError)  # the last from an encrypted archive

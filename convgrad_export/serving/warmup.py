@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import ServingConfigError
+from ..errors import ModelFileError, ServingConfigError
+from ..files import read_arrays
 from .signature import ModelSignature, TensorSpec, concrete_shape, unknown_sizes
 
 KINDS = ("none", "zero", "random")
@@ -64,9 +64,8 @@ def warmup_samples(
 
 def _from_file(path: Path, signature: ModelSignature, max_batch_size: int) -> WarmupSample:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        arrays = read_arrays(path)
+    except ModelFileError as error:
         raise ServingConfigError(
             f"warm-up is {str(path)!r}, expected one of {', '.join(KINDS)}, or an .npz file that can be read: {error}"
         ) from error

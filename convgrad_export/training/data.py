@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ModelFileError
+from ..files import read_arrays
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,7 @@ def read_dataset(path: str | os.PathLike[str], test_share: float = 0.2) -> Datas
         ModelFileError: no readable npz, missing arrays, pickled objects, no numbers, values that are not finite, or
             numbers of samples that differ.
     """
-    source = Path(path)
-    try:
-        with np.load(source, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ModelFileError(f"data {source} cannot be read as .npz without pickled objects: {error}") from error
+    source, arrays = Path(path), read_arrays(path)
     if missing := [name for name in ("x", "y") if name not in arrays]:
         raise ModelFileError(f"data {source} holds {sorted(arrays)}, expected x and y; missing: {', '.join(missing)}")
     arrays = {name: _plain(array) for name, array in arrays.items()}

@@ -252,6 +252,14 @@ def test_external_data_of_attributes_and_subgraphs_is_carried_along(place: str, 
             add_model(outside, tmp_path / "repo")
 
 
+def test_warm_up_data_of_a_single_array(tmp_path: Path) -> None:
+    np.save(tmp_path / "d.npy", np.zeros((1, 2, 6), np.float32))
+    with pytest.raises(cg.ServingConfigError, match="no zip archive"):
+        add_model(
+            models.gradient_model(tmp_path / "g.onnx"), tmp_path / "repo", ServingOptions(warmup=tmp_path / "d.npy")
+        )
+
+
 def test_weights_under_a_name_of_the_repository_are_refused(tmp_path: Path) -> None:
     model = models.external_inside(tmp_path / "net.onnx", "constant", "model.onnx")
     with pytest.raises(cg.ModelFileError, match=r"takes weights from model\.onnx"):

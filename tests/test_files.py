@@ -1,0 +1,125 @@
+"""What may be written where, what is left when writing stops half-way, and damaged archives of arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import convgrad_export as cg
+from convgrad_export import files
+
+
+def test_a_pipe_is_no_file_to_replace(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for overwrite in (False, True):
+        with pytest.raises(cg.OutputPathError, match="a pipe, a socket or a device"):
+            files.write_atomically(pipe, b"new", overwrite=overwrite)
+    assert pipe.is_fifo()
+    with pytest.raises(cg.OutputPathError, match="a device"):
+        files.check_output(os.devnull, overwrite=True)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_and_its_file_is_written(exists: bool, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    file, link = tmp_path / "elsewhere" / "real", tmp_path / "link"
+    link.symlink_to(file)
+    if exists:
+        file.write_bytes(b"old")
+    with pytest.raises(
+        cg.OutputExistsError, match="exists already" if exists else "is a link to .*real, which does not"
+    ):
+        files.write_atomically(link, b"new")
+    assert file.exists() == exists
+    assert files.write_atomically(link, b"new", overwrite=True) == link
+    assert link.is_symlink()
+    assert file.read_bytes() == b"new"
+    assert [path.name for path in file.parent.iterdir()] == ["real"]
+    with files.staged(tmp_path) as folder:
+        (folder / "link").write_bytes(b"newer")
+    assert link.is_symlink()
+    assert file.read_bytes() == b"newer"
+
+
+def test_links_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "lost").symlink_to(tmp_path / "no" / "file")
+    with pytest.raises(cg.OutputPathError, match=r"the folder .*no does not exist"):
+        files.check_output(tmp_path / "lost", overwrite=True)
+    with pytest.raises(cg.OutputPathError, match="null"):
+        files.check_output(tmp_path / "a\0b")
+    with pytest.raises(cg.OutputPathError, match="too long"):
+        files.check_output(tmp_path / ("a" * 300))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])
+def test_an_interruption_leaves_the_previous_file_and_nothing_else(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"previous")
+
+    def interrupted(descriptor: int) -> None:
+        raise error
+
+    monkeypatch.setattr(files.os, "fsync", interrupted)
+    with pytest.raises(error):
+        files.write_atomically(path, b"new", overwrite=True)
+    assert path.read_bytes() == b"previous"
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def archive(**arrays: Any) -> bytes:
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)
+    return stream.getvalue()
+
+
+def damaged() -> bytes:
+    """The middle of the compressed data changed, the directory at the end as it was."""
+    content = bytearray(archive(x=np.random.default_rng(0).standard_normal((64, 64))))
+    for i in range(100, len(content) // 2, 3):
+        content[i] ^= 0x55
+    return bytes(content)
+
+
+def single() -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.zeros(3))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no zip archive"),
+        (b"PK no archive", "no zip archive"),
+        (single(), "no zip archive"),
+        (damaged(), "cannot be read"),
+        (archive(x=np.array([{}])), "pickle"),
+        (archive(x=np.zeros(9))[:-30], "no zip archive"),
+        (None, "No such file"),
+    ],
+)
+def test_archives_that_cannot_be_read(content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(cg.ModelFileError, match=message) as found:
+        files.read_arrays(path)
+    assert str(path) in str(found.value)
+
+
+def test_every_byte_of_a_small_archive_may_be_wrong(tmp_path: Path) -> None:
+    path, content = tmp_path / "data.npz", archive(x=np.arange(4), y=np.arange(3.0))
+    for place in range(len(content)):
+        for value in (0, 1, 255):
+            path.write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
+            with contextlib.suppress(cg.ModelFileError):
+                files.read_arrays(path)
