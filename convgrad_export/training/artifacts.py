@@ -27,7 +27,7 @@ from ..integrations.finishing import BASE_OPSET, check_model, finish
 from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
 from ..integrations.tracing import swapped_tensors, trace_function
 from ..integrations.translation import translate
-from .backward import gradients
+from .backward import gradients, leaves
 from .checkpoint import save_checkpoint
 from .cumulative import cumulative_averages
 from .losses import Loss, resolve_loss
@@ -253,8 +253,8 @@ def _forward(
     unused: list[str] = []
 
     def traced(values: Mapping[str, Tensor]) -> list[TracedOutput]:
-        leaves = {name: values[name].detach().requires_grad_() for name in parameters}
-        tensors = {s.name: leaves.get(s.name, values[s.name].detach()) for s in state if s.kind == "parameter"}
+        trained = leaves(parameters, values)
+        tensors = {s.name: trained.get(s.name, values[s.name].detach()) for s in state if s.kind == "parameter"}
         tensors.update({s.name: values[s.name].clone() for s in state if s.kind == "buffer"})
         zero = torch.zeros((), dtype=torch.int64)
         random = SeededRandomness(values.get(SEED, zero), values.get(STEP, zero))
@@ -266,13 +266,13 @@ def _forward(
                 else torch.utils._pytree.tree_leaves(result)[0]
             )
             value = loss.call(first, *(values[s.name] for s in labels)).reshape(())
-            found = gradients(value, leaves) if training else {}
+            found = gradients(value, trained) if training else {}
         outputs = [TracedOutput(GraphOutput(LOSS, "value"), value.detach())]
         named = named_outputs(result, (LOSS, *(spec.name for spec in specs)))
         outputs += [TracedOutput(output.spec, output.tensor.detach()) for output in named]
         if not training:
             return outputs
-        unused[:] = [name for name in leaves if name not in found]
+        unused[:] = [name for name in trained if name not in found]
         for name, gradient in found.items():
             before = values[f"{name}{GRADIENT}"]
             total = torch.where(values[RESET], torch.zeros_like(before), before) + gradient

@@ -8,15 +8,40 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
+from ..errors import UnsupportedOperatorError
 
-def gradients(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+
+def leaves(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors to differentiate with respect to, by name, with the gradient hooks of the module's parameters.
+
+    Args:
+        parameters: the module's own.
+        values: what stands for them.
+
+    Raises:
+        UnsupportedOperatorError: a parameter has a hook that runs after its gradient was accumulated.
+    """
+    found = {}
+    for name, parameter in parameters.items():
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise UnsupportedOperatorError(
+                f"parameter {name} has a hook from register_post_accumulate_grad_hook, which an exported step cannot "
+                "run: remove it, or do its work in a register_hook or in an update function given as the optimizer"
+            )
+        found[name] = values[name].detach().requires_grad_()
+        for hook in (parameter._backward_hooks or {}).values():
+            found[name].register_hook(hook)
+    return found
+
+
+def gradients(value: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of a scalar by name, without those of tensors that it does not depend on.
 
-    Call it where the module still holds `leaves`: `torch.utils.checkpoint` calls its part of the module again in here.
+    Call it where the module still holds `wanted`: `torch.utils.checkpoint` calls its part of the module again in here.
 
     Args:
         value: 0-d.
-        leaves: tensors that require a gradient.
+        wanted: from `leaves`.
     """
     # torch.autograd.grad would leave the active torch function modes, and a recomputed dropout has to stay in them. It
     # ends in this call: keep no graph, build none, allow tensors that are not reached, and return the gradients.
@@ -25,8 +50,8 @@ def gradients(value: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         (torch.ones_like(value),),
         False,
         False,
-        tuple(leaves.values()),
+        tuple(wanted.values()),
         allow_unreachable=True,
         accumulate_grad=False,
     )
-    return {name: gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
+    return {name: gradient for name, gradient in zip(wanted, found, strict=True) if gradient is not None}

@@ -28,7 +28,7 @@ from ..integrations.translation import translate
 from ..lowering import CPU
 from ..selection.policy import AUTO
 from ..selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
-from .backward import gradients
+from .backward import gradients, leaves
 from .checkpoint import checkpoint_path, save_checkpoint
 from .cumulative import cumulative_averages
 from .losses import resolve_loss
@@ -88,6 +88,7 @@ def export_training_step(
 
     Args:
         module: in the mode it trains in: in training mode BatchNorm uses the batch's statistics and updates its own.
+            Hooks that its parameters have from ``register_hook`` become part of the step.
         loss: ``"cross_entropy"``, ``"bce_with_logits"``, ``"mse"``, ``"l1"``, ``"huber"``, ``"smooth_l1"``, ``"nll"``,
             a torch.nn loss module, or a function of the output and any number of targets.
         optimizer: ``"sgd"``, ``"adam"``, ``"adamw"``, ``"rmsprop"``, an instance of `convgrad_export.training`'s
@@ -110,7 +111,8 @@ def export_training_step(
 
     Raises:
         ArgumentTypeError: a loss, optimizer, name or option that does not exist, or a batch that does not fit.
-        UnsupportedOperatorError: operators without a translation, or that draw random numbers in a way not known here.
+        UnsupportedOperatorError: operators without a translation, or that draw random numbers in a way not known here;
+            a parameter with a hook that runs after its gradient was accumulated.
         VerificationError: the model disagrees with PyTorch; nothing was written.
         CaptureError, ConstantGradientError, DynamicShapeError, OutputExistsError, OutputPathError: as in `export`.
     """
@@ -194,8 +196,8 @@ def _capture(
     draws: list[int] = []
 
     def traced(values: Mapping[str, Tensor]) -> list[TracedOutput]:
-        leaves = {name: values[name].detach().requires_grad_() for name in parameters}
-        tensors = {s.name: leaves.get(s.name, values[s.name].detach()) for s in state if s.kind == "parameter"}
+        trained = leaves(parameters, values)
+        tensors = {s.name: trained.get(s.name, values[s.name].detach()) for s in state if s.kind == "parameter"}
         tensors.update({s.name: values[s.name].clone() for s in state if s.kind == "buffer"})
         # the seed is no input of a step that draws nothing
         random = SeededRandomness(values.get(SEED, torch.zeros_like(values[STEP])), calls_before(values, options))
@@ -206,9 +208,9 @@ def _capture(
                 got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise ArgumentTypeError(f"loss must return a tensor with one element, got {got}")
             value = value.reshape(())
-            found = gradients(value, leaves)
+            found = gradients(value, trained)
         draws[:] = [random.draws]
-        unused[:] = [name for name in leaves if name not in found]
+        unused[:] = [name for name in trained if name not in found]
         outputs = [TracedOutput(GraphOutput(LOSS, "value"), value.detach())]
         if options.return_outputs:
             outputs += named_outputs(result, (LOSS, GRADIENT_NORM, *(spec.name for spec in specs)))
