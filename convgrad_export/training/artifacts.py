@@ -134,6 +134,7 @@ def generate_artifacts(
         # As in PyTorch, a parameter that gets no gradient stays, weight decay or not.
         unreached = programs["training_model"].unused
         updated = {n: p for n, p in parameters.items() if n in chosen.rules and n not in unreached}
+        chosen.check_steps(updated)
         programs["optimizer_model"] = _optimizer_program(chosen, updated, opset_version)
     protos = {key: _model(program, opset_version) for key, program in programs.items()}
     state = {spec.name: spec.value.detach() for spec in state_inputs(module)}
@@ -288,9 +289,9 @@ def _forward(
 
 
 def _optimizer_state(optimizer: ResolvedOptimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {STEP: torch.zeros((), dtype=torch.int64)}
+    state: dict[str, Tensor] = {STEP: torch.tensor(optimizer.step, dtype=torch.int64)}
     for name, tensor in parameters.items():
-        initial = optimizer.rules[name].optimizer.initial_state(tensor.detach())
+        initial = optimizer.initial_state(name, tensor.detach())
         state.update({f"{name}.{key}": value for key, value in initial.items()})
     return state
 

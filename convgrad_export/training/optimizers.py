@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentTypeError
+from .optimizer_state import check_same_step, own_state
 
 State = dict[str, Tensor]
 UpdateFunction = Callable[[Tensor, Tensor, State, Tensor, Tensor], tuple[Tensor, State]]
@@ -256,10 +257,36 @@ class ResolvedOptimizer:
     """Attributes:
     rules: by parameter name; parameters without a rule stay as they are.
     learning_rate: the default of the runtime input.
+    states: by parameter name, what a torch optimizer has gathered in steps that it has made already.
+    steps: by parameter name, how many those are.
     """
 
     rules: Mapping[str, ParameterRule]
     learning_rate: float
+    states: Mapping[str, State] = dataclasses.field(default_factory=dict)
+    steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def initial_state(self, name: str, parameter: Tensor) -> State:
+        """The state that a parameter with a rule starts from."""
+        return self.states.get(name) or self.rules[name].optimizer.initial_state(parameter)
+
+    @property
+    def step(self) -> int:
+        """The number of steps before the first exported one."""
+        return max(self.steps.values(), default=0)
+
+    def check_steps(self, names: Iterable[str]) -> None:
+        """Refuse a state in which the parameters of these names are at different steps.
+
+        Raises:
+            ArgumentTypeError: their formulas need one number of the step.
+        """
+        check_same_step({n: self.steps.get(n, 0) for n in names if _counts(self.rules[n].optimizer)}, self.step)
+
+
+def _counts(optimizer: Optimizer) -> bool:
+    """Whether the update of a torch optimizer reads the step's number."""
+    return isinstance(optimizer, (Adam, AdamW)) or (isinstance(optimizer, SGD) and optimizer.dampening != 0)
 
 
 def resolve_optimizer(optimizer: Any, parameters: Mapping[str, Tensor]) -> ResolvedOptimizer:
@@ -267,7 +294,7 @@ def resolve_optimizer(optimizer: Any, parameters: Mapping[str, Tensor]) -> Resol
 
     Args:
         optimizer: ``"sgd"``, ``"adam"``, ``"adamw"``, ``"rmsprop"``; an instance of the classes above; an update
-            function; or an instance of the torch.optim class, whose parameter groups are kept.
+            function; or an instance of the torch.optim class, whose parameter groups and state are kept.
         parameters: the trainable ones, by name.
 
     Raises:
@@ -299,7 +326,7 @@ def _from_torch(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tenso
         )
     names_of = {id(tensor): name for name, tensor in parameters.items()}
     base = float(optimizer.param_groups[0]["lr"])
-    rules = {}
+    rules, states, steps = {}, {}, {}
     for group in optimizer.param_groups:
         known = {field.name for field in dataclasses.fields(kind)}
         options = {name: group[name] for name in known if name in group}
@@ -312,10 +339,15 @@ def _from_torch(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tenso
             raise ArgumentTypeError("optimizer: the first group's lr is 0, so the other groups have no ratio to it")
         rule = ParameterRule(kind(**options), rate / base if base else 1.0)
         for tensor in group["params"]:
-            if id(tensor) in names_of:
-                rules[names_of[id(tensor)]] = rule
+            if id(tensor) not in names_of:
+                continue
+            name = names_of[id(tensor)]
+            rules[name] = rule
+            found = own_state(name, tensor, optimizer, rule.optimizer.initial_state(tensor.detach()))
+            if found is not None:
+                states[name], steps[name] = found
     if not rules:
         raise ArgumentTypeError(
             "optimizer holds none of the module's trainable parameters; it was made for another module"
         )
-    return ResolvedOptimizer(rules, base)
+    return ResolvedOptimizer(rules, base, states, steps)

@@ -92,7 +92,8 @@ def export_training_step(
         loss: ``"cross_entropy"``, ``"bce_with_logits"``, ``"mse"``, ``"l1"``, ``"huber"``, ``"smooth_l1"``, ``"nll"``,
             a torch.nn loss module, or a function of the output and any number of targets.
         optimizer: ``"sgd"``, ``"adam"``, ``"adamw"``, ``"rmsprop"``, an instance of `convgrad_export.training`'s
-            classes, a torch.optim instance (parameter groups are kept), or an update function.
+            classes, a torch.optim instance (its parameter groups are kept, and its state if it has made steps), or an
+            update function.
         args: example batch: the forward's arguments, then the targets.
         path: the model file; the initial state goes to ``<path without suffix>.checkpoint.safetensors``.
         frozen: names of parameters, or of modules, that stay as they are; so do those with requires_grad=False.
@@ -155,6 +156,8 @@ def export_training_step(
         learning_rate=options.optimizer.learning_rate,
         **describe(model),
     )
+    if options.optimizer.states:
+        report.notes.append(f"the optimizer's state was taken over, at step {options.optimizer.step}")
     if program.unused:
         report.notes.append(f"not trained, the loss does not depend on it: {', '.join(program.unused)}")
     check_model(ir.to_proto(model))
@@ -220,6 +223,7 @@ def _capture(
 
     program = trace_function(traced, specs, decompositions=onnx_decompositions(opset))
     program.unused = tuple(unused)
+    options.optimizer.check_steps(name for name in options.optimizer.rules if name not in unused)
     refuse_unseeded_randomness(program)
     if not draws[0]:
         drop_input(program, SEED)

@@ -32,17 +32,16 @@ class StepOptions:
 
 
 def optimizer_inputs(parameters: Mapping[str, Tensor], options: StepOptions) -> list[GraphInput]:
-    """State of the optimizer and of the accumulation, zero at first."""
-    result = [GraphInput(STEP, "buffer", torch.zeros((), dtype=torch.int64))]
+    """State of the optimizer, zero at first or from the steps it has made, and of the accumulation."""
+    result = [GraphInput(STEP, "buffer", torch.tensor(options.optimizer.step, dtype=torch.int64))]
     if options.accumulation > 1:
         result.append(GraphInput(MICRO_STEP, "buffer", torch.zeros((), dtype=torch.int64)))
     for name, tensor in parameters.items():
-        rule = options.optimizer.rules.get(name)
-        if rule is None:
+        if name not in options.optimizer.rules:
             continue
         if options.accumulation > 1:
             result.append(GraphInput(f"{name}.{GRADIENT_SUM}", "buffer", torch.zeros_like(tensor.detach())))
-        for key, value in rule.optimizer.initial_state(tensor.detach()).items():
+        for key, value in options.optimizer.initial_state(name, tensor.detach()).items():
             result.append(GraphInput(f"{name}.{key}", "buffer", value))
     return result
 

@@ -18,7 +18,7 @@ import convgrad_export as cg
 from convgrad_export.training import artifacts
 from convgrad_export.training.api import CheckpointState, LinearLRScheduler, Module, Optimizer
 
-from .parity import Named, batches, small_network
+from .parity import Named, batches, small_network, train_in_pytorch
 
 
 def network() -> nn.Module:
@@ -109,6 +109,21 @@ def test_outputs_that_are_none_are_left_out_and_names_are_unique(tmp_path: Path)
     _, module, _ = load(tmp_path)
     assert module.output_names() == ["loss", "output.loss", "logits"]
     assert module.eval().output_names() == ["loss", "output.loss", "logits"]
+
+
+def test_an_optimizer_goes_on_from_the_steps_it_has_made(tmp_path: Path) -> None:
+    eager, data = network(), batches(4, torch.float32)
+    reference = torch.optim.AdamW(eager.parameters(), lr=0.01)
+    train_in_pytorch(eager, functional.cross_entropy, reference, data[:2])
+    write(tmp_path, eager, optimizer=reference)
+    state, module, optimizer = load(tmp_path)
+    assert int(state.arrays["step"]) == 2
+    for x, y in data[2:]:
+        module(x.numpy(), y.numpy())
+        optimizer.step()
+        module.lazy_reset_grad()
+    train_in_pytorch(eager, functional.cross_entropy, reference, data[2:])
+    assert_same_parameters(state, eager, rtol=1e-3)
 
 
 def test_modes_stay_and_a_frozen_normalization_stays_frozen(tmp_path: Path) -> None:

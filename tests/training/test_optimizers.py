@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 import convgrad_export as cg
 from convgrad_export.training import SGD, Adam, AdamW, CustomOptimizer, RMSprop
 
-from .parity import assert_same_training, batches, short, small_network
+from .parity import assert_same_training, batches, short, small_network, train_in_pytorch
 
 OPTIONS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.SGD, {"lr": 0.1}),
@@ -54,6 +54,60 @@ def test_updates_follow_torch_optim(kind: type, options: dict[str, Any]) -> None
 )
 def test_own_classes_and_names_are_the_same_optimizers(ours: Any, theirs: Any) -> None:
     assert_same_training(small_network(), "cross_entropy", functional.cross_entropy, theirs, batches(3), optimizer=ours)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.8, "dampening": 0.3}),
+        (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}),
+        (torch.optim.AdamW, {"lr": 0.01}),
+        (torch.optim.RMSprop, {"lr": 0.01, "centered": True, "momentum": 0.5}),
+    ],
+    ids=short,
+)
+def test_an_optimizer_goes_on_from_the_steps_it_has_made(kind: type, options: dict[str, Any]) -> None:
+    module, data = small_network(), batches(5)
+    optimizer = kind(module.parameters(), **options)
+    train_in_pytorch(module, functional.cross_entropy, optimizer, data[:3])
+    report = cg.export_training_step(module, "cross_entropy", optimizer, data[0])
+    session = cg.TrainingSession(report.model, report.state)
+    for x, y in data[3:]:
+        session.step(x, y)
+    train_in_pytorch(module, functional.cross_entropy, optimizer, data[3:])
+    for name, value in module.named_parameters():
+        np.testing.assert_allclose(session.state()[name], value.detach(), rtol=1e-9, atol=1e-9, err_msg=name)
+    assert any("state was taken over" in note for note in report.notes)
+    if "Adam" in kind.__name__:
+        assert session.steps == 5
+
+
+class Branched(nn.Module):
+    """Two heads, of which one is used at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.use_second = nn.Linear(64, 5), nn.Linear(64, 5), False
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.second if self.use_second else self.first)(x.flatten(1))
+
+
+def test_parameters_at_different_steps_are_refused_where_the_step_counts() -> None:
+    module, data = Branched(), batches(2)
+    optimizer = torch.optim.Adam(module.parameters())
+    train_in_pytorch(module, functional.cross_entropy, optimizer, data[:1])
+    assert cg.export_training_step(module, "cross_entropy", optimizer, data[0]).verified  # the other head is not read
+    module.use_second = True
+    with pytest.raises(cg.ArgumentTypeError, match=r"second\.weight has made 0 steps, other parameters 1"):
+        cg.export_training_step(module, "cross_entropy", optimizer, data[0])
+    momentum = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    train_in_pytorch(module, functional.cross_entropy, momentum, data)
+    module.use_second = False
+    assert cg.export_training_step(module, "cross_entropy", momentum, data[0]).verified
 
 
 def test_parameter_groups_keep_their_options_and_learning_rates() -> None:
