@@ -35,7 +35,7 @@ from .onnx_module import OnnxModule
 from .optimizers import SGD, AdamW, ResolvedOptimizer, resolve_optimizer
 from .randomness import SeededRandomness
 from .step import LOSS, drop_input, refuse_unseeded_randomness
-from .step_arguments import check_names, split_batch, split_shapes, trainable_parameters
+from .step_arguments import check_names, split_batch, split_shapes, trainable_parameters, untrained_loss_parameters
 from .update import apply_rules
 
 RESET, LEARNING_RATE, SEED, STEP = "lazy_reset_grad", "learning_rate", "seed", "step"
@@ -119,6 +119,7 @@ def generate_artifacts(
         )
     }
     module, batch, resolved = _module_and_batch(model, loss, args, loss_input_names)
+    untrained_loss_parameters(resolved, optimizer, module)
     frozen = _frozen(module, requires_grad, frozen_params)
     parameters = trainable_parameters(module, frozen)
     shapes = dynamic_shapes if dynamic_shapes is not None else _batch_axes(batch)

@@ -35,7 +35,14 @@ from .losses import resolve_loss
 from .optimizers import resolve_optimizer
 from .preparation import METADATA
 from .randomness import SeededRandomness
-from .step_arguments import check_names, check_numbers, split_batch, split_shapes, trainable_parameters
+from .step_arguments import (
+    check_names,
+    check_numbers,
+    split_batch,
+    split_shapes,
+    trainable_parameters,
+    untrained_loss_parameters,
+)
 from .update import GRADIENT_NORM, LEARNING_RATE, STEP, StepOptions, calls_before, optimizer_inputs, update
 from .verification import verify_step
 
@@ -90,7 +97,8 @@ def export_training_step(
         module: in the mode it trains in: in training mode BatchNorm uses the batch's statistics and updates its own.
             Hooks that its parameters have from ``register_hook`` become part of the step.
         loss: ``"cross_entropy"``, ``"bce_with_logits"``, ``"mse"``, ``"l1"``, ``"huber"``, ``"smooth_l1"``, ``"nll"``,
-            a torch.nn loss module, or a function of the output and any number of targets.
+            a torch.nn loss module, or a function of the output and any number of targets. Parameters of a loss module
+            are constants.
         optimizer: ``"sgd"``, ``"adam"``, ``"adamw"``, ``"rmsprop"``, an instance of `convgrad_export.training`'s
             classes, a torch.optim instance (its parameter groups are kept, and its state if it has made steps), or an
             update function.
@@ -125,6 +133,7 @@ def export_training_step(
     if target_path is not None:
         saving.check_path(checkpoint_path(target_path), overwrite)
     resolved_loss = resolve_loss(loss, label_smoothing)
+    loss_constants = untrained_loss_parameters(resolved_loss, optimizer, module)
     parameters = trainable_parameters(module, frozen)
     options = StepOptions(
         resolved_loss,
@@ -160,6 +169,8 @@ def export_training_step(
         report.notes.append(f"the optimizer's state was taken over, at step {options.optimizer.step}")
     if program.unused:
         report.notes.append(f"not trained, the loss does not depend on it: {', '.join(program.unused)}")
+    if loss_constants:
+        report.notes.append(f"not trained, the loss's own: {', '.join(loss_constants)}")
     check_model(ir.to_proto(model))
     if verify:
         report.errors = verify_step(model, program, state, options.optimizer.learning_rate)

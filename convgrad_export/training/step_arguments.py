@@ -37,6 +37,27 @@ def check_names(module: torch.nn.Module, specs: Iterable[GraphInput], reserved: 
         )
 
 
+def untrained_loss_parameters(loss: Loss, optimizer: Any, module: torch.nn.Module) -> list[str]:
+    """Names of a loss module's own parameters: they are constants of the step.
+
+    Raises:
+        ArgumentTypeError: the optimizer or the module holds one of them, so that it was meant to be trained.
+    """
+    if not isinstance(loss.function, torch.nn.Module):
+        return []
+    named = {name: tensor for name, tensor in loss.function.named_parameters() if tensor.requires_grad}
+    meant = {id(tensor) for tensor in module.parameters()}
+    if isinstance(optimizer, torch.optim.Optimizer):
+        meant.update(id(tensor) for group in optimizer.param_groups for tensor in group["params"])
+    if held := [name for name, tensor in named.items() if id(tensor) in meant]:
+        raise ArgumentTypeError(
+            f"loss {type(loss.function).__name__} has the parameters {', '.join(held)}, which the optimizer or the "
+            "module holds, but a step trains what the module's forward uses alone: compute the loss in a module that "
+            "holds both and takes the targets as arguments, and pass loss=lambda output: output"
+        )
+    return list(named)
+
+
 def trainable_parameters(module: torch.nn.Module, frozen: Sequence[str]) -> dict[str, Tensor]:
     """Parameters that are updated, by name; a frozen module's parameters are frozen."""
     if isinstance(frozen, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import convgrad_export as cg
+from convgrad_export.training import artifacts
 from convgrad_export.training.losses import NAMES
 
 from .parity import assert_same_training, batches, short, small_network
@@ -139,6 +141,63 @@ def test_losses_that_cannot_be_are_refused(loss: Any, options: dict[str, Any], m
     target = torch.zeros(6, 5, dtype=torch.float64)
     with pytest.raises(cg.ConvGradError, match=message):
         cg.export_training_step(small_network(), loss, "sgd", (x, target), **options)
+
+
+class Centers(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self, centers: Tensor) -> None:
+        super().__init__()
+        self.centers = nn.Parameter(centers)
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - self.centers[target]).square().mean()
+
+
+def centers() -> Centers:
+    return Centers(torch.randn(5, 5, generator=GENERATOR, dtype=torch.float64))
+
+
+def test_a_loss_whose_parameters_the_optimizer_holds_is_refused(tmp_path: Path) -> None:
+    module, loss, batch = small_network(), centers(), batches(1)[0]
+    optimizer = torch.optim.SGD([*module.parameters(), *loss.parameters()], lr=0.1)
+    with pytest.raises(cg.ArgumentTypeError, match="Centers has the parameters centers"):
+        cg.export_training_step(module, loss, optimizer, batch)
+    with pytest.raises(cg.ArgumentTypeError, match="Centers has the parameters centers"):
+        artifacts.generate_artifacts(module, loss=loss, optimizer=optimizer, args=batch, artifact_directory=tmp_path)
+    module.register_parameter("shared", loss.centers)
+    with pytest.raises(cg.ArgumentTypeError, match="centers, which the optimizer or the module holds"):
+        cg.export_training_step(module, loss, "sgd", batch)
+
+
+def test_a_loss_whose_parameters_stay_is_noted() -> None:
+    report = cg.export_training_step(small_network(), centers(), "sgd", batches(1)[0])
+    assert any("the loss's own: centers" in note for note in report.notes)
+
+
+def test_a_loss_inside_the_module_trains_its_parameters() -> None:
+    """What the refusal proposes."""
+
+    class WithLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.loss = small_network(), centers()
+
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            return self.loss(self.network(x), labels)
+
+    module, data = WithLoss(), batches(3)
+    report = cg.export_training_step(module, lambda output: output, "sgd", data[0])
+    session = cg.TrainingSession(report.model, report.state, learning_rate=0.5)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    for x, y in data:
+        loss = session.step(x, y)["loss"]
+        optimizer.zero_grad()
+        expected = module(x, y)
+        expected.backward()
+        optimizer.step()
+        assert loss == pytest.approx(expected.item(), rel=1e-9)
+    torch.testing.assert_close(torch.from_numpy(session.state()["loss.centers"]), module.loss.centers.detach())
 
 
 def test_every_named_loss_is_tested_above() -> None:
