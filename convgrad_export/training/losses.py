@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import ArgumentTypeError
+from ..errors import ArgumentTypeError, DTypeError
 
 _BY_NAME: Mapping[str, Callable[..., Tensor]] = {
     "cross_entropy": functional.cross_entropy,
@@ -37,6 +37,23 @@ class Loss:
 
     function: Callable[..., Tensor]
     target_names: tuple[str, ...]
+
+    def check_targets(self, targets: Sequence[Tensor]) -> None:
+        """Refuse class indices in a type that PyTorch's loss or its ONNX form does not take.
+
+        Raises:
+            DTypeError: with the type that is expected.
+        """
+        base = self.function.func if isinstance(self.function, functools.partial) else self.function
+        mixed = base is functional.cross_entropy or isinstance(base, torch.nn.CrossEntropyLoss)  # or probabilities
+        if not mixed and base is not functional.nll_loss and not isinstance(base, torch.nn.NLLLoss):
+            return
+        for name, target in zip(self.target_names, targets, strict=True):
+            if target.dtype != torch.int64 and not (mixed and target.is_floating_point()):
+                raise DTypeError(
+                    f"{name} is {target.dtype}, expected torch.int64 class indices"
+                    f"{' or floating-point probabilities' if mixed else ''}: pass {name}.long()"
+                )
 
     def call(self, output: Any, *targets: Tensor) -> Tensor:
         """The loss; a module's own tensors (class weights) follow the output's dtype, as in float64 comparisons."""

@@ -100,6 +100,7 @@ def split_batch(
     inputs, targets = values[: len(values) - count], list(values[len(values) - count :])
     if strange := [type(t).__name__ for t in targets if not isinstance(t, Tensor)]:
         raise ArgumentTypeError(f"args ends with {', '.join(strange)}, expected tensors for the loss's targets")
+    loss.check_targets(targets)
     try:
         inspect.signature(module.forward).bind(*inputs)
     except TypeError as error:

@@ -200,6 +200,20 @@ def test_a_loss_inside_the_module_trains_its_parameters() -> None:
     torch.testing.assert_close(torch.from_numpy(session.state()["loss.centers"]), module.loss.centers.detach())
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", nn.CrossEntropyLoss(), "nll", nn.NLLLoss()], ids=short)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_class_indices_of_other_types_are_refused(loss: Any, dtype: torch.dtype) -> None:
+    x, y = batches(1)[0]
+    with pytest.raises(cg.DTypeError, match=rf"target is {dtype}, expected torch.int64.*target\.long"):
+        cg.export_training_step(small_network(), loss, "sgd", (x, y.to(dtype)), verify=False)
+
+
+def test_what_pytorch_says_about_a_batch_is_passed_on() -> None:
+    x, y = batches(1)[0]
+    with pytest.raises(cg.ArgumentTypeError, match=r"PyTorch refuses.*Long or Byte, but got Int"):
+        cg.export_training_step(small_network(), lambda o, t: functional.cross_entropy(o, t), "sgd", (x, y.int()))
+
+
 def test_every_named_loss_is_tested_above() -> None:
     tested = {loss for loss, *_ in LOSSES if isinstance(loss, str)} | {"nll"}
     assert tested == set(NAMES)
