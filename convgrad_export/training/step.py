@@ -107,10 +107,11 @@ def export_training_step(
         frozen: names of parameters, or of modules, that stay as they are; so do those with requires_grad=False.
         dynamic_shapes: ``{"x": {0: "batch"}, "target": {0: "batch"}}``, or a sequence in the order of `args`.
         label_smoothing: for ``"cross_entropy"``.
-        max_grad_norm: scale all gradients so that their joint 2-norm is at most this (torch's clip_grad_norm_); the
-            norm before scaling becomes the output ``gradient_norm``.
-        max_grad_value: clamp each element of the gradients to this magnitude, before anything else.
-        gradient_accumulation: number of calls whose gradients are averaged before each update.
+        max_grad_norm: scale the gradients so that their joint 2-norm is at most this (torch's clip_grad_norm_); the
+            norm before scaling becomes the output ``gradient_norm``. Only parameters that the optimizer updates count:
+            those that are frozen, or that a torch.optim instance does not hold, add nothing to the norm.
+        max_grad_value: clamp each element of these gradients to this magnitude, before the norm is taken.
+        gradient_accumulation: number of calls whose gradients are averaged before they are clipped and each update.
         return_outputs: also return the forward's outputs; one that would be called as something else is, ``loss`` for
             example, gets ``output.`` put before its name.
         opset_version: 13 to 23.
@@ -120,6 +121,7 @@ def export_training_step(
 
     Raises:
         ArgumentTypeError: a loss, optimizer, name or option that does not exist, or a batch that does not fit.
+        DTypeError: class indices in another type than int64.
         UnsupportedOperatorError: operators without a translation, or that draw random numbers in a way not known here;
             a parameter with a hook that runs after its gradient was accumulated.
         VerificationError: the model disagrees with PyTorch; nothing was written.

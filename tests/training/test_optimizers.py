@@ -208,6 +208,19 @@ def test_gradients_are_clipped_by_norm(norm: float) -> None:
     assert session.step(*(value.numpy() for value in batches(1)[0]))["gradient_norm"] > 0
 
 
+def test_the_clipped_norm_is_that_of_the_optimizers_parameters() -> None:
+    module, (x, y) = small_network(), batches(1)[0]
+    held = list(module[7].parameters())
+    optimizer = torch.optim.SGD(held, lr=0.5)
+    report = cg.export_training_step(module, "cross_entropy", optimizer, (x, y), max_grad_norm=0.01)
+    session = cg.TrainingSession(report.model, report.state)
+    norm = session.step(x, y)["gradient_norm"]
+    functional.cross_entropy(module(x), y).backward()
+    assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(held, 0.01).item(), rel=1e-9)
+    optimizer.step()
+    np.testing.assert_allclose(session.state()["7.weight"], module[7].weight.detach(), rtol=1e-9)
+
+
 def test_gradients_are_clipped_by_value() -> None:
     assert_same_training(
         small_network(),
