@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,50 @@ def training_metadata(entries: Mapping[str, str]) -> dict[str, Any]:
     """A model's own description of its training step, from its text entries.
 
     Raises:
-        ModelFileError: it has none, or one of another version.
+        ModelFileError: it has none, one of another version, or one that is damaged.
     """
     text = entries.get(METADATA)
-    try:
-        found: dict[str, Any] = json.loads(text or "")
-    except ValueError:
+    if not text:
         raise ModelFileError(
             f"the model is no training step: it has no {METADATA!r} entry; write one with export_training_step"
-        ) from None
+        )
+    try:
+        found: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(f"it is no JSON text: {error}") from None
+    if not isinstance(found, dict):
+        raise _damaged(f"it is {text:.60}, expected a JSON object")
     if found.get("version") != 1:
         raise ModelFileError(f"the training step has version {found.get('version')!r}, expected 1")
+    for name, (fits, expected) in _FIELDS.items():
+        if name not in found:
+            raise _damaged(f"it has no {name!r}")
+        if not fits(found[name]):
+            raise _damaged(f"{name!r} is {found[name]!r:.60}, expected {expected}")
+    if "step" not in found["state"]:
+        raise _damaged("its 'state' has no 'step'")
     return found
+
+
+def _damaged(reason: str) -> ModelFileError:
+    return ModelFileError(f"the model's {METADATA!r} entry is damaged, export the step again: {reason}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _aliases(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value.values())
+
+
+_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "learning_rate": (_number, "a number"),
+    "accumulation": (_number, "a number"),
+    "state": (_names, "a list of names"),
+    "trained": (_names, "a list of names"),
+}

@@ -218,6 +218,37 @@ def test_models_that_are_no_training_step_are_refused() -> None:
         cg.TrainingSession(model, {})
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", r"is \[\], expected a JSON object"),
+        ("3", "is 3, expected a JSON object"),
+        ("null", "is null"),
+        ("{", "no JSON text"),
+        ("[" * 100_000, "no JSON text"),
+        ('{"version": 2}', "version 2"),
+        ('{"version": 1}', "no 'learning_rate'"),
+        ({"learning_rate": "fast"}, "'learning_rate' is 'fast', expected a number"),
+        ({"learning_rate": 10**400}, "'learning_rate' is 10+, expected a number"),
+        ({"state": 3}, "'state' is 3, expected a list of names"),
+        ({"state": []}, "'state' has no 'step'"),
+        ({"trained": ["0.weight", 1]}, "'trained' is .*, expected a list of names"),
+    ],
+    ids=range(12),
+)
+@pytest.mark.parametrize("in_place", [None, True])
+def test_damaged_descriptions_of_a_step_are_refused(
+    step_file: Path, text: Any, message: str, in_place: bool | None
+) -> None:
+    model = onnx.load(step_file)
+    (entry,) = [entry for entry in model.metadata_props if entry.key == "convgrad.training"]
+    if not isinstance(text, str):
+        text = json.dumps({**json.loads(entry.value), **text})
+    entry.value = text
+    with pytest.raises(cg.ModelFileError, match=message):
+        cg.TrainingSession(model, load_checkpoint(step_file.with_suffix(".checkpoint.safetensors")), in_place=in_place)
+
+
 def test_frozen_parameters_and_modules_stay(tmp_path: Path) -> None:
     module, data = small_network(torch.float32), arrays(2)
     module[3].weight.requires_grad_(False)
