@@ -113,6 +113,7 @@ def capture_gradients(
         kwargs: As for `capture`.
         wrt: "parameters", "inputs", or a list of these two and of names: of parameters, of inputs, or of submodules,
             whose output activation is then meant ("layer4"); an activation is also returned, under that name.
+            "parameters" leaves out those with requires_grad=False; their own names take them in.
         value: Maps the forward's output and `value_args` to a scalar; the sum of a single tensor by default.
         value_args: Example tensors, each a further input of the graph (labels, targets).
         value_arg_names: Their names; the value function's own parameter names by default.
@@ -132,7 +133,7 @@ def capture_gradients(
         "<name>.grad" per differentiated tensor; "<name>.updated" for every buffer that the forward updates.
 
     Raises:
-        ArgumentTypeError: `wrt` names nothing that the module has, or `value` does not return a scalar.
+        ArgumentTypeError: `wrt` names nothing, or nothing that the module has; `value` does not return a scalar.
         ConstantGradientError: With unused="error", a gradient that is zero whatever the input.
         CaptureError, DynamicShapeError: As for `capture`.
     """
@@ -194,7 +195,7 @@ def capture_gradients(
     if unused == "error" and unused_names:
         raise ConstantGradientError(
             f"the value does not depend on {', '.join(unused_names)}: the gradient would be a constant zero. "
-            "Leave the name out of wrt, or pass unused='zeros' if that is meant."
+            "Leave the name out of wrt."
         )
     return program
 
@@ -323,7 +324,8 @@ def _differentiated(
     if unknown := [name for name in frozen if name not in parameters]:
         raise ArgumentTypeError(f"frozen names no parameter of {type(module).__name__}: {', '.join(unknown)}")
     left_out = {parameters[name] for name in frozen}
-    trainable = [s.name for s in state if s.kind == "parameter" and s.value.is_floating_point()]
+    floating = [s for s in state if s.kind == "parameter" and s.value.is_floating_point()]
+    trainable = [s.name for s in floating if s.value.requires_grad]
     result: dict[str, Literal["parameter", "user", "activation"]] = {}
     modules = dict(module.named_modules())
     for name in [wrt] if isinstance(wrt, str) else wrt:
@@ -345,6 +347,14 @@ def _differentiated(
                 f"wrt names {name!r}, which is no floating-point input, parameter or submodule of "
                 f"{type(module).__name__}; inputs and first submodules: {close}"
             )
+    if not result:
+        why = f"{type(module).__name__} has no parameter to differentiate with respect to"
+        if floating:
+            names = ", ".join(s.name for s in floating[:3])
+            why = f"every parameter is frozen or has requires_grad=False ({names}, ...); name those that are meant"
+        raise ArgumentTypeError(
+            f"wrt is {wrt!r}, which names nothing: {why if wrt else 'expected inputs, parameters or names'}"
+        )
     return result
 
 

@@ -91,11 +91,12 @@ def export(
 
     Args:
         module: In the mode (train or eval) that the model shall have.
-        args: Example arguments; one tensor may stand for a tuple of one.
+        args: Example arguments; one tensor may stand for a tuple of one. Tensors may be inside tuples, lists, dicts and
+            dataclasses that are registered (torch.export.register_dataclass).
         path: The file to write. Without one the model is only returned, in the report.
         kwargs: Example keyword arguments.
         dynamic_shapes: Per argument, dimension to name: `{"x": {0: "batch", 2: "height", 3: "width"}}`, or
-            torch.export's other forms.
+            torch.export's other forms. Nested arguments take the same nesting, with an entry for each key.
         opset_version: 13 to 23.
         verify: Compare onnxruntime with float64 eager on fresh inputs and further sizes, before anything is written.
         samples: Number of fresh inputs.
@@ -189,7 +190,7 @@ def export_gradient(
         args: As for `export`.
         path: As for `export`.
         wrt: "inputs", "parameters", or a list of these and of names: of inputs, parameters or submodules (whose output
-            is meant: "layer4").
+            is meant: "layer4"). "parameters" are those with requires_grad=True; others can be named.
         of: The scalar. None or "sum": the sum of the output. An int: that class's score, `output[:, of].sum()`.
             "vjp": `(output * cotangent).sum()` with an additional input "cotangent". A function of the output and
             `of_args` that returns a scalar.

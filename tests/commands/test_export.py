@@ -80,6 +80,7 @@ def test_a_recipe_with_saved_weights_and_a_table(tmp_path: Path, capsys: pytest.
         ([NAME, "--recipe", "dream"], "expected one of: saliency"),
         ([NAME, "--recipe", "gradcam"], "--layer"),
         ([NAME, "--wrt", "layer9"], "layer9"),
+        ([NAME, "--wrt", ""], "wrt is [], which names nothing"),
         ([NAME, "--of", "99"], "class 99"),
         ([NAME, "--dynamic", "depth"], "depth"),
         ([NAME, "--opset", "9"], "13 to 23"),
