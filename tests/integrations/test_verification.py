@@ -14,6 +14,7 @@ from torch.nn import functional
 import convgrad_export as cg
 from convgrad_export.integrations import verification
 from convgrad_export.integrations.capture import capture, capture_gradients
+from convgrad_export.integrations.program import GraphInput
 from convgrad_export.integrations.rounding import RandomRounding
 
 from .gradient_modules import FORMS, image
@@ -243,3 +244,44 @@ def test_a_module_that_fails_on_fresh_values_is_refused_with_its_message() -> No
 
     with pytest.raises(cg.VerificationError, match=r"fails in PyTorch.*ValueError: these values.*verify=False"):
         cg.export(Around(once, nn.Conv2d(3, 4, 3)), (image(),))
+
+
+def _weighted(out: Tensor) -> Tensor:
+    return (out * torch.arange(out.shape[1]).to(out.dtype)).square().sum()
+
+
+@pytest.mark.parametrize("function", [lambda _, x: x.sort(1)[0], lambda _, x: x.topk(20, 1)[0]])
+@pytest.mark.parametrize("dynamic", [None, {"x": {0: "batch"}}])
+def test_fresh_values_bring_no_ties_that_the_example_does_not_have(function: Any, dynamic: Any) -> None:
+    x = torch.randn(4, 72, generator=torch.Generator().manual_seed(0))
+    assert cg.export_gradient(Around(function, nn.Identity()), (x,), of=_weighted, dynamic_shapes=dynamic).verified
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        torch.randn(9, 8, generator=torch.Generator().manual_seed(0)),
+        torch.arange(72.0).reshape(9, 8),
+        torch.randperm(72).reshape(9, 8),
+    ],
+)
+def test_fresh_values_differ_where_the_examples_do_and_stay_in_their_range(example: Tensor) -> None:
+    random = np.random.default_rng(0)
+    spec = GraphInput("x", "user", example)
+    first, second = (verification._fresh(spec, (9, 8), random) for _ in range(2))
+    assert not torch.equal(first, second)
+    for fresh in (first, second):
+        assert fresh.unique().numel() == 72
+        assert fresh.dtype == example.dtype
+        assert example.min() <= fresh.min() <= fresh.max() <= example.max()
+    if not example.is_floating_point() or example[0, 1] == 1.0:
+        assert torch.equal(first.unique(), example.unique())
+    else:
+        assert first.mean() != second.mean()
+        assert verification._fresh(spec, (40, 8), random).unique().numel() == 320
+
+
+def test_fresh_labels_and_masks_keep_the_examples_values() -> None:
+    for example in (torch.tensor([1, 4, 4, 9]), torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.tensor([True, False, True])):
+        fresh = verification._fresh(GraphInput("y", "user", example), (50,), np.random.default_rng(0))
+        assert set(fresh.tolist()) == set(example.tolist())
