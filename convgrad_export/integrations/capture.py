@@ -75,7 +75,8 @@ def capture(
         with swapped_tensors(module, state, tensors):
             result = arguments.call(module, given)
         spec_holder[:] = [pytree.tree_structure(result)]
-        outputs = named_outputs(result, (spec.name for spec in (*state, *user)), output_names)
+        taken = {name for s in (*state, *user) for name in (s.name, *s.aliases)}
+        outputs = named_outputs(result, taken, output_names)
         if not outputs:
             raise ArgumentTypeError(
                 f"the forward returns a {type(result).__name__} without a tensor in it, expected tensors, alone or in "
@@ -129,7 +130,8 @@ def capture_gradients(
         decompositions: As for `capture`.
 
     Returns:
-        Outputs in this order: "value"; the forward's outputs if asked for; activations named in `wrt`; one
+        Outputs in this order: "value"; the forward's outputs if asked for ("<name>_output" where another output or an
+        input has the name); activations named in `wrt`; one
         "<name>.grad" per differentiated tensor; "<name>.updated" for every buffer that the forward updates.
 
     Raises:
@@ -171,11 +173,12 @@ def capture_gradients(
                 )
             if hessian_vector:
                 products = _hessian_vector_products(wanted, grads, [values[s.name] for s in vectors])
-        taken = {s.name for s in (*state, *user, *labels)}
+        taken = {name for s in (*state, *user, *labels, *vectors) for name in (s.name, *s.aliases)}
         value_name = "value" if "value" not in taken else "scalar_value"
         outputs = [TracedOutput(GraphOutput(value_name, "value"), scalar)]
         if return_outputs:
-            outputs += named_outputs(result, (*taken, value_name, *activations))
+            others = (*activations, *(f"{name}.{what}" for name in targets for what in ("grad", "hvp")))
+            outputs += named_outputs(result, (*taken, value_name, *others))
         outputs += [TracedOutput(GraphOutput(name, "output", name), recorded[name]) for name in activations]
         for name, tensor, grad in zip(targets, wanted, grads, strict=True):
             if grad is None:

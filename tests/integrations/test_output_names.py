@@ -65,3 +65,32 @@ def test_outputs_of_one_value_keep_their_names(
     assert not verify or list(report.errors) == names
     session = onnxruntime.InferenceSession(report.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     assert [output.name for output in session.get_outputs()] == names
+
+
+class Named(nn.Module):
+    """Returns a dict with the keys that the test wants, of values that differ."""
+
+    def __init__(self, *keys: str) -> None:
+        super().__init__()
+        self.conv, self.keys = nn.Conv2d(3, 3, 1), keys
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.conv(x)
+        return {key: y * (index + 1) for index, key in enumerate(self.keys)}
+
+
+def test_an_output_with_the_name_of_an_input_is_told_apart() -> None:
+    report = cg.export(Named("x", "y", "conv.weight"), (image(),))
+    assert list(report.outputs) == list(report.errors) == ["output.x", "y", "output.conv.weight"]
+
+
+def test_an_output_with_the_name_of_the_value_an_activation_or_a_gradient_is_told_apart() -> None:
+    report = cg.export_gradient(
+        Named("value", "conv", "x.grad", "x"),
+        (image(),),
+        wrt=["x", "conv"],
+        of=lambda out: out["conv"].sum(),
+        return_outputs=True,
+    )
+    names = ["value", "output.value", "output.conv", "output.x.grad", "output.x", "conv", "x.grad", "conv.grad"]
+    assert list(report.outputs) == list(report.errors) == names
