@@ -83,6 +83,9 @@ def training_metadata(entries: Mapping[str, str]) -> dict[str, Any]:
         raise ModelFileError(f"the training step has version {found.get('version')!r}, expected 1")
     for name, (fits, expected) in _FIELDS.items():
         if name not in found:
+            if name in _OPTIONAL:
+                found[name] = _OPTIONAL[name]
+                continue
             raise _damaged(f"it has no {name!r}")
         if not fits(found[name]):
             raise _damaged(f"{name!r} is {found[name]!r:.60}, expected {expected}")
@@ -112,4 +115,7 @@ _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "accumulation": (_number, "a number"),
     "state": (_names, "a list of names"),
     "trained": (_names, "a list of names"),
+    "aliases": (_aliases, "an object of names"),
+    "not_persistent": (_names, "a list of names"),
 }
+_OPTIONAL: Mapping[str, Any] = {"aliases": {}, "not_persistent": []}  # steps of earlier versions have neither

@@ -93,6 +93,7 @@ class TrainingSession:
         hidden = {name + STATE_SUFFIX for name in self._updated}.union(cut.hidden if cut else ())
         self._returned = frozenset(outputs) - hidden
         self._lost: str | None = None
+        self._unread: dict[str, np.ndarray] = {}  # state that no path of the step reads
         self._current: dict[str, Any] = {}
         self._next: dict[str, Any] = {}
         if checkpoint is None:
@@ -111,7 +112,9 @@ class TrainingSession:
             ModelFileError: a file that is damaged or of another model; names and shapes are listed. The state stays.
         """
         if isinstance(checkpoint, Mapping):
-            arrays = {name: tensors.view(value, name) for name, value in checkpoint.items()}
+            first, aliases = self._metadata["aliases"].get, self._metadata["aliases"]
+            ordered = sorted(checkpoint.items(), key=lambda item: item[0] not in aliases)
+            arrays = {first(name, name): tensors.view(value, name) for name, value in ordered}
             values = {name: _as_numpy(view) for name, view in arrays.items()}
             if self._current and self._lost is None:
                 values = {**self.state(), **values}
@@ -130,6 +133,9 @@ class TrainingSession:
                 "training on bfloat16 state is not supported: onnxruntime's CPU provider cannot compute in it"
             )
         self._lost = f"the checkpoint {origin} was not read to its end"
+        for name in self._metadata["state"]:
+            if name in stored and name not in self._expected:
+                self._unread[name] = np.array(read(name))
         for name, (_, shape) in self._expected.items():
             if name not in self._current:
                 self._current[name] = self._memory(name)
@@ -150,19 +156,24 @@ class TrainingSession:
             ProviderError: an update broke off halfway; `load` a checkpoint first.
         """
         self._check_whole()
-        return {name: np.array(value.numpy()) for name, value in self._current.items()}
+        current = {name: np.array(value.numpy()) for name, value in self._current.items()}
+        return current | {name: value.copy() for name, value in self._unread.items()}
 
     def state_dict(self, names: Any = None) -> dict[str, np.ndarray]:
         """Parameters and buffers alone, for ``module.load_state_dict`` after ``torch.from_numpy``.
 
         Args:
-            names: which, for example ``module.state_dict()``; by default all that are no optimizer state.
+            names: which, for example ``module.state_dict()``; by default those of ``module.state_dict()``: tied tensors
+                under all their names, and no buffers that are not persistent.
         """
-        state = self.state()
+        state, aliases = self.state(), self._metadata["aliases"]
         if names is None:
             trained = set(self._metadata["trained"])
-            names = [n for n in state if n not in ("step", "micro_step") and n.rpartition(".")[0] not in trained]
-        return {name: state[name] for name in names if name in state}
+            counters = ("step", "micro_step") if self._metadata["accumulation"] > 1 else ("step",)
+            own = [n for n in state if n not in counters and n.rpartition(".")[0] not in trained]
+            kept = set(own).difference(self._metadata["not_persistent"])
+            names = [n for n in own if n in kept] + [alias for alias, name in aliases.items() if name in own]
+        return {name: state[aliases.get(name, name)] for name in names if aliases.get(name, name) in state}
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> Path:
         """Write the state; the previous file stays until the new one is complete."""

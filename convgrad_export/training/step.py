@@ -157,7 +157,7 @@ def export_training_step(
     )
     model = finish(translation.model, opset=opset_version)
     state = {spec.name: spec.value.detach() for spec in program.inputs if _is_state(spec, program)}
-    model.metadata_props[METADATA] = _metadata(options, state)
+    model.metadata_props[METADATA] = _metadata(module, options, state)
     report = TrainingStepReport(
         path=target_path,
         opset=opset_version,
@@ -275,10 +275,16 @@ def _is_state(spec: GraphInput, program: CapturedProgram) -> bool:
     return spec.kind in ("parameter", "buffer")
 
 
-def _metadata(options: StepOptions, state: Mapping[str, Tensor]) -> str:
+def _metadata(module: torch.nn.Module, options: StepOptions, state: Mapping[str, Tensor]) -> str:
     import json
 
     trained = sorted(options.optimizer.rules)
+    not_persistent = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules(remove_duplicate=False)
+        for name in part._non_persistent_buffers_set
+    }
+    aliases = {alias: spec.name for spec in state_inputs(module) for alias in spec.aliases}
     return json.dumps(
         {
             "version": 1,
@@ -287,6 +293,9 @@ def _metadata(options: StepOptions, state: Mapping[str, Tensor]) -> str:
             "targets": [re.sub(r"\s", "", name) for name in options.loss.target_names],
             "state": sorted(state),
             "trained": trained,
+            # how `state` differs from module.state_dict(): further names of tied tensors, and what it leaves out
+            "aliases": {alias: name for alias, name in aliases.items() if alias not in not_persistent},
+            "not_persistent": sorted(not_persistent.intersection(state)),
         },
         sort_keys=True,
     )

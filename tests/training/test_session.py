@@ -86,6 +86,48 @@ def test_state_goes_back_to_pytorch(step_file: Path) -> None:
     assert set(session.state_dict()) == set(module.state_dict())
 
 
+class Shared(nn.Module):
+    """Tied parameters, a submodule with two names, buffers that are not saved, and a parameter that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.decoder = nn.Linear(64, 8, bias=False), nn.Linear(64, 8)
+        self.decoder.weight = self.embedding.weight
+        self.norm = nn.BatchNorm1d(8)
+        self.again = self.norm
+        self.head, self.unused = nn.Linear(8, 5), nn.Linear(2, 2)
+        self.register_buffer("scale", torch.full((1,), 0.5), persistent=False)
+        self.register_buffer("micro_step", torch.ones(1))
+        self.head.register_buffer("offset", torch.ones(5), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.embedding(x.flatten(1)) * self.scale) + self.again(self.decoder(x.flatten(1)))
+        return self.head(x) + self.head.offset * self.micro_step
+
+
+def test_the_state_has_the_names_of_the_modules_own(tmp_path: Path) -> None:
+    module, path = Shared(), tmp_path / "step.onnx"
+    cg.export_training_step(module, "cross_entropy", "adam", batches(1, torch.float32)[0], path)
+    session = cg.TrainingSession(path)
+    session.step(*arrays(1)[0])
+    expected = module.state_dict()
+    for state in (session.state_dict(), session.state_dict(expected)):
+        assert set(state) == set(expected)
+        other = Shared()
+        other.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+        np.testing.assert_array_equal(other.decoder.weight.detach(), session.state()["embedding.weight"])
+        np.testing.assert_array_equal(other.unused.weight.detach(), module.unused.weight.detach())
+    session.save(tmp_path / "saved.safetensors")
+    assert set(cg.TrainingSession(path, tmp_path / "saved.safetensors").state_dict()) == set(expected)
+    with torch.no_grad():
+        module.decoder.weight.fill_(0.25)
+    session.load(module.state_dict())
+    assert (session.state()["embedding.weight"] == 0.25).all()
+    assert session.steps == 1
+    assert set(session.state_dict(["scale", "decoder.weight"])) == {"scale", "decoder.weight"}
+
+
 def test_every_batch_size_and_torch_tensors_are_taken(step_file: Path) -> None:
     session = cg.TrainingSession(step_file)
     for size in (2, 6, 17):
