@@ -1,13 +1,14 @@
-"""float16 and bfloat16 graphs for runtimes without half kernels: every operator computes in float32 and rounds.
+"""float16 and bfloat16 graphs for runtimes without half kernels: operators compute in float32 and round.
 
-onnxruntime's CPU provider has no bfloat16 kernel for most operators. Here each call takes its half operands widened to
-float32, and its results are rounded back, so every value that eager rounds is rounded at the same place, and sums
-accumulate in float32.
+onnxruntime's CPU provider has no bfloat16 kernel for most operators, and no float16 kernel for a few. Here a call takes
+its half operands widened to float32, and its results are rounded back, so every value that eager rounds is rounded at
+the same place, and sums accumulate in float32.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,23 +16,44 @@ from torch.fx.node import map_arg
 
 HALF = (torch.float16, torch.bfloat16)
 _CONVERSION = torch.ops.aten._to_copy.default
+_ADDING = {torch.ops.aten.scatter_add.default, torch.ops.aten.scatter_reduce.two, torch.ops.aten.index_put.default}
 
 
-def widen_half(graph_module: torch.fx.GraphModule) -> bool:
-    """Rewrite the graph in place; its inputs and outputs keep their dtypes. Returns whether anything changed."""
+def lacks_float16(node: torch.fx.Node) -> bool:
+    """Whether a call has no float16 form: to be passed to `widen_half`.
+
+    onnxruntime's CPU provider adds up scattered values in wider types only. ONNX's LayerNormalization gives its
+    statistics, which the gradient reads, in float32; torch.onnx declares them as float16.
+    """
+    if node.target is torch.ops.aten.native_layer_norm.default:
+        return any(user.target is operator.getitem and user.args[1] != 0 and user.users for user in node.users)
+    return node.target in _ADDING
+
+
+def widen_half(graph_module: torch.fx.GraphModule, only: Callable[[torch.fx.Node], bool] | None = None) -> bool:
+    """Rewrite the graph in place; its inputs and outputs keep their dtypes. Returns whether anything changed.
+
+    Args:
+        only: Says which calls to rewrite; None for all of them.
+    """
     graph = graph_module.graph
     if not any(_has_half(node.meta.get("val")) for node in graph.nodes):
         return False
+    changed = only is None
     widened: dict[torch.fx.Node, torch.fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target in (_CONVERSION, operator.getitem):
             continue
+        if only is not None and not only(node):
+            continue
         if not _has_half(node.meta.get("val")) and not any(_is_half(a.meta.get("val")) for a in node.all_input_nodes):
             continue
         _widen(graph, node, widened)
-    graph.lint()
-    graph_module.recompile()
-    return True
+        changed = True
+    if changed:
+        graph.lint()
+        graph_module.recompile()
+    return changed
 
 
 def _widen(graph: torch.fx.Graph, node: torch.fx.Node, widened: dict[torch.fx.Node, torch.fx.Node]) -> None:

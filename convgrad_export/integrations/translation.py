@@ -28,6 +28,7 @@ from convgrad_export.integrations.convolution_translation import (
     convolution_translation,
 )
 from convgrad_export.integrations.float64_constants import keep_in_float64
+from convgrad_export.integrations.half_widening import lacks_float16, widen_half
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
 from convgrad_export.integrations.symbolic_scalars import scalars_to_tensors
 from convgrad_export.lowering import CPU
@@ -109,6 +110,7 @@ def translate(
     for node in [n for n in graph.nodes if n.target in _ASSERTIONS]:
         graph.erase_node(node)
     scalars_to_tensors(graph)
+    widen_half(program.graph_module, lacks_float16)
     for node in graph.nodes:
         node.meta.setdefault("nn_module_stack", {"0": ("", torch.nn.Module)})  # else torch.onnx logs a line a node
     convolution = ConvolutionBackwardTranslation(lowering, provider, min(opset, BASE_OPSET), threads, max_error_factor)
