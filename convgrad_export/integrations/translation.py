@@ -20,7 +20,7 @@ import torch
 from onnxscript import opset18 as op
 
 from convgrad_export.emit.onnx import ir_version
-from convgrad_export.errors import UnsupportedOperatorError
+from convgrad_export.errors import DTypeError, UnsupportedOperatorError
 from convgrad_export.integrations.convolution_marks import insert_marks
 from convgrad_export.integrations.convolution_translation import (
     ConvolutionBackwardTranslation,
@@ -103,9 +103,11 @@ def translate(
 
     Raises:
         UnsupportedOperatorError: Operators without a translation, all of them, with the modules that call them.
+        DTypeError: bfloat16 parameters that would be inputs of the model.
     """
     from torch.onnx._internal.exporter import _core, _errors, _fx_passes, _ir_passes
 
+    _refuse_bfloat16_parameters(program, as_inputs)
     graph = program.graph_module.graph
     for node in [n for n in graph.nodes if n.target in _ASSERTIONS]:
         graph.erase_node(node)
@@ -148,6 +150,21 @@ def translate(
     insert_marks(model, convolution.marks)
     _ir_passes.add_opset_imports(model)
     return Translation(model, tuple(convolution.choices))
+
+
+def _refuse_bfloat16_parameters(program: CapturedProgram, as_inputs: Callable[[GraphInput], bool]) -> None:
+    names = [
+        spec.name
+        for spec in program.inputs
+        if spec.kind == "parameter" and as_inputs(spec) and spec.value.dtype == torch.bfloat16
+    ]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise DTypeError(
+            f"parameters {', '.join(names[:3])}{more} are bfloat16, expected float32, float64 or float16: onnxruntime "
+            "has no bfloat16 kernels to train with on the CPU, and bfloat16 loses an optimizer's small changes. Train "
+            "in float32 (module.float()), or take gradients alone with export_gradient. Nothing was written."
+        )
 
 
 @functools.cache

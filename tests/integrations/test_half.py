@@ -68,3 +68,9 @@ def test_transformer_in_float16() -> None:
 def test_inference_keeps_layer_normalization_in_float16() -> None:
     model = cg.export(nn.LayerNorm(8).half().eval(), (data(2, 8).half(),)).model
     assert [node.op_type for node in model.graph] == ["LayerNormalization"]
+
+
+def test_training_in_bfloat16_is_refused() -> None:
+    module = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten()).bfloat16()
+    with pytest.raises(cg.DTypeError, match=r"0\.weight, 0\.bias are bfloat16, expected float32"):
+        cg.export_training_step(module, "cross_entropy", "sgd", (data(2, 4, 9, 8).bfloat16(), torch.tensor([0, 1])))
