@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convgrad_export.integrations import float64_functions
+
 aten = torch.ops.aten
 
 
@@ -146,49 +148,6 @@ def sinc(x: Tensor) -> Tensor:
     return torch.where(x == 0, torch.ones_like(x), scaled.sin() / scaled)
 
 
-@functools.cache
-def _erf_series() -> tuple[list[float], list[float]]:
-    """Maclaurin coefficients in x*x of erf(x) / x, and Chebyshev coefficients of exp(x*x) * erfc(x).
-
-    The first series is for |x| <= 1, where its next term is below 2**-56. The second is for 1 <= |x| <= 6, in the
-    variable t = 2 / (1 + |x|) mapped from its range to [-1, 1], in which the function is smooth.
-    """
-    terms = range(19)
-    small = [2 / math.sqrt(math.pi) * (-1) ** n / (math.factorial(n) * (2 * n + 1)) for n in terms]
-    count = 32
-    nodes = np.cos(np.pi * (np.arange(count) + 0.5) / count)
-    arguments = 2 / ((nodes + _ERF_SHIFT) * _ERF_SCALE) - 1
-    values = np.array([math.erfc(a) * math.exp(a * a) for a in arguments])
-    angles = np.pi * np.outer(np.arange(24), np.arange(count) + 0.5) / count
-    large = 2 / count * (np.cos(angles) @ values)
-    large[0] /= 2
-    return small, [float(c) for c in large]
-
-
-# t runs from 2/7 (x = 6) to 1 (x = 1); u = t / _ERF_SCALE - _ERF_SHIFT from -1 to 1
-_ERF_SCALE = (1 - 2 / 7) / 2
-_ERF_SHIFT = 2 / 7 / _ERF_SCALE + 1
-
-
-def erf(x: Tensor) -> Tensor:
-    """The error function in float64 only, to a few units in the last place, from polynomials and exp."""
-    if x.dtype != torch.float64:
-        return NotImplemented
-    small, large = _erf_series()
-    size = x.abs()
-    square = torch.minimum(size, torch.ones_like(size)).square()
-    near = torch.zeros_like(x)
-    for coefficient in reversed(small):
-        near = near * square + coefficient
-    limited = torch.minimum(torch.maximum(size, torch.ones_like(size)), torch.ones_like(size) * 6.0)
-    u = 2 / (1 + limited) / _ERF_SCALE - _ERF_SHIFT
-    later, latest = torch.zeros_like(x), torch.zeros_like(x)
-    for coefficient in reversed(large[1:]):  # Clenshaw, Math. Comp. 9 (1955)
-        latest, later = 2 * u * latest - later + coefficient, latest
-    tail = torch.exp(-limited.square()) * (u * latest - later + large[0])
-    return torch.where(size < 1, x * near, torch.sign(x) * (1 - tail))
-
-
 # Operators with float32 attributes, or without a float64 kernel in onnxruntime.
 _BY_PYTORCH = (
     aten.elu.default,
@@ -222,7 +181,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.addbmm.default: addbmm,
     aten.sinc.default: sinc,
     aten.special_sinc.default: sinc,
-    aten.erf.default: erf,
+    **float64_functions.TABLE,
 }
 
 

@@ -60,6 +60,37 @@ def test_numbers_stay_in_float64(name: str) -> None:
     compare_gradients(Apply(NUMBERS[name]), (data(2, 3, 5),), tolerance=1e-13)
 
 
+FUNCTIONS = ("erf", "erfc", "atan", "asin", "acos", "tan", "sinh", "cosh", "asinh", "atanh", "log2", "log10")
+POINTS = torch.tensor([1e-3, 0.1, 0.5, 0.7, 0.95], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_elementary_functions(name: str) -> None:
+    x = POINTS.clone() if name.startswith("log") else torch.cat([POINTS, -POINTS])
+    compare_gradients(Apply(getattr(torch, name)), (x,), tolerance=1e-14)
+
+
+@pytest.mark.parametrize("name", ["erf", "erfc", "atan", "sinh", "cosh", "asinh"])
+def test_elementary_functions_far_from_zero(name: str) -> None:
+    x = torch.tensor([1.0, 1.5, 3, 5.5, 20, 1e3 if name == "atan" else 30, -1, -2.5, -5.5, -20], dtype=torch.float64)
+    model = cg.export(Apply(getattr(torch, name)), (x,)).model
+    (actual,) = cg.GradientSession(model).run({"x": x}).values()
+    torch.testing.assert_close(torch.as_tensor(actual), getattr(torch, name)(x), rtol=1e-13, atol=1e-17)
+
+
+def test_acosh() -> None:
+    compare_gradients(Apply(torch.acosh), (POINTS + 1.01,), tolerance=1e-13)
+
+
+def test_atan2_in_every_quadrant() -> None:
+    angles = torch.linspace(-3.1, 3.1, 41, dtype=torch.float64)
+    compare_gradients(Apply(lambda x: torch.atan2(x.sin(), x.cos())), (angles,), tolerance=1e-14)
+    axes = torch.tensor([[0.0, 1, 0, -1, 0], [1.0, 0, -1, 0, 0]], dtype=torch.float64)
+    module = Apply(lambda x: torch.atan2(x[0], x[1]))
+    (actual,) = cg.GradientSession(cg.export(module, (axes,), verify=False).model).run({"x": axes}).values()
+    torch.testing.assert_close(torch.as_tensor(actual), module(axes), rtol=1e-15, atol=1e-15)
+
+
 def test_float32_models_do_not_change() -> None:
     proto = compare_gradients(Apply(lambda x: torch.add(x, x * x, alpha=0.1)), (data(2, 3).float(),))
     assert {item.data_type for item in proto.graph.initializer} <= {1, 7}
