@@ -18,6 +18,7 @@ from .errors import ConvGradError, DTypeError, GeometryError, ModelFileError
 from .geometry import ConvGeometry
 from .lowering import LOWERINGS, compute_dtype
 from .operators import operator
+from .runtime.providers import model_metadata
 from .runtime.session import GradientSession
 
 # A dynamic model that names no sizes is checked on these: a remainder on every axis with strides of 2 and 3.
@@ -89,7 +90,7 @@ def check_model(path: str | os.PathLike[str], *, seed: int = 0, batch: int = 2) 
 
 
 def _metadata(session: GradientSession, path: Path) -> dict[str, str]:
-    metadata: dict[str, str] = session.inference_session.get_modelmeta().custom_metadata_map
+    metadata = model_metadata(session.inference_session, str(path))
     missing = [
         key
         for key in ("convgrad.op", "convgrad.geometry", "convgrad.lowering", "convgrad.dtype")
@@ -137,6 +138,12 @@ def _run(
         return session.run({name: feeds[name] for name in session.input_names})
     except (GeometryError, DTypeError) as error:
         raise ModelFileError(f"{path}: the metadata does not fit the model: {error}") from error
+    except Exception as error:
+        if isinstance(error, RuntimeError) or type(error).__module__.startswith(
+            "onnxruntime"
+        ):  # its classes are private
+            raise ModelFileError(f"{path} cannot be run: {error}") from error
+        raise
 
 
 def _geometry(metadata: dict[str, str], session: GradientSession, batch: int, path: Path) -> ConvGeometry:

@@ -117,11 +117,16 @@ def check_web(model: str | os.PathLike[str] | onnx.ModelProto) -> WebReport:
     """
     proto = model if isinstance(model, onnx.ModelProto) else _read(Path(model))
     report = WebReport()
+    _check_text(proto.graph)
     _check_limits(proto, report)
     if proto.functions:
         from onnx import inliner
 
-        proto = inliner.inline_local_functions(proto)
+        try:
+            proto = inliner.inline_local_functions(proto)
+        except Exception as error:  # onnx raises classes of its extension module
+            raise ModelFileError(f"the model's local functions cannot be read: {error}") from error
+        _check_text(proto.graph)
     try:
         proto = onnx.shape_inference.infer_shapes(proto)
     except Exception as error:  # onnx raises classes of its extension module
@@ -147,6 +152,19 @@ def _read(path: Path) -> onnx.ModelProto:
         return onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError and the operating system's errors alike
         raise ModelFileError(f"{path} cannot be read as an ONNX model: {error}") from error
+
+
+def _check_text(graph: onnx.GraphProto) -> None:
+    """protobuf gives bytes for a name that is no UTF-8, which ONNX does not allow."""
+    texts = [value.name for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer)]
+    texts += [entry.value for tensor in graph.initializer for entry in tensor.external_data]
+    for node in graph.node:
+        texts += [node.op_type, node.domain, node.name, *node.input, *node.output]
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                _check_text(inner)
+    if damaged := [text for text in texts if isinstance(text, bytes)]:
+        raise ModelFileError(f"the model is damaged: the name {damaged[0]!r:.80} is no UTF-8")
 
 
 def _check_limits(proto: onnx.ModelProto, report: WebReport) -> None:
@@ -178,7 +196,7 @@ def _check_limits(proto: onnx.ModelProto, report: WebReport) -> None:
 
 def _bytes(tensor: onnx.TensorProto) -> int:
     for entry in tensor.external_data:
-        if entry.key == "length":
+        if entry.key == "length" and entry.value.isdecimal():
             return int(entry.value)
     return tensor.ByteSize()
 
@@ -206,7 +224,7 @@ def _nodes(graph: onnx.GraphProto, outer: Mapping[str, str]) -> Iterator[tuple[o
         if name := _type_name(value.type):
             types[value.name] = name
     for tensor in graph.initializer:
-        types[tensor.name] = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+        types[tensor.name] = _element(tensor.data_type)
     for index, node in enumerate(graph.node):
         yield node, node.name or f"#{index} (output {next((o for o in node.output if o), '')})", types
         for attribute in node.attribute:
@@ -218,7 +236,13 @@ def _nodes(graph: onnx.GraphProto, outer: Mapping[str, str]) -> Iterator[tuple[o
 def _type_name(kind: onnx.TypeProto) -> str | None:
     if not kind.HasField("tensor_type") or not kind.tensor_type.elem_type:
         return None
-    return onnx.TensorProto.DataType.Name(kind.tensor_type.elem_type).lower()
+    return _element(kind.tensor_type.elem_type)
+
+
+def _element(code: int) -> str:
+    """Name of an element type; of one that ONNX does not have the number."""
+    known = onnx.TensorProto.DataType.DESCRIPTOR.values_by_number.get(code)
+    return f"type {code}" if known is None else known.name.lower()
 
 
 def _check_node(node: onnx.NodeProto, label: str, types: Mapping[str, str], opset: int, report: WebReport) -> None:

@@ -136,3 +136,12 @@ def test_export_refuses_before_it_writes(tmp_path: Path) -> None:
     with pytest.raises(cg.ArgumentTypeError, match="expected one of: web, webgpu"):
         cg.export(module, (x,), target="browser")
     assert cg.export(torch.nn.ReLU(), (x.float(),), target="webgpu").verified
+
+
+def test_a_length_and_an_element_type_that_are_none() -> None:
+    model = model_of(helper.make_node("Relu", ["x"], ["y"]), dtype=TensorProto.FLOAT)
+    weight = model.graph.initializer.add(name="w", data_type=99, dims=[1], data_location=TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value="w.bin")
+    weight.external_data.add(key="length", value="abc")
+    model.graph.input[0].type.tensor_type.elem_type = 77
+    assert not any(problem.node for problem in check_web(model).problems)

@@ -97,15 +97,15 @@ def _described(node: Any) -> list[bytes] | None:
     """Operator and attributes; None where they cannot be compared."""
     if node.domain not in _STANDARD:
         return None
-    parts = [node.op_type.encode(), str(len(node.input)).encode(), str(len(node.output)).encode()]
-    for attribute in sorted(node.attribute, key=lambda attribute: attribute.name):
+    parts = [_encoded(node.op_type), str(len(node.input)).encode(), str(len(node.output)).encode()]
+    for attribute in sorted(node.attribute, key=lambda attribute: _encoded(attribute.name)):
         if attribute.ref_attr_name:
             return None
         if attribute.type == _TENSOR:
             content = tensor_bytes(attribute.t)
             if content is None:
                 return None
-            parts += [attribute.name.encode(), content]
+            parts += [_encoded(attribute.name), content]
         elif attribute.type in _PLAIN:
             if attribute.doc_string:
                 copy = type(attribute)()
@@ -116,6 +116,11 @@ def _described(node: Any) -> list[bytes] | None:
         else:
             return None
     return parts
+
+
+def _encoded(text: str | bytes) -> bytes:
+    """protobuf gives bytes for what is no UTF-8."""
+    return text if isinstance(text, bytes) else text.encode()
 
 
 def write_entries(model: Any, entries: Sequence[ConvolutionEntry]) -> None:

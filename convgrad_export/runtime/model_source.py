@@ -75,7 +75,8 @@ def external_locations(model: Any) -> list[tuple[str, str]]:
     found = []
     for tensor in _tensors(model):
         locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
-        found += [(tensor.name, location) for location in locations]
+        # protobuf gives bytes for what is no UTF-8.
+        found += [(os.fsdecode(tensor.name), os.fsdecode(location)) for location in locations]
     return found
 
 

@@ -98,13 +98,29 @@ def open_session(
             options,
             providers=[name for name, _ in providers],
             provider_options=[settings for _, settings in providers],
+            enable_fallback=0 if providers[0][0] == CPU else 1,  # it would print, and try the CPU again
         )
+        for value in (*session.get_inputs(), *session.get_outputs()):
+            _ = value.name, value.type, value.shape
     except Exception as error:  # onnxruntime raises a private class for each status code
-        if not type(error).__module__.startswith("onnxruntime"):
+        # The names of a damaged file may be no UTF-8, which shows when they become Python's.
+        if not type(error).__module__.startswith("onnxruntime") and not isinstance(error, UnicodeDecodeError):
             raise
         raise ModelFileError(f"onnxruntime cannot load {what}: {error}") from error
     check_active(providers[0][0], session.get_providers())
     return session
+
+
+def model_metadata(session: Any, what: str) -> dict[str, str]:
+    """The text entries of a session's model.
+
+    Raises:
+        ModelFileError: one of them is no UTF-8.
+    """
+    try:
+        return dict(session.get_modelmeta().custom_metadata_map)
+    except UnicodeDecodeError as error:
+        raise ModelFileError(f"the metadata of {what} is damaged: {error}") from error
 
 
 def check_active(requested: str, active: Sequence[str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from ..arguments import check_threads
 from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError
 from . import cuda_run, tensors
 from .blocked import in_blocked_layout
@@ -15,6 +17,24 @@ from .memory import free_early
 from .model_source import model_source
 from .placement import RECORD_ASSIGNMENT, PlacementReport, read_placement
 from .providers import CPU, CUDA, Providers, onnxruntime, open_session, resolve
+
+
+@contextlib.contextmanager
+def _settings(options: Any, threads: int | None) -> Iterator[Any]:
+    """The options with the session's own settings; the thread count is the caller's again afterwards."""
+    before, (key, value) = options.intra_op_num_threads, RECORD_ASSIGNMENT
+    try:
+        recorded = options.get_session_config_entry(key)
+    except RuntimeError:  # never set
+        recorded = None
+    if recorded != value:  # onnxruntime warns of an entry that is written twice
+        options.add_session_config_entry(key, value)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        yield options
+    finally:
+        options.intra_op_num_threads = before
 
 
 class GradientSession:
@@ -27,14 +47,16 @@ class GradientSession:
         model: path of an ``.onnx`` file, its bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
         providers: as in `onnxruntime.InferenceSession`, also ``"cpu"``, ``"cuda"`` and `CudaOptions`; None is the CPU.
         threads: size of the intra-op thread pool; None leaves the choice to onnxruntime.
-        session_options: an `onnxruntime.SessionOptions` to start from; `threads` still applies. Without it, a session
-            on the CPU gives back each tensor's memory at its last use (`runtime/memory.py`).
+        session_options: an `onnxruntime.SessionOptions` to start from; `threads` still applies. It stays as it was,
+            but for the entry that has onnxruntime record which provider runs each node. Without it, a session on the
+            CPU gives back each tensor's memory at its last use (`runtime/memory.py`).
         blocked_layout: compute depthwise convolutions and their gradients in the layout that onnxruntime keeps for
             constant weights, on the CPU (`runtime/blocked.py`). False runs the file's own formulas.
 
     Raises:
         ModelFileError: missing, truncated, not an ONNX model, or with external data outside its folder.
         ProviderError: the first provider asked for is missing or could not start.
+        ArgumentTypeError: an argument of another kind, or no thread.
     """
 
     def __init__(
@@ -49,24 +71,26 @@ class GradientSession:
         ort = onnxruntime()
         source = model_source(model)
         wanted = resolve(providers)
-        on_cpu = [name for name, _ in wanted] == [CPU]
-        options = session_options if session_options is not None else ort.SessionOptions()
-        if session_options is None and on_cpu:
-            free_early(options)
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        options.add_session_config_entry(*RECORD_ASSIGNMENT)
+        check_threads(threads)
+        if session_options is not None and not isinstance(session_options, ort.SessionOptions):
+            raise ArgumentTypeError(
+                f"session_options is a {type(session_options).__name__}, expected an onnxruntime.SessionOptions or None"
+            )
         where = f"{source}" if isinstance(source, Path) else "the model given as bytes"
         self._requested, settings = wanted[0]
         stream = cuda_run.stream_for(settings) if self._requested == CUDA else None
         on_cpu = [name for name, _ in wanted] == [CPU]
         rewritten = in_blocked_layout(source) if blocked_layout and on_cpu else source
-        try:
-            self._session = open_session(rewritten, options, wanted, where)
-        except ModelFileError:
-            if rewritten is source:
-                raise
-            self._session = open_session(source, options, wanted, where)
+        own = ort.SessionOptions()
+        if on_cpu:
+            free_early(own)
+        with _settings(session_options or own, threads) as options:
+            try:
+                self._session = open_session(rewritten, options, wanted, where)
+            except ModelFileError:
+                if rewritten is source:
+                    raise
+                self._session = open_session(source, options, wanted, where)
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._output_names = [value.name for value in self._session.get_outputs()]
         self._cuda = None if stream is None else cuda_run.CudaRun(self._session, stream, settings)
@@ -119,7 +143,13 @@ class GradientSession:
             return dict(zip(self._output_names, values, strict=True))
         if input_feed is None:
             raise ArgumentTypeError(f"run got {inputs!r}, expected a mapping from input name to array")
-        names = list(inputs) if inputs is not None else self._output_names
+        if isinstance(inputs, str) or not isinstance(inputs, Sequence | None):
+            raise ArgumentTypeError(f"run got {inputs!r}, expected a list of output names, or None for all outputs")
+        if not isinstance(input_feed, Mapping):
+            raise ArgumentTypeError(
+                f"run got the inputs as a {type(input_feed).__name__}, expected a mapping from input name to array"
+            )
+        names = list(inputs or self._output_names)
         unknown = [name for name in names if name not in self._output_names]
         if unknown:
             raise ArgumentTypeError(f"run: unknown outputs {unknown}, the model has {self._output_names}")

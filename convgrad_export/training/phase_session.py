@@ -10,7 +10,7 @@ import numpy as np
 
 from ..runtime import tensors
 from ..runtime.memory import free_early
-from ..runtime.providers import CPU, onnxruntime, open_session
+from ..runtime.providers import CPU, model_metadata, onnxruntime, open_session
 
 STATE_SUFFIX = ".updated"
 _ERRORS = 3  # onnxruntime's level of severity
@@ -62,9 +62,12 @@ class PhaseSession:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The model's own text entries."""
-        entries: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
-        return entries
+        """The model's own text entries.
+
+        Raises:
+            ModelFileError: one of them is no UTF-8.
+        """
+        return model_metadata(self._session, "the training step")
 
     def run(
         self,

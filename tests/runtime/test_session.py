@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import convgrad_export as cg
+from convgrad_export.model_check import check_model
 from convgrad_export.runtime import providers
 from convgrad_export.runtime.placement import NodePlacement, PlacementReport
+from convgrad_export.web_target import check_web
 
 MODEL = cg.build_model(
     "conv2d_input", input_shape=(2, 3, 8, 8), weight_shape=(4, 3, 3, 3), padding=1, lowering="input.conv_transpose"
@@ -111,6 +113,43 @@ def test_the_thread_count_is_passed_on(threads: int) -> None:
     assert session.inference_session.get_session_options().intra_op_num_threads == threads
 
 
+def test_a_callers_session_options_stay_as_they_were(capfd: pytest.CaptureFixture[str]) -> None:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    session = cg.GradientSession(MODEL, threads=1, session_options=options)
+    assert session.placement().nodes
+    assert options.intra_op_num_threads == 2
+    before = capfd.readouterr().err
+    cg.GradientSession(MODEL, threads=1, session_options=options)
+    assert not before
+    assert not capfd.readouterr().err  # onnxruntime warns of an entry that is set twice
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"threads": "a"}, "threads is 'a', expected a number"),
+        ({"threads": -1}, "threads is -1, expected a number"),
+        ({"threads": True}, "threads is True, expected a number"),
+        ({"session_options": 3}, r"session_options is a int, expected an onnxruntime\.SessionOptions"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(cg.ArgumentTypeError, match=message):
+        cg.GradientSession(MODEL, **arguments)
+
+
+def test_output_names_are_a_list_and_none_of_them_are_all() -> None:
+    session = cg.GradientSession(MODEL)
+    assert np.array_equal(session.run([], feeds())[0], session.run(None, feeds())[0])
+    with pytest.raises(cg.ArgumentTypeError, match="'grad_input', expected a list of output names"):
+        session.run("grad_input", feeds())
+    with pytest.raises(cg.ArgumentTypeError, match="expected a list of output names"):
+        session.run(3, feeds())
+    with pytest.raises(cg.ArgumentTypeError, match="inputs as a list, expected a mapping"):
+        session.run(None, [1])
+
+
 def test_a_provider_that_cannot_start_is_an_error_and_not_a_log_line() -> None:
     with pytest.raises(cg.ProviderError, match=r"could not start.*fell back to CPUExecutionProvider"):
         providers.check_active(providers.CUDA, [providers.CPU])
@@ -185,6 +224,33 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
         cg.GradientSession(b"no model")
     with pytest.raises(cg.ArgumentTypeError, match="model is a int"):
         cg.GradientSession(3)
+
+
+@pytest.mark.parametrize("name", [b"grad_output", b"grad_input", b"weight", b"Conv"])
+def test_names_that_are_no_utf_8_are_refused(name: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = MODEL.SerializeToString()
+    damaged = content.replace(name, b"\xff" + name[1:])
+    assert damaged != content
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(damaged)
+    for model in (damaged, path):
+        with pytest.raises(cg.ModelFileError):
+            cg.GradientSession(model)
+    assert not capsys.readouterr().out  # onnxruntime's own word on trying again
+    for read in (check_model, check_web):
+        with pytest.raises(cg.ModelFileError):
+            read(path)
+
+
+def test_metadata_that_is_no_utf_8() -> None:
+    """The convolutions of a model, as far as a session looks at them, are read by protobuf."""
+    model = cg.build_model("conv2d_input", input_shape=(2, 16, 6, 6), weight_shape=(16, 1, 3, 3), groups=16, padding=1)
+    content = model.SerializeToString()
+    damaged = content.replace(b'"kind":"input"', b'"kind":"\xffnput"')
+    assert damaged != content
+    assert cg.GradientSession(damaged).output_names == ("grad_input",)
+    with pytest.raises(cg.ModelFileError, match="metadata of it is damaged"):
+        providers.model_metadata(cg.GradientSession(damaged).inference_session, "it")
 
 
 @pytest.mark.parametrize("location", ["../secret.bin", "/etc/hostname", "sub/../../secret.bin", "C:\\secret.bin"])
