@@ -5,7 +5,8 @@ ONNX exporter takes. These functions are the same gradients in forward operators
 calls them can be saved, reloaded without this package, and exported with `torch.onnx.export(..., dynamo=False)`. Every
 size may change at run time; stride, padding, dilation and groups are constants, as always in ONNX.
 
-Signatures are torch.nn.grad's. New code should use `cg.export`, which needs none of this.
+Signatures are torch.nn.grad's, lists of one for all axes included. New code should use `cg.export`, which needs none
+of this.
 """
 
 # TorchScript compiles these from their source: annotations must be real objects, and nothing may loop over axes.
@@ -51,7 +52,7 @@ def conv2d_input(
     if not torch.jit.is_scripting():
         stride, padding, dilation = _per_axis(stride, 2), _per_axis(padding, 2), _per_axis(dilation, 2)
     whole = functional.conv_transpose2d(grad_output, weight, None, stride, 0, 0, groups, dilation)
-    last = [-padding[1], input_size[3] + padding[1] - whole.size(3)]
+    last = [-padding[-1], input_size[3] + padding[-1] - whole.size(3)]  # a list of one counts for all axes
     return functional.pad(whole, [last[0], last[1], -padding[0], input_size[2] + padding[0] - whole.size(2)])
 
 
@@ -68,10 +69,11 @@ def conv3d_input(
     if not torch.jit.is_scripting():
         stride, padding, dilation = _per_axis(stride, 3), _per_axis(padding, 3), _per_axis(dilation, 3)
     whole = functional.conv_transpose3d(grad_output, weight, None, stride, 0, 0, groups, dilation)
-    last = input_size[4] + padding[2] - whole.size(4)
-    middle = input_size[3] + padding[1] - whole.size(3)
+    center = padding[len(padding) // 2]  # a list of one counts for all axes
+    last = input_size[4] + padding[-1] - whole.size(4)
+    middle = input_size[3] + center - whole.size(3)
     first = input_size[2] + padding[0] - whole.size(2)
-    return functional.pad(whole, [-padding[2], last, -padding[1], middle, -padding[0], first])
+    return functional.pad(whole, [-padding[-1], last, -center, middle, -padding[0], first])
 
 
 def conv1d_weight(

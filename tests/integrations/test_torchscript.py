@@ -51,10 +51,32 @@ class Gradients3d(nn.Module):
         return dx, cg.torchscript.conv3d_weight(x, self.weight.size(), g, 2, 1, 1, 2)
 
 
-ATTRIBUTES: dict[int, tuple[type[nn.Module], dict[str, Any]]] = {
-    1: (Gradients1d, {"stride": 2, "padding": 1, "dilation": 2, "groups": 2}),
-    2: (Gradients2d, {"stride": (2, 3), "padding": (1, 0), "dilation": (1, 2), "groups": 2}),
-    3: (Gradients3d, {"stride": 2, "padding": 1, "dilation": 1, "groups": 2}),
+class ListsOfOne2d(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(integers(6, 2, 3, 2, seed=1))
+
+    def forward(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        dx = cg.torchscript.conv2d_input(x.size(), self.weight, g, [2], [1], [2], 2)
+        return dx, cg.torchscript.conv2d_weight(x, self.weight.size(), g, [2], [1], [2], 2)
+
+
+class ListsOfOne3d(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(integers(6, 2, 3, 2, 1, seed=1))
+
+    def forward(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        dx = cg.torchscript.conv3d_input(x.size(), self.weight, g, [2], [1], [1], 2)
+        return dx, cg.torchscript.conv3d_weight(x, self.weight.size(), g, [2], [1], [1], 2)
+
+
+ATTRIBUTES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "1d": (Gradients1d, {"stride": 2, "padding": 1, "dilation": 2, "groups": 2}),
+    "2d": (Gradients2d, {"stride": (2, 3), "padding": (1, 0), "dilation": (1, 2), "groups": 2}),
+    "3d": (Gradients3d, {"stride": 2, "padding": 1, "dilation": 1, "groups": 2}),
+    "2d, lists of one": (ListsOfOne2d, {"stride": 2, "padding": 1, "dilation": 2, "groups": 2}),
+    "3d, lists of one": (ListsOfOne3d, {"stride": 2, "padding": 1, "dilation": 1, "groups": 2}),
 }
 
 
@@ -64,11 +86,11 @@ def integers(*shape: int, seed: int) -> Tensor:
     return torch.randint(-3, 4, shape, generator=generator).float()
 
 
-def case(rank: int, size: Sequence[int], batch: int = 2) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, ...]]:
-    build, attributes = ATTRIBUTES[rank]
+def case(kind: str, size: Sequence[int], batch: int = 2) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    build, attributes = ATTRIBUTES[kind]
     module = build()
     x = integers(batch, 4, *size, seed=2)
-    forward = getattr(nn.functional, f"conv{rank}d")
+    forward = getattr(nn.functional, f"conv{kind[0]}d")
     output = forward(x, module.weight, **attributes)
     g = integers(*output.shape, seed=3)
     leaves = x.clone().requires_grad_(), module.weight
@@ -76,9 +98,9 @@ def case(rank: int, size: Sequence[int], batch: int = 2) -> tuple[nn.Module, tup
     return module, (x, g), expected
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_eager_scripted_saved_and_traced_agree_with_autograd_exactly(rank: int) -> None:
-    module, args, expected = case(rank, SIZES[rank])
+@pytest.mark.parametrize("kind", ATTRIBUTES)
+def test_eager_scripted_saved_and_traced_agree_with_autograd_exactly(kind: str) -> None:
+    module, args, expected = case(kind, SIZES[int(kind[0])])
     scripted = torch.jit.script(module)
     buffer = io.BytesIO()
     torch.jit.save(scripted, buffer)
@@ -88,7 +110,7 @@ def test_eager_scripted_saved_and_traced_agree_with_autograd_exactly(rank: int) 
     for run in (module, scripted, reloaded, traced):
         for actual, wanted in zip(run(*args), expected, strict=True):
             assert torch.equal(actual, wanted)
-    _, other_args, other_expected = case(rank, OTHER_SIZES[rank], batch=3)
+    _, other_args, other_expected = case(kind, OTHER_SIZES[int(kind[0])], batch=3)
     for run in (scripted, reloaded, traced):
         for actual, wanted in zip(run(*other_args), other_expected, strict=True):
             assert torch.equal(actual, wanted)
@@ -108,10 +130,11 @@ def _plain(module: nn.Module, args: tuple[Tensor, Tensor]) -> Any:
 
 @pytest.mark.parametrize("opset", [11, 13, 16, 18])
 @pytest.mark.parametrize("prepare", [_scripted, _traced, _plain])
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_dynamo_false_export_with_dynamic_sizes(rank: int, prepare: Callable[..., Any], opset: int) -> None:
+@pytest.mark.parametrize("kind", ATTRIBUTES)
+def test_dynamo_false_export_with_dynamic_sizes(kind: str, prepare: Callable[..., Any], opset: int) -> None:
     cg.register_torchscript_symbolics()
-    module, args, _ = case(rank, SIZES[rank])
+    rank = int(kind[0])
+    module, args, _ = case(kind, SIZES[rank])
     axes = {name: {0: "n", **{2 + i: f"{name}{i}" for i in range(rank)}} for name in ("x", "g")}
     file = io.BytesIO()
     with warnings.catch_warnings():
@@ -129,7 +152,7 @@ def test_dynamo_false_export_with_dynamic_sizes(rank: int, prepare: Callable[...
     onnx.checker.check_model(model, full_check=True)
     assert {(o.domain, o.version) for o in model.opset_import} == {("", opset)}
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    _, (x, g), expected = case(rank, OTHER_SIZES[rank], batch=3)
+    _, (x, g), expected = case(kind, OTHER_SIZES[rank], batch=3)
     for actual, wanted in zip(session.run(None, {"x": x.numpy(), "g": g.numpy()}), expected, strict=True):
         assert torch.equal(torch.from_numpy(actual), wanted)
 
