@@ -38,7 +38,8 @@ class GradCAM(nn.Module):
     forward(x) gives shape (N, H, W), or (N, h, w) without `resize`.
 
     Raises:
-        ArgumentTypeError: no such layer.
+        ArgumentTypeError: no such layer; when called, a layer whose output is no (N, K, h, w) tensor, or that the
+            class's score does not depend on.
     """
 
     def __init__(self, network: nn.Module, layer: str, target: int | None = None, resize: bool = True) -> None:
@@ -52,7 +53,12 @@ class GradCAM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kept: list[Tensor] = []
 
-        def keep(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        def keep(_module: nn.Module, _inputs: object, output: object) -> Tensor:
+            if not isinstance(output, Tensor) or output.dim() != 4:
+                got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                raise ArgumentTypeError(
+                    f"layer {self.layer!r} gives {got}, expected one tensor (batch, channels, h, w)"
+                )
             kept.append(output if output.requires_grad else output.detach().requires_grad_())
             return kept[-1].clone()  # an in-place ReLU after it would change the kept one
 
@@ -60,9 +66,12 @@ class GradCAM(nn.Module):
         try:
             with torch.enable_grad():
                 score = class_score(self.network(x), self.target)
-                (gradient,) = torch.autograd.grad(score, kept[-1])
+                (gradient,) = torch.autograd.grad(score, kept[-1], allow_unused=True) if kept else (None,)
         finally:
             handle.remove()
+        if gradient is None:
+            what = "the score does not depend on" if kept else "the forward never calls"
+            raise ArgumentTypeError(f"layer is {self.layer!r}, which {what}: choose one on the way to the output")
         weights = gradient.mean((2, 3), keepdim=True)
         cam = torch.relu((weights * kept[-1].detach()).sum(1, keepdim=True))
         if self.resize:

@@ -151,3 +151,39 @@ def test_every_recipe_exports_and_agrees_with_eager_at_other_sizes(recipe: str) 
 def test_what_cannot_be_is_refused(make, message: str) -> None:
     with pytest.raises(cg.ConvGradError, match=message):
         make()
+
+
+class Aside(nn.Module):
+    """A classifier with a layer that gives a tuple, one without influence and one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.without, self.unused = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.twice, self.flat = Twice(), nn.Flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.without(x)
+        first, _ = self.twice(self.conv(x))
+        return self.flat(first.mean((2, 3)))
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("twice", "'twice' gives tuple, expected one tensor"),
+        ("flat", r"'flat' gives \(\d, 4\), expected one tensor"),
+        ("without", "'without', which the score does not depend on"),
+        ("unused", "'unused', which the forward never calls"),
+    ],
+)
+def test_a_layer_without_a_map_is_refused(layer: str, message: str) -> None:
+    recipe = GradCAM(Aside(), layer, target=0)
+    with pytest.raises(cg.ArgumentTypeError, match=message):
+        recipe(pictures())
+    with pytest.raises(cg.ArgumentTypeError, match=message):
+        cg.export(recipe, (pictures(),))
