@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from convgrad_export.errors import ArgumentTypeError, ConstantGradientError
@@ -204,7 +205,11 @@ def capture_gradients(
 
 
 def state_inputs(module: torch.nn.Module) -> tuple[GraphInput, ...]:
-    """Every parameter and buffer once, under its first name; further names of a tied tensor are its aliases."""
+    """Every parameter and buffer once, under its first name; further names of a tied tensor are its aliases.
+
+    Raises:
+        ArgumentTypeError: A lazy module that has not run yet: its parameters have no shape.
+    """
     kinds: dict[str, Literal["parameter", "buffer"]] = {}
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[int, list[str]] = {}
@@ -212,6 +217,11 @@ def state_inputs(module: torch.nn.Module) -> tuple[GraphInput, ...]:
         *((n, "parameter", p) for n, p in module.named_parameters(remove_duplicate=False)),
         *((n, "buffer", b) for n, b in module.named_buffers(remove_duplicate=False)),
     ]
+    if lazy := [name for name, _, tensor in named if is_lazy(tensor)]:
+        raise ArgumentTypeError(
+            f"{', '.join(lazy)} of {type(module).__name__} has no shape yet; lazy modules learn it in their first run: "
+            "call the module once on the example before exporting it"
+        )
     for name, kind, tensor in named:
         if id(tensor) in aliases:
             aliases[id(tensor)].append(name)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import convgrad_export as cg
 from convgrad_export.errors import ArgumentTypeError
 from convgrad_export.integrations.capture import capture
 
@@ -107,3 +108,13 @@ def test_a_registered_class_is_an_argument_and_a_plain_object_a_constant() -> No
             return x * options.scale
 
     assert [s.name for s in capture(Scaled(), (A, SimpleNamespace(scale=2.0))).inputs] == ["x"]
+
+
+def test_a_lazy_module_that_has_not_run_is_refused() -> None:
+    module, x = nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), torch.randn(2, 4)
+    with pytest.raises(ArgumentTypeError, match=r"1\.weight, 1\.bias of Sequential has no shape yet.*call the module"):
+        cg.export(module, (x,))
+    with pytest.raises(ArgumentTypeError, match=r"1\.weight, 1\.bias of Sequential has no shape yet"):
+        cg.export_training_step(module, "cross_entropy", "sgd", (x, torch.tensor([0, 1])))
+    module(x)
+    assert cg.export(module, (x,)).verified
