@@ -112,9 +112,20 @@ def split_batch(
 
 
 def split_shapes(arguments: CallArguments, loss: Loss, dynamic_shapes: Any) -> tuple[Any, Any]:
+    """dynamic_shapes of the forward's arguments, and of the loss's targets.
+
+    A target that the forward has an argument of the same name of is the model's input "<name>_input": it goes by that
+    name, or has the dimensions of the argument.
+    """
     if dynamic_shapes is None or isinstance(dynamic_shapes, Mapping):
         named = dict(dynamic_shapes or {})
-        targets = {name: named.pop(name) for name in loss.target_names if name in named}
+        targets = {}
+        for name in loss.target_names:
+            shared = name in arguments.examples
+            if shared and f"{name}_input" not in arguments.examples and f"{name}_input" in named:
+                targets[name] = named.pop(f"{name}_input")
+            elif name in named:
+                targets[name] = named[name] if shared else named.pop(name)
         return named or None, targets or None
     count = len(loss.target_names)
     shapes = tuple(dynamic_shapes)

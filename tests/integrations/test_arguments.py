@@ -118,3 +118,21 @@ def test_a_lazy_module_that_has_not_run_is_refused() -> None:
         cg.export_training_step(module, "cross_entropy", "sgd", (x, torch.tensor([0, 1])))
     module(x)
     assert cg.export(module, (x,)).verified
+
+
+class TakesTarget(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return self.linear(x) + nn.functional.one_hot(target, 3)
+
+
+@pytest.mark.parametrize("own", [{}, {"target_input": {0: "n"}}])
+def test_a_steps_target_that_shares_its_name_with_an_argument_is_dynamic_by_name(own: dict[str, Any]) -> None:
+    labels = torch.tensor([0, 1, 2, 0])
+    shapes = {"x": {0: "n"}, "target": {0: "n"}, **own}
+    batch = (torch.randn(4, 4), labels, labels.clone())
+    report = cg.export_training_step(TakesTarget(), "cross_entropy", "sgd", batch, dynamic_shapes=shapes)
+    assert [report.inputs[name][0] for name in ("x", "target", "target_input")] == ["n", "n", "n"]
