@@ -176,6 +176,7 @@ def export_training_step(
     check_model(ir.to_proto(model))
     if verify:
         report.errors = verify_step(model, program, state, options.optimizer.learning_rate)
+        report.notes += program.notes
     if target_path is not None:
         report.checkpoint = checkpoint_path(target_path)
         with staged(target_path.parent) as folder:  # a model beside another model's state is worse than neither

@@ -220,9 +220,10 @@ def test_modules_that_cast_are_compared_with_float64(case: str) -> None:
 
 def test_a_module_that_refuses_float64_is_compared_in_its_own_types() -> None:
     module = Around(_float_only, nn.Conv2d(3, 4, 3))
-    report = cg.export(module, (image(),))
-    assert report.verified
-    assert any("own types" in note and "TypeError: float32 only" in note for note in report.notes)
+    step = cg.export_training_step(module, lambda out: out.square().mean(), "sgd", (image(),))
+    for report in (cg.export(module, (image(),)), step):
+        assert report.verified
+        assert any("own types" in note and "TypeError: float32 only" in note for note in report.notes)
     program = capture_gradients(module, (image(),), wrt="parameters")
 
     def wrong(outputs: dict[str, np.ndarray]) -> None:
