@@ -35,6 +35,7 @@ from convgrad_export.integrations import (
     normalization_decompositions,
     pooling_decompositions,
     softmax_decompositions,
+    torchlib,
 )
 
 aten = torch.ops.aten
@@ -43,10 +44,10 @@ Table = dict[Any, Callable[..., Any]]
 
 @functools.cache
 def _onnx_friendly_table() -> Table:
-    from torch.onnx._internal.exporter import _decomp, _registration
+    from torch.onnx._internal.exporter import _decomp
 
-    registry = _registration.ONNXRegistry.from_torchlib()
-    return dict(_decomp.create_onnx_friendly_decomposition_table(set(_decomp.get_onnx_implemented_overloads(registry))))
+    implemented = set(_decomp.get_onnx_implemented_overloads(torchlib.translations()))
+    return dict(_decomp.create_onnx_friendly_decomposition_table(implemented))
 
 
 def onnx_decompositions(opset: int = 18) -> Table:

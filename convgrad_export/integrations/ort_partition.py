@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from ..lowering import CPU
-from .translation import _torchlib
+from .torchlib import translations
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -45,7 +45,7 @@ class Assignment:
 
 @functools.cache
 def _is_translated(target: Any) -> bool:
-    return target in _TRANSLATED_HERE or bool(_torchlib().is_registered(target))
+    return target in _TRANSLATED_HERE or bool(translations().is_registered(target))
 
 
 def why_not_onnxruntime(node: torch.fx.Node, provider: str = CPU) -> str | None:

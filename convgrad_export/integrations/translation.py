@@ -6,21 +6,19 @@ needs none of them: it is functional and decomposed already. What is used here i
 
 from __future__ import annotations
 
-import functools
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
-from onnxscript import opset18 as op
 
 from convgrad_export.emit.onnx import ir_version
 from convgrad_export.errors import DTypeError, UnsupportedOperatorError
+from convgrad_export.integrations import torchlib
 from convgrad_export.integrations.convolution_marks import insert_marks
 from convgrad_export.integrations.convolution_translation import (
     ConvolutionBackwardTranslation,
@@ -116,20 +114,13 @@ def translate(
     for node in graph.nodes:
         node.meta.setdefault("nn_module_stack", {"0": ("", torch.nn.Module)})  # else torch.onnx logs a line a node
     convolution = ConvolutionBackwardTranslation(lowering, provider, min(opset, BASE_OPSET), threads, max_error_factor)
-    registry = _registry()
+    registry = torchlib.registry()
     forward = torch.ops.aten.convolution.default
     own = registry.get_decomps(forward)[0].onnx_function
     trained = any(spec.kind == "parameter" and as_inputs(spec) for spec in program.inputs)
     own = convolution_translation(own, provider, threads, max_error_factor, convolution.marks, trained=trained)
     registry.register_op(forward, own)
     registry.register_op(torch.ops.aten.convolution_backward.default, convolution.function)
-    registry.register_op(torch.ops.prims.prod.default, _reduce_prod)
-    registry.register_op(torch.ops.aten.sym_numel.default, _size)
-    registry.register_op(torch.ops.aten.scalar_tensor.default, _scalar_tensor)
-    registry.register_op(torch.ops.aten.max_pool2d_with_indices.default, _max_pool_with_indices(2))
-    registry.register_op(torch.ops.aten.max_pool3d_with_indices.default, _max_pool_with_indices(3))
-    normalization = torch.ops.aten._native_batch_norm_legit_no_training.default
-    registry.register_op(normalization, _batch_norm_inference(registry.get_decomps(normalization)[0].onnx_function))
     for target, function in (custom or {}).items():
         registry.register_op(target, function)
     refuse_untranslatable(program, registry.is_registered)
@@ -139,9 +130,10 @@ def translate(
     keep_in_float64(registry, graph)
     model = ir.Model(ir.Graph([], [], nodes=[], name="main"), ir_version=ir_version(BASE_OPSET), producer_name=PRODUCER)
     try:
-        values = _core._translate_fx_graph(
-            graph, model, graph_like=model.graph, owned_graphs={}, lower="at_conversion", registry=registry
-        )
+        with torchlib.without_hints():
+            values = _core._translate_fx_graph(
+                graph, model, graph_like=model.graph, owned_graphs={}, lower="at_conversion", registry=registry
+            )
     except _errors.ConversionError as error:
         raise UnsupportedOperatorError(f"{_root_cause(error)}. Nothing was written.") from error
     _name_inputs(program, model, values, as_inputs)
@@ -165,93 +157,6 @@ def _refuse_bfloat16_parameters(program: CapturedProgram, as_inputs: Callable[[G
             "has no bfloat16 kernels to train with on the CPU, and bfloat16 loses an optimizer's small changes. Train "
             "in float32 (module.float()), or take gradients alone with export_gradient. Nothing was written."
         )
-
-
-@functools.cache
-def _torchlib() -> Any:
-    from torch.onnx._internal.exporter import _registration
-
-    return _registration.ONNXRegistry.from_torchlib()
-
-
-def _registry() -> Any:
-    """A registry of its own with torchlib's translations; filling one from nothing takes a third of a second."""
-    from torch.onnx._internal.exporter import _registration
-
-    registry = _registration.ONNXRegistry()
-    registry.functions = {target: list(entries) for target, entries in _torchlib().functions.items()}
-    return registry
-
-
-def _reduce_prod(x: Any, dims: Sequence[int] | None = None, output_dtype: Any = None) -> Any:
-    if not dims:
-        return op.ReduceProd(x, keepdims=0)
-    axes: Any = op.Constant(value_ints=[int(d) for d in dims])
-    return op.ReduceProd(x, axes, keepdims=0)
-
-
-def _size(x: Any) -> Any:
-    return op.Size(x)
-
-
-def _batch_norm_inference(otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """The translation with empty statistics, which eager returns too.
-
-    torch.onnx's translation returns the running ones under the empty shape of eager's, and a pass that merges shapes
-    would then write 0 as the size of the mean itself, where its size is symbolic.
-    """
-
-    def batch_norm_inference(
-        input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: float, eps: float
-    ) -> tuple[Any, Any, Any]:
-        result = otherwise(input, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)[0]
-        empty = op.Constant(value=ir.to_proto(ir.tensor(np.zeros(0, np.float32))))
-        return result, empty, empty
-
-    return batch_norm_inference
-
-
-def _scalar_tensor(s: Any, dtype: int = 1, **_: Any) -> Any:
-    """A 0-d constant in its own type; torch.onnx's translation goes through float32."""
-    wanted = ir.DataType(dtype if dtype > 0 else 1)
-    if isinstance(s, (int, float, bool)):
-        return op.Constant(value=ir.to_proto(ir.tensor(s, dtype=wanted)))
-    return op.Cast(s, to=int(wanted))
-
-
-def _max_pool_with_indices(rank: int) -> Callable[..., Any]:
-    """MaxPool once: ONNX counts positions over the whole tensor, PyTorch within a plane, so the remainder is taken.
-
-    torch.onnx's translation runs a second MaxPool over the input for that.
-    """
-
-    def per_axis(values: Sequence[int]) -> list[int]:
-        return list(values) * rank if len(values) == 1 else list(values)
-
-    def max_pool_with_indices(
-        x: Any,
-        kernel_size: Sequence[int],
-        stride: Sequence[int] = (),
-        padding: Sequence[int] = (0,),
-        dilation: Sequence[int] = (1,),
-        ceil_mode: bool = False,
-    ) -> Any:
-        batched = len(x.shape) == rank + 2
-        axis: Any = op.Constant(value_ints=[0])
-        kernel = per_axis(kernel_size)
-        pooled, positions = op.MaxPool(
-            x if batched else op.Unsqueeze(x, axis),
-            kernel_shape=kernel,
-            strides=per_axis(stride) if stride else kernel,
-            pads=per_axis(padding) * 2,
-            dilations=per_axis(dilation),
-            ceil_mode=int(ceil_mode),
-        )
-        plane = op.ReduceProd(op.Shape(x, start=-rank), keepdims=0)
-        positions = op.Mod(positions, plane)
-        return (pooled, positions) if batched else (op.Squeeze(pooled, axis), op.Squeeze(positions, axis))
-
-    return max_pool_with_indices
 
 
 def _root_cause(error: BaseException) -> str:

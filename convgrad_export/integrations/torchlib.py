@@ -1,0 +1,134 @@
+"""torch.onnx's translations by ATen overload, and the package's own in place of some."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnxscript import opset18 as op
+
+# Logged at every model, about nothing that its author could change.
+_HINTS = {
+    "torch.onnx._internal.exporter._registration": "torchvision is not installed",
+    "onnx_ir._convenience": "Attribute type is ambiguous because it is an empty sequence",
+}
+
+
+@functools.cache
+def translations() -> Any:
+    """torch.onnx's ONNXRegistry; filling one from nothing takes a third of a second. Not to be changed."""
+    from torch.onnx._internal.exporter import _registration
+
+    with without_hints():
+        return _registration.ONNXRegistry.from_torchlib()
+
+
+def registry() -> Any:
+    """A registry to be changed: torch.onnx's translations, and this file's before them."""
+    from torch.onnx._internal.exporter import _registration
+
+    result = _registration.ONNXRegistry()
+    result.functions = {target: list(entries) for target, entries in translations().functions.items()}
+    aten = torch.ops.aten
+    result.register_op(torch.ops.prims.prod.default, _reduce_prod)
+    result.register_op(aten.sym_numel.default, _size)
+    result.register_op(aten.scalar_tensor.default, _scalar_tensor)
+    result.register_op(aten.max_pool2d_with_indices.default, _max_pool_with_indices(2))
+    result.register_op(aten.max_pool3d_with_indices.default, _max_pool_with_indices(3))
+    normalization = aten._native_batch_norm_legit_no_training.default
+    result.register_op(normalization, _batch_norm_inference(result.get_decomps(normalization)[0].onnx_function))
+    return result
+
+
+@contextlib.contextmanager
+def without_hints() -> Iterator[None]:
+    """While active, two lines that torch.onnx logs for many models are left out."""
+
+    def passes(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_HINTS[record.name])
+
+    loggers = [logging.getLogger(name) for name in _HINTS]
+    for logger in loggers:
+        logger.addFilter(passes)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(passes)
+
+
+def _reduce_prod(x: Any, dims: Sequence[int] | None = None, output_dtype: Any = None) -> Any:
+    if not dims:
+        return op.ReduceProd(x, keepdims=0)
+    axes: Any = op.Constant(value_ints=[int(d) for d in dims])
+    return op.ReduceProd(x, axes, keepdims=0)
+
+
+def _size(x: Any) -> Any:
+    return op.Size(x)
+
+
+def _batch_norm_inference(otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """The translation with empty statistics, which eager returns too.
+
+    torch.onnx's translation returns the running ones under the empty shape of eager's, and a pass that merges shapes
+    would then write 0 as the size of the mean itself, where its size is symbolic.
+    """
+
+    def batch_norm_inference(
+        input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: float, eps: float
+    ) -> tuple[Any, Any, Any]:
+        result = otherwise(input, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)[0]
+        empty = op.Constant(value=ir.to_proto(ir.tensor(np.zeros(0, np.float32))))
+        return result, empty, empty
+
+    return batch_norm_inference
+
+
+def _scalar_tensor(s: Any, dtype: int = 1, **_: Any) -> Any:
+    """A 0-d constant in its own type; torch.onnx's translation goes through float32."""
+    wanted = ir.DataType(dtype if dtype > 0 else 1)
+    if isinstance(s, (int, float, bool)):
+        return op.Constant(value=ir.to_proto(ir.tensor(s, dtype=wanted)))
+    return op.Cast(s, to=int(wanted))
+
+
+def _max_pool_with_indices(rank: int) -> Callable[..., Any]:
+    """MaxPool once: ONNX counts positions over the whole tensor, PyTorch within a plane, so the remainder is taken.
+
+    torch.onnx's translation runs a second MaxPool over the input for that.
+    """
+
+    def per_axis(values: Sequence[int]) -> list[int]:
+        return list(values) * rank if len(values) == 1 else list(values)
+
+    def max_pool_with_indices(
+        x: Any,
+        kernel_size: Sequence[int],
+        stride: Sequence[int] = (),
+        padding: Sequence[int] = (0,),
+        dilation: Sequence[int] = (1,),
+        ceil_mode: bool = False,
+    ) -> Any:
+        batched = len(x.shape) == rank + 2
+        axis: Any = op.Constant(value_ints=[0])
+        kernel = per_axis(kernel_size)
+        pooled, positions = op.MaxPool(
+            x if batched else op.Unsqueeze(x, axis),
+            kernel_shape=kernel,
+            strides=per_axis(stride) if stride else kernel,
+            pads=per_axis(padding) * 2,
+            dilations=per_axis(dilation),
+            ceil_mode=int(ceil_mode),
+        )
+        plane = op.ReduceProd(op.Shape(x, start=-rank), keepdims=0)
+        positions = op.Mod(positions, plane)
+        return (pooled, positions) if batched else (op.Squeeze(pooled, axis), op.Squeeze(positions, axis))
+
+    return max_pool_with_indices
