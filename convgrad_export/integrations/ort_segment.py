@@ -31,6 +31,7 @@ _CODES = {
     torch.float64: 11,
     torch.bfloat16: 16,
 }
+_NUMBERS = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64}
 
 
 def extract(nodes: Sequence[torch.fx.Node]) -> tuple[torch.fx.GraphModule, list[torch.fx.Node], list[torch.fx.Node]]:
@@ -101,6 +102,7 @@ class OrtSegment:
                 raise
             raise RuntimeError(str(error)) from error
         self._reads = [value.name for value in self._session.get_inputs()]
+        self._number_types = {value.name: _NUMBERS.get(value.type) for value in self._session.get_inputs()}
         self._positions = {node.name: index for index, node in enumerate(self.inputs)}
         self._writes = [value.name for value in self._session.get_outputs()]
         self._dtypes = [node.meta["val"].dtype for node in self.outputs]
@@ -118,7 +120,7 @@ class OrtSegment:
         for name in self._reads:
             value = values[self._positions[name]]
             if not isinstance(value, torch.Tensor):
-                value = np.asarray(value, dtype=np.float32 if isinstance(value, float) else np.int64)
+                value = np.asarray(value, dtype=self._number_types[name])
                 binding.bind_cpu_input(name, value)
                 alive.append(value)
                 continue

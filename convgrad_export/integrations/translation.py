@@ -37,6 +37,7 @@ PRODUCER = "convgrad_export"
 # torch.onnx writes its graphs at this opset; other versions are reached by conversion.
 BASE_OPSET = 18
 
+_TO_TENSOR = torch.ops.aten.scalar_tensor.default
 _ASSERTIONS = {
     torch.ops.aten.sym_constrain_range_for_size.default,
     torch.ops.aten.sym_constrain_range.default,
@@ -235,6 +236,8 @@ def _name_inputs(
     for node, spec in zip(placeholders, program.inputs, strict=True):
         value = values[node.name]
         value.name = spec.name
+        if isinstance(node.meta["val"], torch.SymFloat) and all(user.target is _TO_TENSOR for user in node.users):
+            value.dtype = ir.DataType.DOUBLE  # of a Cast alone, which rounds to what the number meets
         if as_inputs(spec):
             model.graph.inputs.append(value)
             continue

@@ -441,3 +441,16 @@ def test_ort_runs_what_eager_runs(make, size):
         results.append((y.detach(), *torch.autograd.grad(y.square().sum(), [leaf, *run.parameters()])))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ort_takes_factors_of_dynamic_sizes_in_float64():
+    """The gradient of a variance multiplies by 2 / (n - 1), a number that PyTorch computes between the sessions."""
+
+    def function(x):
+        return (x.std(0) * x.var((0, 2))[0]).square().sum()
+
+    compiled = torch.compile(function, backend=convgrad_ort, dynamic=True)
+    for n in (4, 5):
+        x = torch.randn(n, 3, 6, dtype=torch.float64, requires_grad=True)
+        (ours,), (expected,) = (torch.autograd.grad(f(x), x) for f in (compiled, function))
+        torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-13)
