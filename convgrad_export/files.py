@@ -78,6 +78,29 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
     return target
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse what `make_folder` could not make, before any work is done.
+
+    Raises:
+        OutputPathError: a file stands in its place, or in that of a folder above it.
+    """
+    nearest = next(path for path in (folder, *folder.parents, Path()) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise OutputPathError(f"output {folder} cannot be made a folder: {nearest} is a file")
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder with its parents; an existing one is fine.
+
+    Raises:
+        OutputPathError: a file stands in its place, or it may not be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputPathError(f"output {folder} cannot be made a folder: {error.strerror or error}") from error
+
+
 def grant(path: Path, mode: int) -> None:
     """Give a temporary file or folder, which is its owner's alone, the permissions that the umask leaves of `mode`."""
     mask = os.umask(0)

@@ -77,11 +77,14 @@ def items(
         max_gmac: leave out layers with more than this many multiplications, in 10^9.
 
     Raises:
-        BenchmarkError: an unknown network, layer or operation, or a batch or thread count below 1.
+        BenchmarkError: an unknown network, layer or operation, a batch or thread count below 1, or a
+            limit that is no number.
     """
     for name, values in (("batch", batches), ("threads", threads)):
         if not values or min(values) < 1:
             raise BenchmarkError(f"{name} is {tuple(values)}, expected integers of at least 1")
+    if max_gmac is not None and not max_gmac >= 0:  # NaN too
+        raise BenchmarkError(f"max_gmac is {max_gmac}, expected a number, 0 or above")
     unknown = [name for name in operations if name not in OPERATIONS]
     if unknown or not operations:
         raise BenchmarkError(f"operations is {tuple(operations)}, expected some of {', '.join(OPERATIONS)}")

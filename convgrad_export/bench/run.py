@@ -40,6 +40,9 @@ class Settings:
         ort_training: a Python that has onnxruntime-training, or None.
         memory: measure peak memory instead of time, and add it to the records.
         retry_disturbed: measure again what the file has from disturbed rounds only.
+
+    Raises:
+        BenchmarkError: a number below 0, or none.
     """
 
     rounds: int = 7
@@ -49,6 +52,12 @@ class Settings:
     memory: bool = False
     retry_disturbed: bool = False
     foreign_cores: float = FOREIGN_CORES
+
+    def __post_init__(self) -> None:
+        for name in ("seconds", "time_limit", "foreign_cores"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:  # NaN too
+                raise BenchmarkError(f"{name} is {value}, expected a number, 0 or above")
 
 
 @dataclass

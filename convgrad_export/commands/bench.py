@@ -119,8 +119,9 @@ def _plots(results: Results, folder: Path | None, stem: str, overwrite: bool) ->
     if folder is None:
         return []
     from ..bench.report import write_plots
+    from ..files import make_folder
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     return write_plots(results, folder, stem, overwrite=overwrite)
 
 

@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 def check(
     paths: Annotated[list[Path], typer.Argument(help="Model files, or folders of them.")],
-    seed: Annotated[int, typer.Option(help="Of the random data.")] = 0,
+    seed: options.Seed = 0,
     target: Annotated[
         str | None,
         typer.Option(

@@ -43,7 +43,9 @@ def export(
     threads: Annotated[int | None, typer.Option(help="Threads the lowerings are for; several by default.")] = None,
     max_error_factor: options.MaxErrorFactor = 2.0,
     verify: Annotated[bool, typer.Option(help="Compare with float64 eager before writing.")] = True,
-    seed: Annotated[int, typer.Option(help="Of random weights and the example input.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=options.MAX_SEED, help="Of random weights and the example input.")
+    ] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     runs_on: Annotated[
         str | None, typer.Option("--runs-on", help="web or webgpu: refuse what onnxruntime-web cannot load.")
@@ -64,7 +66,7 @@ def export(
     network = load_module(module).train(train_mode)
     if weights is not None:
         _load_weights(network, weights)
-    x = torch.rand(options.integers(input_shape, "--input-shape"))
+    x = torch.rand(options.sizes(input_shape, "--input-shape"))
     common: dict[str, Any] = {
         "opset_version": opset,
         "lowering": lowering,
@@ -88,7 +90,7 @@ def export(
         report = onnx_export.export(prepared.module, prepared.args, output, dynamic_shapes=shapes, **common)
     else:
         names = [name for name in wrt.split(",") if name]
-        scalar: Any = int(of) if of.lstrip("-").isdigit() else of
+        scalar: Any = int(of) if of.removeprefix("-").isdecimal() else of
         report = onnx_export.export_gradient(
             network, (x,), output, wrt=names, of=scalar, dynamic_shapes=(sizes or None,), **common
         )

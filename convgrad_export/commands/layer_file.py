@@ -22,8 +22,12 @@ def layer_geometry(path: Path, name: str | None, input_shape: tuple[int, ...] | 
     Raises:
         ModelFileError: missing, of another kind, or unreadable. GeometryError: no such convolution, or several.
     """
-    if not path.is_file():
-        raise ModelFileError(f"--layer {path} does not exist")
+    try:
+        if not path.is_file():
+            raise ModelFileError(f"--layer {path} does not exist, or is no file")
+        path.open("rb").close()
+    except OSError as error:
+        raise ModelFileError(f"--layer {path} cannot be read: {error.strerror or error}") from error
     if path.suffix == ".safetensors":
         return _from_safetensors(path, name, input_shape)
     if path.suffix in (".pt", ".pth", ".bin"):

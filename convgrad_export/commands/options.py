@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -23,6 +24,8 @@ Opset = Annotated[int, typer.Option(help="Version of the standard ONNX operators
 MaxErrorFactor = Annotated[
     float, typer.Option(help="Largest error bound, in those of the direct form: 1 for no Winograd form, 8 for each.")
 ]
+MAX_SEED = 2**63 - 1  # of numpy's, PyTorch's and onnxruntime's generators
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the random data.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -32,6 +35,18 @@ def integers(text: str, option: str, error: type[ConvGradError] = GeometryError)
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise error(f"{option} is {text!r}, expected integers separated by commas") from None
+
+
+def sizes(text: str, option: str) -> tuple[int, ...]:
+    """``"1,3,224,224"``, of a tensor that is about to be made.
+
+    Raises:
+        GeometryError: no integers, one below 1, or more elements than there are addresses.
+    """
+    found = integers(text, option)
+    if min(found) < 1 or math.prod(found) > 2**40:
+        raise GeometryError(f"{option} is {text!r}, expected sizes of at least 1, of a tensor that fits into memory")
+    return found
 
 
 def padding(text: str) -> Any:

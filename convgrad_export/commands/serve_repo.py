@@ -99,7 +99,7 @@ def _sizes(texts: list[str]) -> dict[str, int]:
     result = {}
     for text in texts:
         name, separator, value = text.rpartition("=")
-        if not separator or not name or not value.isdigit():
+        if not separator or not name or not (value.isascii() and value.isdecimal()):
             raise ServingConfigError(f"--size is {text!r}, expected NAME=VALUE such as height=224")
-        result[name] = int(value)
+        result[name] = options.integers(value, "--size", ServingConfigError)[0]
     return result

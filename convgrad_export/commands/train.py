@@ -30,7 +30,9 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="A runtime input of the exported step.")] = 2e-3,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 15,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of the initial weights, the batches' order and dropout.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=options.MAX_SEED, help="Of the initial weights, the batches' order and dropout.")
+    ] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Of onnxruntime and PyTorch.")] = None,
     compare: Annotated[int, typer.Option(min=0, help="Steps compared with PyTorch; 0 leaves PyTorch out.")] = 100,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
@@ -39,15 +41,15 @@ def train(
     """Train a network on onnxruntime alone, and compare with PyTorch from the same state on the same batches."""
     import torch
 
-    from ..files import check_output
+    from ..files import check_folder, check_output
     from ..training.data import read_dataset
     from ..training.plot import plot
-    from ..training.run import TrainingSettings, load_module, make_folder
+    from ..training.run import TrainingSettings, load_module
     from ..training.run import train as run
 
-    make_folder(output)
+    check_folder(output)
     names = ("step.onnx", "step.checkpoint.safetensors", "trained.safetensors", "trained.onnx", "training.png")
-    for name in names:
+    for name in names if output.exists() else ():
         check_output(output / name, overwrite=overwrite)
     torch.manual_seed(seed)
     if module is None:

@@ -35,14 +35,14 @@ def tune(
         Path | None, typer.Option(help="Cache file; CONVGRAD_TUNING_CACHE or the user's cache folder without it.")
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure what the cache holds already.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the data.")] = 0,
+    seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
     """Measure every lowering of a network's convolution gradients, and keep the times for lowering="tuned"."""
     from ..selection.tune import tune as measure
 
     subject: Any = target
-    input_shape = None if shape is None else options.integers(shape, "--shape")
+    input_shape = None if shape is None else options.sizes(shape, "--shape")
     if _names_a_module(target):
         from ..training.run import load_module
 

@@ -20,14 +20,18 @@ def model_source(model: Any) -> Path | bytes:
     """What to hand to `onnxruntime.InferenceSession`.
 
     Raises:
-        ModelFileError: no such file, not a protobuf of an ONNX model, or external data outside the folder.
+        ModelFileError: no such file, one that may not be read, not a protobuf of an ONNX model, or external data
+            outside the folder.
         ArgumentTypeError: none of the accepted kinds.
     """
     if isinstance(model, str | os.PathLike):
         path = Path(model)
-        if not path.is_file():
-            raise ModelFileError(f"model {path} {'is not a file' if path.exists() else 'does not exist'}")
-        _check_external_data(path)
+        try:
+            if not path.is_file():
+                raise ModelFileError(f"model {path} {'is not a file' if path.exists() else 'does not exist'}")
+            _check_external_data(path)
+        except OSError as error:  # may not be read, or not be looked at
+            raise ModelFileError(f"model {path} cannot be read: {error.strerror or error}") from error
         return path
     if isinstance(model, bytes | bytearray):
         return bytes(model)

@@ -12,6 +12,7 @@ BACKENDS = ("onnxruntime", "python")
 DEVICES = ("cpu", "gpu")
 # ModelConfig's optimization.graph.level for Triton's onnxruntime backend; None is its default, everything on
 GRAPH_LEVELS: dict[str, int | None] = {"all": None, "extended": 1, "basic": -1, "none": 2}
+_LARGEST = 2**31 - 1  # of an int32, as config.pbtxt has them
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -101,3 +102,5 @@ def _at_least(name: str, value: int | None, minimum: int) -> None:
         raise ArgumentTypeError(f"{name} is {value!r} ({type(value).__name__}), expected an integer")
     if value < minimum:
         raise ServingConfigError(f"{name} is {value}, expected at least {minimum}")
+    if value > _LARGEST:
+        raise ServingConfigError(f"{name} is {value}, expected at most {_LARGEST}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
+import math
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ..errors import ArgumentTypeError, OutputPathError
+from ..errors import ArgumentTypeError
+from ..files import make_folder
 from ..integrations.onnx_export import export
 from ..runtime.session import GradientSession
 from .comparison import LossCurves, train_with_pytorch
@@ -67,21 +70,36 @@ def load_module(name: str) -> torch.nn.Module:
     """``"package.module:Name"``: a torch.nn.Module, or a class or function that gives one when called.
 
     Raises:
-        ArgumentTypeError: no such module or name, or it gives something else.
+        ArgumentTypeError: no such module or name, the module or what makes the network raises an error, or it gives
+            something else.
     """
     place, separator, attribute = name.partition(":")
-    if not separator or not place or not attribute:
-        raise ArgumentTypeError(f"module is {name!r}, expected package.module:Name")
+    if not separator or not place or not attribute or place.startswith("."):
+        raise ArgumentTypeError(f"module is {name!r}, expected package.module:Name, from the top package on")
     try:
         found = importlib.import_module(place)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ArgumentTypeError(f"module {name!r} cannot be imported: {error}") from error
-    made: Any = found if isinstance(found, torch.nn.Module) else found() if callable(found) else found
+    except Exception as error:  # whatever a module of the user's raises
+        raise ArgumentTypeError(f"module {name!r} cannot be imported: {_described(error)}") from error
+    made: Any = found
+    if callable(found) and not isinstance(found, torch.nn.Module):
+        try:
+            made = found()
+        except Exception as error:
+            raise ArgumentTypeError(
+                f"module {name!r} gives no network when it is called without arguments: {_described(error)}"
+            ) from error
     if not isinstance(made, torch.nn.Module):
         raise ArgumentTypeError(f"module {name!r} is a {type(made).__name__}, expected a torch.nn.Module")
     return made
+
+
+def _described(error: Exception) -> str:
+    """The error with its kind, and the line of a file that it comes from."""
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in place)
+    return f"{type(error).__name__}: {error}" + ("" if isinstance(error, ImportError | SyntaxError) else where)
 
 
 def train(
@@ -97,7 +115,8 @@ def train(
     ``trained.safetensors`` the last state, and ``trained.onnx`` the network for inference.
 
     Raises:
-        ArgumentTypeError: fewer samples than a batch, or an unknown loss or optimizer.
+        ArgumentTypeError: fewer samples than a batch, an unknown loss or optimizer, or a learning rate that is no
+            number.
     """
     per_epoch = len(data.targets) // settings.batch_size
     if per_epoch == 0:
@@ -106,12 +125,14 @@ def train(
         )
     if settings.optimizer not in TORCH_OPTIMIZERS:
         raise ArgumentTypeError(f"optimizer is {settings.optimizer!r}, expected one of: {', '.join(TORCH_OPTIMIZERS)}")
-    make_folder(folder)
+    if not (math.isfinite(settings.learning_rate) and settings.learning_rate >= 0):
+        raise ArgumentTypeError(f"learning_rate is {settings.learning_rate}, expected a finite number, 0 or above")
     make_optimizer = lambda parameters: TORCH_OPTIMIZERS[settings.optimizer](parameters, lr=settings.learning_rate)  # noqa: E731
     module = module.train()
     loss = resolve_loss(settings.loss)
     example = tuple(torch.from_numpy(a) for a in next(data.batches(settings.batch_size, 0, settings.seed)))
     _check_data(module, loss, data, example)
+    make_folder(folder)
     export_training_step(
         module,
         settings.loss,
@@ -147,18 +168,6 @@ def train(
     if settings.compared_steps:
         _compare(result, module, loss, make_optimizer, order, evaluator, settings)
     return result
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder with its parents; an existing one is fine.
-
-    Raises:
-        OutputPathError: a file stands in its place, or it may not be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputPathError(f"output {folder} cannot be made a folder: {error.strerror or error}") from error
 
 
 def _check_data(module: torch.nn.Module, loss: Loss, data: Dataset, example: tuple[torch.Tensor, ...]) -> None:

@@ -39,6 +39,25 @@ def test_a_layer_is_measured_resumed_and_reported(tmp_path: Path, capsys: pytest
     assert "| 1 | 1 | 0 of 299 |" in capsys.readouterr().out
 
 
+def test_plots_need_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ..bench.records import example
+
+    example().save(tmp_path / "r.json")
+    (tmp_path / "file").write_text("kept")
+    for place in ("file", "file/below"):
+        assert main(["bench", "--report", str(tmp_path / "r.json"), "--plots", str(tmp_path / place)]) == 2
+        assert "cannot be made a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("option", ["--time-limit", "--max-gmac", "--foreign-cores", "--seconds"])
+def test_limits_that_are_no_numbers(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "b.json"
+    assert main(["bench", "--networks", "resnet18", option, "nan", "-o", str(output)]) == 2
+    assert option.strip("-").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
+    assert not output.exists()
+
+
 def test_plots_go_beside_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     from ..bench.records import example

@@ -86,6 +86,12 @@ def test_a_recipe_with_saved_weights_and_a_table(tmp_path: Path, capsys: pytest.
         ([NAME, "--opset", "9"], "13 to 23"),
         ([NAME, "--weights", "none.safetensors"], "cannot be read"),
         ([NAME, "--input-shape", "a,b"], "integers"),
+        ([NAME, "--input-shape", "2,3,-8,8"], "sizes of at least 1"),
+        ([NAME, "--input-shape", "2,3,8,99999999999999999999999"], "fits into memory"),
+        ([NAME, "--seed", "-1"], "--seed"),
+        ([NAME, "--seed", "99999999999999999999999"], "--seed"),
+        ([NAME, "--of", "--1"], "--1"),
+        ([NAME, "--of", "²"], "²"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_writes_nothing(

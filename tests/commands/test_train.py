@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,62 @@ def test_an_output_that_can_be_no_folder_is_refused(
     assert main(["train", "-o", str(tmp_path / folder)]) == 2
     assert "cannot be made a folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--module", "nothing:Name"],
+        ["--optimizer", "lamb"],
+        ["--loss", "dice"],
+        ["--learning-rate", "nan"],
+        ["--seed", "-1"],
+        ["--seed", "99999999999999999999999"],
+        ["--batch-size", "5000"],
+        ["--data", "none.npz"],
+    ],
+)
+def test_what_is_refused_leaves_no_folder(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "-o", str(tmp_path / "out" / "below"), *arguments]) == 2
+    assert (arguments[0] if arguments[0] == "--seed" else arguments[1]) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_array_is_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((4, 1, 8, 8), np.float32))
+    assert main(["train", "-o", str(tmp_path / "out"), "--data", str(tmp_path / "x.npy")]) == 2
+    assert "no zip archive" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "message"),
+    [
+        ("def f(:", "f", "cannot be imported: SyntaxError"),
+        ("x = 1 / 0", "x", "cannot be imported: ZeroDivisionError: division by zero (bad_module.py, line 1)"),
+        (
+            "def f():\n    raise KeyError('a')",
+            "f",
+            "gives no network when it is called without arguments: KeyError: 'a'",
+        ),
+        ("class C:\n    def __init__(self, width): pass", "C", "without arguments: TypeError"),
+        ("x = 3", "y", "has no attribute 'y'"),
+    ],
+)
+def test_modules_that_give_no_network(
+    source: str, name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad_module.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bad_module", raising=False)
+    with pytest.raises(cg.ArgumentTypeError, match=re.escape(message)):
+        load_module(f"bad_module:{name}")
+
+
+def test_a_relative_name_is_no_module() -> None:
+    with pytest.raises(cg.ArgumentTypeError, match="from the top package on"):
+        load_module(".digits:DigitsNetwork")
 
 
 def test_modules_are_found_by_dotted_name() -> None:

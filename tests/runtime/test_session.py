@@ -226,6 +226,18 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
         cg.GradientSession(3)
 
 
+def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(MODEL, path)
+
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(onnx, "load", denied)
+    with pytest.raises(cg.ModelFileError, match=r"model\.onnx cannot be read: Permission denied"):
+        cg.GradientSession(path)
+
+
 @pytest.mark.parametrize("name", [b"grad_output", b"grad_input", b"weight", b"Conv"])
 def test_names_that_are_no_utf_8_are_refused(name: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = MODEL.SerializeToString()
