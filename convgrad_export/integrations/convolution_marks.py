@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.runtime.convolution_entries import METADATA, ConvolutionEntry, described, from_text, to_text
-from convgrad_export.runtime.formula import constant_bytes, fingerprint
+from convgrad_export.runtime.formula import constant_digest, fingerprint
 
 _DOMAIN = "convgrad.marks"
 
@@ -101,7 +101,7 @@ def write_metadata(model: ir.Model, marks: Sequence[Mark]) -> None:
     def constant(name: str) -> bytes | None:
         value = values.get(name)
         tensor = None if value is None or value.is_graph_input() else value.const_value
-        return None if tensor is None else constant_bytes(int(tensor.dtype), tensor.shape.numpy(), tensor.tobytes())
+        return None if tensor is None else constant_digest(int(tensor.dtype), tensor.shape.numpy(), tensor.tobytes())
 
     for item in marks:
         if not all(values.get(value.name) is value for value in (item.result, *item.operands)):

@@ -24,7 +24,7 @@ _STANDARD = ("", "ai.onnx")
 _TENSOR, _PLAIN = 4, (1, 2, 3, 6, 7, 8)
 
 Producer = Callable[[str], "Any | None"]  # a tensor's name to its NodeProto
-Constant = Callable[[str], "bytes | None"]  # a tensor's name to what `constant_bytes` says of it
+Constant = Callable[[str], "bytes | None"]  # a tensor's name to its `constant_digest`
 
 
 def fingerprint(entry: ConvolutionEntry, opset: int, producer: Producer, constant: Constant) -> str | None:
@@ -53,7 +53,7 @@ def fingerprint(entry: ConvolutionEntry, opset: int, producer: Producer, constan
             found = constant(name)
             if found is None:
                 return None
-            digests[name] = _hash(b"constant", found)
+            digests[name] = found
             continue
         if missing := [read for read in node.input if read not in digests]:
             nodes += 1
@@ -70,19 +70,19 @@ def fingerprint(entry: ConvolutionEntry, opset: int, producer: Producer, constan
     return _hash(str(opset).encode(), digests[entry.result]).hex()[:32]
 
 
-def constant_bytes(dtype: int, shape: Sequence[int], content: bytes) -> bytes | None:
+def constant_digest(dtype: int, shape: Sequence[int], content: bytes) -> bytes | None:
     """What a fingerprint holds of a constant; `content` as TensorProto.raw_data has it. None for strings."""
-    return None if dtype == _STRING else f"{dtype} {list(shape)} ".encode() + content
+    return None if dtype == _STRING else _hash(b"constant", f"{dtype} {list(shape)}".encode(), content)
 
 
-def tensor_bytes(tensor: Any) -> bytes | None:
+def tensor_digest(tensor: Any) -> bytes | None:
     """The same of a TensorProto; None where its values lie in another file, or are strings."""
     from onnx import numpy_helper
 
     if tensor.external_data or tensor.data_type == _STRING:
         return None
     content = tensor.raw_data if tensor.HasField("raw_data") else numpy_helper.to_array(tensor).tobytes()
-    return constant_bytes(tensor.data_type, tensor.dims, content)
+    return constant_digest(tensor.data_type, tensor.dims, content)
 
 
 def _hash(*parts: bytes) -> bytes:
@@ -102,10 +102,10 @@ def _described(node: Any) -> list[bytes] | None:
         if attribute.ref_attr_name:
             return None
         if attribute.type == _TENSOR:
-            content = tensor_bytes(attribute.t)
-            if content is None:
+            digest = tensor_digest(attribute.t)
+            if digest is None:
                 return None
-            parts += [_encoded(attribute.name), content]
+            parts += [_encoded(attribute.name), digest]
         elif attribute.type in _PLAIN:
             if attribute.doc_string:
                 copy = type(attribute)()
@@ -148,7 +148,7 @@ def _formulas(model: Any) -> Callable[[ConvolutionEntry], str | None]:
 
     @functools.cache
     def constant(name: str) -> bytes | None:
-        return tensor_bytes(constants[name]) if name in constants else None
+        return tensor_digest(constants[name]) if name in constants else None
 
     return lambda entry: fingerprint(entry, opset, makers.get, constant)
 
