@@ -112,8 +112,8 @@ def export_training_step(
             those that are frozen, or that a torch.optim instance does not hold, add nothing to the norm.
         max_grad_value: clamp each element of these gradients to this magnitude, before the norm is taken.
         gradient_accumulation: number of calls whose gradients are averaged before they are clipped and each update.
-        return_outputs: also return the forward's outputs; one that would be called as something else is, ``loss`` for
-            example, gets ``output.`` put before its name.
+        return_outputs: also return the forward's outputs. ``output.`` is put before a name that something else has,
+            ``loss`` or an input.
         opset_version: 13 to 23.
         verify: run three steps beside float64 eager PyTorch before anything is written.
         lowering, provider, threads, max_error_factor: as in `convgrad_export.export`.
