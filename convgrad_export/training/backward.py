@@ -41,7 +41,7 @@ def gradients(value: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         value: 0-d.
-        wanted: from `leaves`.
+        wanted: from `leaves`, or a module's own parameters.
     """
     # torch.autograd.grad would leave the active torch function modes, and a recomputed dropout has to stay in them. It
     # ends in this call: keep no graph, build none, allow tensors that are not reached, and return the gradients.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .backward import gradients
 from .losses import Loss
 from .randomness import SeededRandomness
 
@@ -51,6 +52,7 @@ def train_with_pytorch(
     """Losses and the trained copy of `module`; oneDNN is off in float64, as in every reference of this package."""
     own = copy.deepcopy(module).to(dtype).train()
     optimizer = make_optimizer(own.parameters())
+    parameters = {name: tensor for name, tensor in own.named_parameters() if tensor.requires_grad}
     losses = []
     default = torch.get_default_dtype()
     with warnings.catch_warnings():
@@ -62,10 +64,13 @@ def train_with_pytorch(
                     *inputs, target = (torch.from_numpy(array) for array in arrays)
                     inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
                     target = target.to(dtype) if target.is_floating_point() else target
+                    optimizer.zero_grad()
                     with SeededRandomness(torch.tensor(seed), torch.tensor(step)):
                         value = loss.call(own(*inputs), target)
-                    optimizer.zero_grad()
-                    value.backward()
+                        # in here for parts that are computed again, and not by value.backward(), which leaves the mode
+                        found = gradients(value, parameters)
+                    for name, gradient in found.items():
+                        parameters[name].grad = gradient
                     optimizer.step()
                     losses.append(value.item())
         finally:

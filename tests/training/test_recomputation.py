@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import convgrad_export as cg
 from convgrad_export.training import artifacts
 from convgrad_export.training.api import CheckpointState, Module, Optimizer
+from convgrad_export.training.comparison import train_with_pytorch
+from convgrad_export.training.losses import resolve_loss
 from convgrad_export.training.randomness import SeededRandomness
 
 from .parity import assert_same_training, batches
@@ -66,6 +68,24 @@ def test_dropout_is_the_same_in_both_calls() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
     for name, value in states[0].items():
         np.testing.assert_allclose(value, states[1][name], rtol=1e-10, err_msg=name)
+
+
+def test_pytorchs_own_training_draws_the_same_numbers() -> None:
+    loss, data = resolve_loss("cross_entropy"), [(x.numpy(), y.numpy()) for x, y in batches(3)]
+    found = [
+        train_with_pytorch(
+            Recomputing(nn.Dropout(0.5), recompute),
+            loss,
+            lambda p: torch.optim.SGD(p, lr=0.5),
+            data,
+            seed=3,
+            dtype=torch.float64,
+        )
+        for recompute in (True, False)
+    ]
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+    for name, value in found[0][1].state_dict().items():
+        torch.testing.assert_close(value, found[1][1].state_dict()[name], rtol=1e-10, atol=1e-12)
 
 
 def test_generators_are_given_back() -> None:
