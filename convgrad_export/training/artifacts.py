@@ -217,6 +217,10 @@ def _frozen(
         raise ArgumentTypeError(f"requires_grad and frozen_params both name {', '.join(sorted(both))}")
     frozen = list(frozen_params or ())
     if requires_grad is not None:
+        if fixed := [name for name in requires_grad if not module.get_parameter(name).requires_grad]:
+            raise ArgumentTypeError(
+                f"requires_grad names {', '.join(fixed)}, which the module itself freezes: call requires_grad_() on it"
+            )
         frozen += [name for name in names if name not in requires_grad]
     return frozen
 

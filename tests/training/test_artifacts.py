@@ -320,6 +320,13 @@ def test_arguments_under_names_of_the_models_are_refused(name: str, tmp_path: Pa
         write(tmp_path, Scaled(), args=(x, torch.ones(6, 1), y))
 
 
+def test_parameters_that_the_module_freezes_cannot_be_asked_for(tmp_path: Path) -> None:
+    model = network()
+    model[7].bias.requires_grad_(False)
+    with pytest.raises(cg.ArgumentTypeError, match=r"requires_grad names 7\.bias, which the module itself freezes"):
+        write(tmp_path, model, requires_grad=["7.weight", "7.bias"])
+
+
 def test_wrong_calls_are_refused(tmp_path: Path) -> None:
     write(tmp_path)
     _, module, optimizer = load(tmp_path)
