@@ -1,0 +1,110 @@
+"""What `export_training_step` makes of a module, a batch and options: refusals, and the names of inputs and outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import convgrad_export as cg
+
+from .parity import Named, batches, small_network
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (lambda x, y: (x,), {}, "target"),
+        (lambda x, y: (x, y, y), {}, "does not take"),
+        (lambda x, y: (x, 3), {}, "int"),
+        (lambda x, y: (x, y), {"frozen": ["nothing"]}, "frozen"),
+        (lambda x, y: (x, y), {"frozen": "0"}, "sequence"),
+        (lambda x, y: (x, y), {"frozen": ["0", "1", "3", "5", "7"]}, "no parameter left"),
+        (lambda x, y: (x, y), {"gradient_accumulation": 0}, "at least 1"),
+        (lambda x, y: (x, y), {"max_grad_norm": -1.0}, "above 0"),
+        (lambda x, y: (x, y), {"dynamic_shapes": {"image": {0: "batch"}}}, "image"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: Any, options: dict[str, Any], message: str) -> None:
+    x, y = batches(1, torch.float32)[0]
+    with pytest.raises(cg.ConvGradError, match=message):
+        cg.export_training_step(small_network(torch.float32), "cross_entropy", "sgd", arguments(x, y), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("loss", {}),
+        ("learning_rate", {}),
+        ("seed", {}),
+        ("step", {}),
+        ("micro_step", {"gradient_accumulation": 2}),
+        ("gradient_norm", {"max_grad_norm": 1.0}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_names_that_the_step_uses_are_refused(name: str, options: dict[str, Any], kind: str) -> None:
+    batch = batches(1, torch.float32)[0]
+    with pytest.raises(cg.ArgumentTypeError, match=f"Named.*{name}.*rename"):
+        cg.export_training_step(Named(name, kind), "cross_entropy", "sgd", batch, **options)
+
+
+class Mapped(nn.Module):
+    """Scores, and what transformers' models put beside them."""
+
+    def __init__(self, **others: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scores, self.others = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), others
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        scores = self.scores(x)
+        others = {name: 2 * scores.mean() if value else None for name, value in self.others.items()}
+        return {**others, "logits": scores}
+
+
+@pytest.mark.parametrize(
+    ("others", "names"),
+    [
+        ({"loss": True}, {"output.loss", "logits"}),
+        ({"loss": None, "hidden": None}, {"logits"}),
+        ({"x": True, "output.x": True, "gradient_norm": True}, {"output.output.x", "output.x", "output.gradient_norm"}),
+    ],
+)
+def test_outputs_have_names_of_their_own(others: dict[str, Any], names: set[str]) -> None:
+    def loss(output: dict[str, Any], target: Tensor) -> Tensor:
+        return functional.cross_entropy(output["logits"], target)
+
+    module, (x, y) = Mapped(**others), batches(1, torch.float32)[0]
+    report = cg.export_training_step(module, loss, "sgd", (x, y), return_outputs=True, max_grad_norm=100.0)
+    result = cg.TrainingSession(report.model, report.state).step(x, y)
+    assert set(result) == {"loss", "gradient_norm", "logits"} | names
+    scores = module(x)["logits"].detach()
+    assert result["loss"] == pytest.approx(functional.cross_entropy(scores, y).item(), rel=1e-5)
+    np.testing.assert_allclose(result["logits"], scores, rtol=1e-4, atol=1e-5)
+    for name in names - {"logits"}:
+        assert result[name] == pytest.approx(2 * scores.mean().item(), rel=1e-4, abs=1e-6)
+
+
+def test_a_module_without_shapes_is_refused() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.LazyLinear(5))
+    with pytest.raises(cg.ArgumentTypeError, match=r"1\.weight, 1\.bias: call it on a batch first"):
+        cg.export_training_step(module, "cross_entropy", "sgd", batches(1, torch.float32)[0])
+
+
+def test_random_numbers_that_no_seed_can_give_are_refused() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) + torch.randn_like(x)
+
+    batch = (torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
+    with pytest.raises(cg.UnsupportedOperatorError, match="randn"):
+        cg.export_training_step(Noisy(), "mse", "sgd", batch)
