@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from types import ModuleType
 from typing import Any
 
@@ -39,6 +39,8 @@ class CallArguments:
             args = (args,)
         if not isinstance(args, (list, tuple)):
             raise ArgumentTypeError(f"args is a {type(args).__name__}, expected a tuple of the forward's arguments")
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise ArgumentTypeError(f"kwargs is a {type(kwargs).__name__}, expected a dict of the forward's arguments")
         self._module = module
         self._args = tuple(args)
         self._kwargs = dict(kwargs or {})
@@ -50,6 +52,7 @@ class CallArguments:
             for path, leaf in pytree.tree_flatten_with_path(value)[0]:
                 if isinstance(leaf, torch.Tensor):
                     name = "_".join([argument, *(key_text(key) for key in path)])
+                    check_strided(name, leaf)
                     self.examples[name] = leaf
                     names.append(name)
                 else:
@@ -96,6 +99,10 @@ class CallArguments:
                     f"dynamic_shapes names {', '.join(map(repr, unknown))}; arguments: {', '.join(self._arguments)}"
                 )
         else:
+            if not isinstance(dynamic_shapes, (list, tuple)):
+                raise ArgumentTypeError(
+                    f"dynamic_shapes is {dynamic_shapes!r:.80}, expected a dict by argument or a tuple in their order"
+                )
             if len(dynamic_shapes) != len(self._arguments):
                 raise ArgumentTypeError(
                     f"dynamic_shapes has {len(dynamic_shapes)} entries for {len(self._arguments)} arguments"
@@ -192,14 +199,30 @@ def _held(value: Any, place: str, seen: set[int]) -> Iterator[str]:
 def named_tensors(
     tensors: Mapping[str, torch.Tensor], dynamic_shapes: DynamicShapes, others: Sequence[GraphInput]
 ) -> tuple[GraphInput, ...]:
-    """Plain named tensors as graph inputs, with dynamic_shapes by name or in order."""
+    """Plain named tensors as graph inputs, with dynamic_shapes by name or in order.
+
+    Raises:
+        ArgumentTypeError: One is no dense tensor, or dynamic_shapes has other names or another length.
+    """
     taken = {name for other in others for name in (other.name, *other.aliases)}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ArgumentTypeError(f"{name} is a {type(tensor).__name__}, expected a torch tensor")
+        check_strided(name, tensor)
     if dynamic_shapes is None:
         by_name: dict[str, Any] = {}
     elif isinstance(dynamic_shapes, Mapping):
         by_name = dict(dynamic_shapes)
-    else:
+        if unknown := [name for name in by_name if name not in tensors]:
+            raise ArgumentTypeError(
+                f"dynamic_shapes names {', '.join(map(repr, unknown))}, expected some of: {', '.join(tensors)}"
+            )
+    elif isinstance(dynamic_shapes, (list, tuple)) and len(dynamic_shapes) == len(tensors):
         by_name = dict(zip(tensors, dynamic_shapes, strict=True))
+    else:
+        raise ArgumentTypeError(
+            f"dynamic_shapes is {dynamic_shapes!r:.80}, expected an entry for each of: {', '.join(tensors)}"
+        )
     return tuple(
         GraphInput(
             f"{name}_input" if name in taken else name,
@@ -209,6 +232,29 @@ def named_tensors(
         )
         for name, tensor in tensors.items()
     )
+
+
+def check_strided(name: str, tensor: torch.Tensor) -> None:
+    """Refuse sparse and other layouts: an ONNX input is a dense tensor."""
+    if tensor.layout != torch.strided:
+        raise ArgumentTypeError(
+            f"{name} has the layout {tensor.layout}, expected a dense tensor: pass .to_dense() of it"
+        )
+
+
+def wrt_names(wrt: str | Sequence[str]) -> list[str]:
+    """`wrt` as a list.
+
+    Raises:
+        ArgumentTypeError: Neither a name nor a list of names.
+    """
+    names = [wrt] if isinstance(wrt, str) else wrt
+    if not isinstance(names, (Sequence, Set)) or not all(isinstance(name, str) for name in names):
+        raise ArgumentTypeError(
+            f"wrt is {wrt!r:.80}, expected 'inputs', 'parameters', or a list of these and of names: of inputs, "
+            "parameters or submodules"
+        )
+    return list(names)
 
 
 def _bind(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -240,6 +286,11 @@ def _dimension_names(name: str, tensor: torch.Tensor, spec: Any) -> dict[int, st
     """One tensor's entry of dynamic_shapes as {dimension: symbolic name}."""
     if spec is None:
         return {}
+    if not isinstance(spec, (Mapping, list, tuple)):
+        raise ArgumentTypeError(
+            f"dynamic_shapes of {name!r} is {spec!r:.80}, expected a dict from dimension to name, or a tuple with an "
+            "entry for each dimension"
+        )
     entries = spec.items() if isinstance(spec, Mapping) else enumerate(spec)
     result = {}
     for axis, dim in entries:

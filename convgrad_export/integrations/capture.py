@@ -29,7 +29,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from convgrad_export.errors import ArgumentTypeError, ConstantGradientError
-from convgrad_export.integrations.arguments import CallArguments, DynamicShapes, key_text, named_tensors
+from convgrad_export.integrations.arguments import CallArguments, DynamicShapes, key_text, named_tensors, wrt_names
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
 from convgrad_export.integrations.tracing import Decompositions, swapped_tensors, trace_function
 
@@ -283,6 +283,8 @@ def _value_inputs(
     dynamic_shapes: DynamicShapes,
     others: Sequence[GraphInput],
 ) -> tuple[GraphInput, ...]:
+    if isinstance(examples, torch.Tensor):
+        examples = (examples,)
     if names is None:
         names = []
         if value is not None and examples:
@@ -341,7 +343,7 @@ def _differentiated(
     trainable = [s.name for s in floating if s.value.requires_grad]
     result: dict[str, Literal["parameter", "user", "activation"]] = {}
     modules = dict(module.named_modules())
-    for name in [wrt] if isinstance(wrt, str) else wrt:
+    for name in wrt_names(wrt):
         if name == "parameters" and name not in parameters:
             result.update(dict.fromkeys([n for n in trainable if n not in left_out], "parameter"))
         elif name == "inputs" and name not in inputs:

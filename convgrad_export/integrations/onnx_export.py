@@ -19,6 +19,7 @@ import torch
 from convgrad_export.arguments import check_error_factor, check_threads
 from convgrad_export.errors import ArgumentTypeError, ProviderError
 from convgrad_export.integrations import saving
+from convgrad_export.integrations.arguments import wrt_names
 from convgrad_export.integrations.capture import capture, capture_gradients
 from convgrad_export.integrations.decompositions import onnx_decompositions
 from convgrad_export.integrations.finishing import BASE_OPSET, check_model, check_opset, finish
@@ -194,7 +195,7 @@ def export_gradient(
         of: The scalar. None or "sum": the sum of the output. An int: that class's score, `output[:, of].sum()`.
             "vjp": `(output * cotangent).sum()` with an additional input "cotangent". A function of the output and
             `of_args` that returns a scalar.
-        of_args: Example tensors that `of` takes after the output: additional inputs (labels).
+        of_args: Example tensors (or one) that `of` takes after the output: additional inputs (labels).
         of_arg_names: Their names; by default the function's parameter names.
         of_dynamic_shapes: Dynamic dimensions of `of_args`.
         hessian_vector: Also take "<name>.vector" and return "<name>.hvp", Hessian times vector.
@@ -250,7 +251,7 @@ def export_gradient(
             return_outputs=return_outputs,
             hessian_vector=hessian_vector,
             dynamic_shapes=dynamic_shapes,
-            unused="omit" if "parameters" in ([wrt] if isinstance(wrt, str) else wrt) else "error",
+            unused="omit" if "parameters" in wrt_names(wrt) else "error",
             decompositions=table,
         )
 

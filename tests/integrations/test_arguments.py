@@ -136,3 +136,40 @@ def test_a_steps_target_that_shares_its_name_with_an_argument_is_dynamic_by_name
     batch = (torch.randn(4, 4), labels, labels.clone())
     report = cg.export_training_step(TakesTarget(), "cross_entropy", "sgd", batch, dynamic_shapes=shapes)
     assert [report.inputs[name][0] for name in ("x", "target", "target_input")] == ["n", "n", "n"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"of_args": (np.array([0, 1]),)}, r"y is a ndarray, expected a torch tensor"),
+        ({"of_dynamic_shapes": {"bogus": {0: "n"}}}, r"names 'bogus', expected some of: y"),
+        ({"of_dynamic_shapes": ({0: "n"}, None)}, r"expected an entry for each of: y"),
+        ({"dynamic_shapes": 5}, r"dynamic_shapes is 5, expected a dict by argument"),
+        ({"dynamic_shapes": {"input": 5}}, r"dynamic_shapes of 'input' is 5, expected a dict from dimension"),
+        ({"dynamic_shapes": {"input": "n"}}, r"dynamic_shapes of 'input' is 'n', expected a dict from dimension"),
+        ({"wrt": 3}, r"wrt is 3, expected 'inputs'"),
+        ({"wrt": [torch.ones(2)]}, r"wrt is \[tensor.*expected 'inputs'"),
+        ({"kwargs": [1]}, r"kwargs is a list, expected a dict"),
+        ({"args": (torch.ones(2, 4).to_sparse(),)}, r"input has the layout torch.sparse_coo, expected a dense"),
+    ],
+)
+def test_what_is_no_argument_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, y)
+
+    labels = torch.tensor([0, 1])
+    given: dict[str, Any] = {"args": (torch.ones(2, 4),), "of": loss, "of_args": (labels,), **options}
+    with pytest.raises(ArgumentTypeError, match=message):
+        cg.export_gradient(nn.Linear(4, 3), **given)
+
+
+def test_one_tensor_may_stand_for_the_values_arguments_and_a_set_for_wrt() -> None:
+    report = cg.export_gradient(
+        nn.Linear(4, 3),
+        torch.ones(2, 4),
+        wrt={"weight"},
+        of=lambda output, y: nn.functional.cross_entropy(output, y),
+        of_args=torch.tensor([0, 1]),
+    )
+    assert list(report.inputs) == ["input", "y"]
+    assert list(report.outputs) == ["value", "weight.grad"]
