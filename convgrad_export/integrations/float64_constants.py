@@ -13,11 +13,12 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from onnxscript import evaluator
 from onnxscript import opset18 as op
+
+from convgrad_export.integrations.float64_decompositions import is_rounded
 
 _Arguments = Sequence[Any]
 
@@ -55,11 +56,6 @@ def _exact(function: Callable[..., Any]) -> Callable[..., Any]:
     return translated
 
 
-def _is_rounded(value: Any) -> bool:
-    """Whether float32 does not hold a Python number."""
-    return isinstance(value, float) and float(np.float32(value)) != value
-
-
 def _constant(value: float) -> Any:
     return op.Constant(value=ir.to_proto(ir.tensor(value, dtype=ir.DataType.DOUBLE)))
 
@@ -75,7 +71,7 @@ class _Exact(evaluator.Evaluator):
 
     def eval_function(self, function: Any, args: _Arguments, kwargs: Mapping[str, Any]) -> Any:
         given = inspect.signature(function.function).bind(*args, **kwargs)
-        rounded = [name for name, value in given.arguments.items() if _is_rounded(value)]
+        rounded = [name for name, value in given.arguments.items() if is_rounded(value)]
         if rounded and any(getattr(value, "dtype", None) == ir.DataType.DOUBLE for value in given.arguments.values()):
             attributes = [key for key, value in function.op_signature.params_map.items() if value.is_attribute()]
             given.arguments.update({key: _constant(given.arguments[key]) for key in rounded if key not in attributes})
@@ -85,10 +81,10 @@ class _Exact(evaluator.Evaluator):
     def _evaluated(
         self, name: str, args: _Arguments, kwargs: Mapping[str, Any], evaluate: Callable[[_Arguments, Any], Any]
     ) -> Any:
-        if name in ("Cast", "CastLike") and args and _is_rounded(args[0]):
+        if name in ("Cast", "CastLike") and args and is_rounded(args[0]):
             args = [_constant(args[0]), *args[1:]]
         if name == "Gemm" and args[0].dtype == ir.DataType.DOUBLE:
-            factors = {key: kwargs[key] for key in ("alpha", "beta") if _is_rounded(kwargs.get(key))}
+            factors = {key: kwargs[key] for key in ("alpha", "beta") if is_rounded(kwargs.get(key))}
             if factors:
                 return _scaled_gemm(args, {key: value for key, value in kwargs.items() if key not in factors}, factors)
         return evaluate(args, kwargs)

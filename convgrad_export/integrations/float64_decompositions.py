@@ -69,8 +69,14 @@ def _only_in_float64(target: Any) -> Callable[..., Any]:
     return decomposed
 
 
+def is_rounded(value: Any) -> bool:
+    """Whether float32 does not hold a Python number; those too large for it are among them."""
+    with np.errstate(over="ignore"):
+        return isinstance(value, float) and float(np.float32(value)) != value
+
+
 def _needs_float64(value: Any, dtype: torch.dtype | None) -> bool:
-    return dtype == torch.float64 and isinstance(value, float) and float(np.float32(value)) != value
+    return dtype == torch.float64 and is_rounded(value)
 
 
 def full(size: list[int], fill_value: Any, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:

@@ -60,6 +60,12 @@ def test_numbers_stay_in_float64(name: str) -> None:
     compare_gradients(Apply(NUMBERS[name]), (data(2, 3, 5),), tolerance=1e-13)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_numbers_beyond_float32() -> None:
+    compare_gradients(Apply(lambda x: x.masked_fill(x > 1, torch.finfo(x.dtype).min).softmax(1)), (data(4, 5),))
+    compare_gradients(Apply(lambda x: x.clamp(-1e300, 0.1) * torch.full_like(x, 1e200) * 1e-200), (data(4, 5),))
+
+
 FUNCTIONS = ("erf", "erfc", "atan", "asin", "acos", "tan", "sinh", "cosh", "asinh", "atanh", "log2", "log10")
 POINTS = torch.tensor([1e-3, 0.1, 0.5, 0.7, 0.95], dtype=torch.float64)
 
