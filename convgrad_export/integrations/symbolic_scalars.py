@@ -44,22 +44,26 @@ def scalars_to_tensors(graph: torch.fx.Graph) -> None:
         if not any(symbolic):
             continue
         tensors = [a.meta["val"] for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
-        dtype = next((t.dtype for t in tensors if t.dtype != torch.bool), torch.float32)
-        if not dtype.is_floating_point:
-            continue
+        like = next((tensor for tensor in tensors if tensor.dtype != torch.bool), None)
+        if like is None or (not like.dtype.is_floating_point and any(_is_float(a) for a in node.args)):
+            continue  # the result has another type than the tensor
         with graph.inserting_before(node):
             node.args = tuple(
-                _tensor(graph, a, dtype) if found else a for a, found in zip(node.args, symbolic, strict=True)
+                _tensor(graph, a, like) if found else a for a, found in zip(node.args, symbolic, strict=True)
             )
         node.target = _TENSOR_FORM.get(node.target, node.target)
 
 
-def _tensor(graph: torch.fx.Graph, value: Any, dtype: torch.dtype) -> torch.fx.Node:
-    """A 0-d tensor of `dtype`; quotients are taken in that type, for torch.onnx divides symbolic numbers in float32."""
-    form = _ARITHMETIC.get(value.target) if isinstance(value, torch.fx.Node) else None
-    if form is not None and isinstance(value.meta.get("val"), torch.SymFloat):
-        result = graph.call_function(form, tuple(_tensor(graph, a, dtype) for a in value.args))
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.fx.Node) and isinstance(value.meta.get("val"), torch.SymFloat)
+
+
+def _tensor(graph: torch.fx.Graph, value: Any, like: torch.Tensor) -> torch.fx.Node:
+    """A 0-d tensor in the type of `like`; quotients are taken in it, for torch.onnx divides such numbers in float32."""
+    form = _ARITHMETIC.get(value.target) if _is_float(value) else None
+    if form is not None:
+        result = graph.call_function(form, tuple(_tensor(graph, a, like) for a in value.args))
     else:
-        result = graph.call_function(aten.scalar_tensor.default, (value,), {"dtype": dtype})
-    result.meta["val"] = torch.empty((), dtype=dtype, device="meta")
+        result = graph.call_function(aten.scalar_tensor.default, (value,), {"dtype": like.dtype})
+    result.meta["val"] = like.new_empty(())
     return result

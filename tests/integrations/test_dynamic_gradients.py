@@ -48,6 +48,8 @@ STATISTICS: dict[str, tuple[Callable[[Tensor], Tensor], dict[int, str]]] = {
     "var-batch": (lambda x: x.var(0), {0: "n"}),
     "var-all": (lambda x: x.var(), {0: "n", 2: "h"}),
     "minibatch-std": (lambda x: x * x.std(0).mean(), {0: "n"}),
+    "masked-by-size": (lambda x: x[:, :, :2] * (torch.arange(9) < x.shape[2]).sum() + 2 * torch.arange(6), {2: "h"}),
+    "sizes-in-integers": (lambda x: x[:, :, 0] * (torch.arange(6) * x.shape[2]) + x.shape[2] / 3, {2: "h"}),
     "scaled-by-size": (lambda x: x * (1 / x.shape[2]) + x.shape[2] / 3, {2: "h"}),
 }
 
