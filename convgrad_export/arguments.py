@@ -64,7 +64,7 @@ def check_threads(threads: Any) -> int | None:
     Raises:
         ArgumentTypeError: anything else.
     """
-    if threads is None or (isinstance(threads, int) and not isinstance(threads, bool) and threads >= 1):
+    if threads is None or (isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads < 2**31):
         return threads
     raise ArgumentTypeError(f"threads is {threads!r}, expected a number of threads, at least 1, or None for several")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,15 @@ def _from_program(path: Path, name: str | None) -> dict[str, Any]:
 
     if not zipfile.is_zipfile(path):  # torch would log a traceback first
         raise ModelFileError(f"--layer {path} is not a torch.export program, or is truncated: it is no zip archive")
+    logger = logging.getLogger("torch.export")
+    before, logger.disabled = logger.disabled, True  # it would log tracebacks
     try:
         program = torch.export.load(str(path))
     except Exception as error:  # torch raises many kinds for a foreign or truncated archive
-        raise ModelFileError(f"--layer {path} is not a torch.export program: {error}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0].partition(" Please check the warnings")[0]
+        raise ModelFileError(f"--layer {path} is not a torch.export program, or is damaged: {reason}") from error
+    finally:
+        logger.disabled = before
     placeholders = {
         **program.graph_signature.inputs_to_parameters,
         **program.graph_signature.inputs_to_buffers,

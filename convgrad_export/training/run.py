@@ -96,10 +96,12 @@ def load_module(name: str) -> torch.nn.Module:
 
 
 def _described(error: Exception) -> str:
-    """The error with its kind, and the line of a file that it comes from."""
-    place = traceback.extract_tb(error.__traceback__)[-1:]
-    where = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in place)
-    return f"{type(error).__name__}: {error}" + ("" if isinstance(error, ImportError | SyntaxError) else where)
+    """The error with its kind, and the line of another file than this that it comes from."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    silent = frame.filename == __file__ or isinstance(error, ImportError | SyntaxError)
+    return f"{type(error).__name__}: {error}" + (
+        "" if silent else f" ({Path(frame.filename).name}, line {frame.lineno})"
+    )
 
 
 def train(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,16 @@ def test_layer_files_that_cannot_be_read_are_refused(name: str, tmp_path: Path, 
     assert main(["build", "conv2d_weight", "--layer", str(path), "-o", str(tmp_path / "x.onnx")]) == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert name in message
+
+
+def test_an_archive_that_is_no_program_is_refused_in_one_line(tmp_path: Path, capfd) -> None:
+    """torch logs a traceback of its own."""
+    path = tmp_path / "bogus.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x", "y")
+    assert main(["build", "conv2d_weight", "--layer", str(path), "-o", str(tmp_path / "x.onnx")]) == 2
+    (message,) = capfd.readouterr().err.splitlines()
+    assert "bogus.pt2 is not a torch.export program" in message
 
 
 class RunsCode:

@@ -153,7 +153,7 @@ def test_a_single_array_is_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixt
             "f",
             "gives no network when it is called without arguments: KeyError: 'a'",
         ),
-        ("class C:\n    def __init__(self, width): pass", "C", "without arguments: TypeError"),
+        ("class C:\n    def __init__(self, width): pass", "C", "missing 1 required positional argument: 'width'"),
         ("x = 3", "y", "has no attribute 'y'"),
     ],
 )

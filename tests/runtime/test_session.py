@@ -130,6 +130,7 @@ def test_a_callers_session_options_stay_as_they_were(capfd: pytest.CaptureFixtur
     [
         ({"threads": "a"}, "threads is 'a', expected a number"),
         ({"threads": -1}, "threads is -1, expected a number"),
+        ({"threads": 10**23}, "threads is 1000000"),
         ({"threads": True}, "threads is True, expected a number"),
         ({"session_options": 3}, r"session_options is a int, expected an onnxruntime\.SessionOptions"),
     ],
