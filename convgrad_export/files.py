@@ -35,7 +35,9 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
             raise OutputPathError(f"output {target} is a pipe, a socket or a device, expected the name of a file")
         if os.path.lexists(target) and not overwrite:
             what = "exists already" if target.exists() else f"is a link to {os.readlink(target)}, which does not exist"
-            raise OutputExistsError(f"output {target} {what}; give another name or allow overwriting it")
+            raise OutputExistsError(
+                f"output {target} {what}; give another name, or overwrite it (overwrite=True, --overwrite)"
+            )
         folder = written_file(target).parent
         if not folder.is_dir():
             raise OutputPathError(f"output {target}: the folder {folder} does not exist")

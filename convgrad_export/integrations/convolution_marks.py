@@ -8,7 +8,7 @@ the marks are taken out, and what they stood at goes into the metadata (`runtime
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,5 +111,19 @@ def write_metadata(model: ir.Model, marks: Sequence[Mark]) -> None:
         formula = fingerprint(entry, opset, producer, constant)
         if formula is not None:
             entries.append(replace(entry, formula=formula))
+    if entries:
+        model.metadata_props[METADATA] = to_text(entries)
+
+
+def rename_in_metadata(model: ir.Model, renamed: Mapping[str, str]) -> None:
+    """Let the entries follow tensors that have new names; a formula's fingerprint holds no names."""
+    entries = [
+        replace(
+            entry,
+            result=renamed.get(entry.result, entry.result),
+            operands=tuple(renamed.get(name, name) for name in entry.operands),
+        )
+        for entry in from_text(model.metadata_props.get(METADATA))
+    ]
     if entries:
         model.metadata_props[METADATA] = to_text(entries)

@@ -21,6 +21,7 @@ from convgrad_export.errors import ArgumentTypeError, ProviderError
 from convgrad_export.integrations import saving
 from convgrad_export.integrations.arguments import wrt_names
 from convgrad_export.integrations.capture import capture, capture_gradients
+from convgrad_export.integrations.convolution_marks import rename_in_metadata
 from convgrad_export.integrations.decompositions import onnx_decompositions
 from convgrad_export.integrations.finishing import BASE_OPSET, check_model, check_opset, finish
 from convgrad_export.integrations.half_widening import widen_half
@@ -377,6 +378,7 @@ def _rename(model: ir.Model, settings: _Settings, report: ExportReport) -> None:
         renamed = {value.name: name for value, name in zip(values, names, strict=True)}
         for value, name in zip(values, names, strict=True):
             value.name = name
+        rename_in_metadata(model, renamed)
         report.errors = {renamed.get(name, name): error for name, error in report.errors.items()}
     report.inputs, report.outputs = describe(model)["inputs"], describe(model)["outputs"]
 

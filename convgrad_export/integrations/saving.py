@@ -7,8 +7,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from convgrad_export.errors import ArgumentTypeError, OutputExistsError, OutputPathError
-from convgrad_export.files import temporary_folder
+from convgrad_export.errors import ArgumentTypeError, OutputPathError
+from convgrad_export.files import check_output, temporary_folder, written_file
 from convgrad_export.integrations.report import weight_bytes
 
 # protobuf refuses messages above 2 GB; well below it, a file of its own already loads faster (it can be mapped).
@@ -16,19 +16,14 @@ EXTERNAL_DATA_ABOVE = 2**30
 
 
 def check_path(path: str | os.PathLike[str], overwrite: bool) -> Path:
-    """Refuse what could not be written in the end, before any work is done."""
+    """Refuse what could not be written in the end, before any work is done; a link is followed to the file it names."""
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentTypeError(f"path is {path!r:.80}, expected the name of a file to write, or None")
-    target = Path(path)
-    if target.is_dir():
-        raise OutputPathError(f"{target} is a directory, expected the name of a file to write")
-    if not target.parent.is_dir():
-        raise OutputPathError(f"{target.parent} does not exist: create it, or write elsewhere")
-    if not os.access(target.parent, os.W_OK):
-        raise OutputPathError(f"{target.parent} cannot be written to")
-    existing = [p for p in (target, _data_path(target)) if p.exists()]
-    if existing and not overwrite:
-        raise OutputExistsError(f"{existing[0]} exists already; pass overwrite=True to replace it")
+    target = check_output(path, overwrite=overwrite)
+    file = written_file(target)
+    check_output(_data_path(file), overwrite=overwrite)
+    if not os.access(file.parent, os.W_OK):
+        raise OutputPathError(f"output {target}: the folder {file.parent} cannot be written to")
     return target
 
 
@@ -48,6 +43,7 @@ def save(
     """
     weights = weight_bytes(model)
     external = weights > external_data_above if external_data is None else external_data
+    path = written_file(path)  # its weights lie beside the file itself, not beside a link to it
     data = _data_path(path)
     with temporary_folder(path.parent) as folder:
         ir.save(model, folder / path.name, external_data=data.name if external else None)

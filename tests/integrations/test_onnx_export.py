@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.numpy_helper
+import onnx_ir
 import pytest
 import torch
 from torch import Tensor, nn
 
 import convgrad_export as cg
 from convgrad_export.integrations import verification
+from convgrad_export.runtime.convolution_entries import METADATA, from_text
+from convgrad_export.runtime.formula import intact
 
 from .gradient_modules import FORMS, AutogradGrad, FuncVjp, image
 from .test_capture import CachedGradient
@@ -74,10 +77,47 @@ def test_external_data_and_overwriting(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["big.onnx"]
 
 
+def test_links_are_written_through_with_their_weights(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    link = tmp_path / "model.onnx"
+    link.symlink_to(tmp_path / "store" / "v1.onnx")
+    module = nn.Conv2d(3, 64, 5)
+    with pytest.raises(cg.OutputExistsError, match="does not exist"):
+        cg.export_gradient(module, (image(),), link)
+    cg.export_gradient(module, (image(),), link, external_data_above=1000, overwrite=True)
+    assert link.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["model.onnx", "store"]
+    assert sorted(os.listdir(tmp_path / "store")) == ["v1.onnx", "v1.onnx.data"]
+    assert cg.GradientSession(link.resolve()).run({"input": image()})["input.grad"].shape == image().shape
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_pipes_are_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(cg.OutputPathError, match="pipe"):
+        cg.export(AutogradGrad(), (image(),), tmp_path / "pipe", overwrite=True)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_the_metadata_follows_new_names() -> None:
+    class Depthwise(nn.Module):
+        def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return nn.functional.conv2d(x, weight, padding=1, groups=16)
+
+    inputs = torch.randn(2, 16, 6, 7), torch.randn(16, 1, 3, 3)
+    plain = cg.export_gradient(Depthwise(), inputs)
+    names = {"input_names": ["picture", "kernel"], "output_names": ["loss", "slope", "change"]}
+    named = cg.export_gradient(Depthwise(), inputs, **names)
+    before, after = (from_text(report.model.metadata_props[METADATA]) for report in (plain, named))
+    assert [(entry.kind, entry.formula) for entry in after] == [(entry.kind, entry.formula) for entry in before]
+    assert {"kernel", "picture", "slope", "change"} <= {n for e in after for n in (e.result, *e.operands)}
+    assert intact(onnx_ir.to_proto(named.model), after) == after
+
+
 def test_unwritable_places_are_found_first(tmp_path: Path) -> None:
     with pytest.raises(cg.OutputPathError, match="does not exist"):
         cg.export(AutogradGrad(), (image(),), tmp_path / "missing" / "m.onnx")
-    with pytest.raises(cg.OutputPathError, match="is a directory"):
+    with pytest.raises(cg.OutputPathError, match="is a folder"):
         cg.export(AutogradGrad(), (image(),), tmp_path)
     with pytest.raises(cg.ArgumentTypeError, match="13 to 23"):
         cg.export(AutogradGrad(), (image(),), opset_version=12)
