@@ -375,7 +375,7 @@ def _rename(model: ir.Model, settings: _Settings, report: ExportReport) -> None:
             raise ArgumentTypeError(
                 f"{what} is {list(names)}, expected {len(values)} different names for {[v.name for v in values]}"
             )
-        renamed = {value.name: name for value, name in zip(values, names, strict=True)}
+        renamed = {str(value.name): name for value, name in zip(values, names, strict=True)}
         for value, name in zip(values, names, strict=True):
             value.name = name
         rename_in_metadata(model, renamed)

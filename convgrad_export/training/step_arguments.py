@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from ..errors import ArgumentTypeError
 from ..integrations.arguments import CallArguments
@@ -64,10 +63,6 @@ def trainable_parameters(module: torch.nn.Module, frozen: Sequence[str]) -> dict
     if isinstance(frozen, str):
         raise ArgumentTypeError(f"frozen is {frozen!r}, expected a sequence of names")
     parameters = dict(module.named_parameters())
-    if lazy := [name for name, tensor in parameters.items() if is_lazy(tensor)]:
-        raise ArgumentTypeError(
-            f"{type(module).__name__} has parameters without a shape, {', '.join(lazy)}: call it on a batch first"
-        )
     modules = {name for name, _ in module.named_modules() if name}
     every_name = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     unknown = [name for name in frozen if name not in every_name and name not in modules]

@@ -90,12 +90,6 @@ def test_outputs_have_names_of_their_own(others: dict[str, Any], names: set[str]
         assert result[name] == pytest.approx(2 * scores.mean().item(), rel=1e-4, abs=1e-6)
 
 
-def test_a_module_without_shapes_is_refused() -> None:
-    module = nn.Sequential(nn.Flatten(), nn.LazyLinear(5))
-    with pytest.raises(cg.ArgumentTypeError, match=r"1\.weight, 1\.bias: call it on a batch first"):
-        cg.export_training_step(module, "cross_entropy", "sgd", batches(1, torch.float32)[0])
-
-
 def test_random_numbers_that_no_seed_can_give_are_refused() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
