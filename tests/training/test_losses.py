@@ -210,7 +210,7 @@ def test_class_indices_of_other_types_are_refused(loss: Any, dtype: torch.dtype)
 
 def test_what_pytorch_says_about_a_batch_is_passed_on() -> None:
     x, y = batches(1)[0]
-    with pytest.raises(cg.ArgumentTypeError, match=r"PyTorch refuses.*Long or Byte, but got Int"):
+    with pytest.raises(cg.VerificationError, match=r"fails in PyTorch.*Long or Byte, but got Int"):
         cg.export_training_step(small_network(), lambda o, t: functional.cross_entropy(o, t), "sgd", (x, y.int()))
 
 
