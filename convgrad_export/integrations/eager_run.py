@@ -87,7 +87,7 @@ def run_eagerly(
         VerificationError: The function does not run on these inputs at all.
     """
     try:
-        return EagerRun(_run(program, inputs, dtype, amount, seed))
+        return EagerRun(_run(program, inputs, None if is_double(program) else dtype, amount, seed))
     except Exception as refused:
         refusal = _described(refused)
     try:
@@ -139,6 +139,17 @@ def _run(
     finally:
         torch.set_default_dtype(default)
     return {output.spec.name: output.tensor.detach() for output in outputs}
+
+
+def is_double(program: CapturedProgram) -> bool:
+    """Whether all parameters are float64, or the inputs where there are no parameters.
+
+    Such a module runs as it is: what it keeps in float32, be it a tensor made of Python numbers alone
+    (``torch.where(mask, 0.3, 0.1)``), is float32 in the export too.
+    """
+    floats = [spec for spec in program.inputs if spec.value.is_floating_point()]
+    deciding = [spec for spec in floats if spec.kind == "parameter"] or [s for s in floats if s.kind == "user"]
+    return bool(deciding) and all(spec.value.dtype == torch.float64 for spec in deciding)
 
 
 def perturbed(tensor: torch.Tensor, amount: float, seed: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ import onnx_ir as ir
 import torch
 
 from convgrad_export.errors import DynamicShapeError, VerificationError
-from convgrad_export.integrations.eager_run import eager, run_eagerly
+from convgrad_export.integrations.eager_run import eager, is_double, run_eagerly
 from convgrad_export.integrations.eager_run import (
     perturbed as perturbed,
 )  # read here by the training steps' verification
@@ -94,9 +94,7 @@ def precision_of(program: CapturedProgram) -> Precision:
     for half in (torch.bfloat16, torch.float16):
         if half in dtypes:
             return _HALF[half]
-    deciding = [spec for spec in floats if spec.kind == "parameter"] or [s for s in floats if s.kind == "user"]
-    double = bool(deciding) and all(spec.value.dtype == torch.float64 for spec in deciding)
-    return DOUBLE if double and torch.float32 not in _computed_in(program) else SINGLE
+    return DOUBLE if is_double(program) and torch.float32 not in _computed_in(program) else SINGLE
 
 
 def _computed_in(program: CapturedProgram) -> set[torch.dtype]:

@@ -102,6 +102,15 @@ def test_float32_models_do_not_change() -> None:
     assert {item.data_type for item in proto.graph.initializer} <= {1, 7}
 
 
+def test_tensors_made_of_numbers_alone_stay_in_the_default_type() -> None:
+    x = data(3, 4)
+    for forward in (lambda x: x * torch.where(x > 0, 0.3, 0.1), lambda x: x * (torch.arange(4) * 0.3)):
+        module = Apply(forward)
+        report = cg.export(module, (x,))
+        (actual,) = cg.GradientSession(report.model).run({"x": x}).values()
+        torch.testing.assert_close(torch.as_tensor(actual), module(x), rtol=1e-15, atol=0)
+
+
 CONVOLUTIONS: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
     "plain": ((2, 4, 9, 8), lambda: nn.Conv2d(4, 6, 3, padding=1)),
     "strided": ((2, 4, 9, 8), lambda: nn.Conv2d(4, 6, (3, 2), (2, 3), (1, 0), groups=2)),
