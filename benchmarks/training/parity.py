@@ -55,15 +55,6 @@ def _moved(module: nn.Module, amount: float, seed: int) -> nn.Module:
     return own
 
 
-def _with_exact_hardsigmoid(module: nn.Module) -> nn.Module:
-    """A copy for PyTorch's runs: its own float64 kernel multiplies with 1/6 in float32, which is off by 1e-8."""
-    own = copy.deepcopy(module)
-    for part in own.modules():
-        if isinstance(part, nn.Hardsigmoid):
-            part.forward = lambda x: torch.clamp(x + 3, 0, 6) / 6  # type: ignore[method-assign]
-    return own
-
-
 def _state(module: nn.Module) -> State:
     return {name: value.detach().double().numpy().copy() for name, value in module.state_dict().items()}
 
@@ -90,7 +81,6 @@ def compare(network: TrainedNetwork, dtype: torch.dtype = torch.float32, steps: 
     del session
 
     def pytorch(start: nn.Module, kind: torch.dtype) -> tuple[list[float], State]:
-        start = _with_exact_hardsigmoid(start)
         values, trained = train_with_pytorch(start, loss, make_optimizer, arrays, seed=SEED, dtype=kind)
         return values, _state(trained)
 

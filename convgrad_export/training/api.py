@@ -45,7 +45,6 @@ class Module:
         self._eval_path, self._device, self._options = eval_model_uri, device, session_options
         self._eval = None if eval_model_uri is None else GradientSession(eval_model_uri, providers=device)
         self._reset = True
-        self._calls = 0
         self.seed = 0
         sessions = [self._train, *([self._eval] if self._eval else [])]
         for session in sessions:
@@ -91,7 +90,7 @@ class Module:
             elif name == "seed":
                 feeds[name] = np.array(self.seed, np.int64)
             elif name == "step":
-                feeds[name] = np.array(self._calls, np.int64)
+                feeds[name] = np.array(state.calls, np.int64)
             elif name.endswith(_GRADIENT) and name not in state.arrays:
                 parameter = name.removesuffix(_GRADIENT)
                 before = state.gradients.get(parameter)
@@ -114,7 +113,7 @@ class Module:
             else:
                 self._state.arrays[target] = value
         self._reset = False
-        self._calls += 1
+        self._state.calls += 1
 
     def train(self, mode: bool = True) -> Module:
         """Switch to training, or with False to evaluation."""

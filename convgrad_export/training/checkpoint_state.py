@@ -73,6 +73,7 @@ class CheckpointState:
     Attributes:
         arrays: every tensor by name. gradients: accumulated gradients by parameter name.
         trained, parameter_names: in the module's order. properties: your own numbers and texts, saved with the state.
+        calls: of the module in training mode so far; with the seed they decide what dropout draws.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], header: Mapping[str, str]) -> None:
@@ -84,6 +85,10 @@ class CheckpointState:
         self.parameter_names = [name for name in header["parameters"].split("\n") if name]
         self._header = {k: v for k, v in header.items() if not k.startswith("property.")}
         self.learning_rate = float(header.get("learning_rate", "0.001"))
+        try:
+            self.calls = int(header.get("calls", "0"))
+        except ValueError:
+            raise ModelFileError(f"the checkpoint's number of calls is {header['calls']!r}, expected digits") from None
         self.properties: dict[str, int | float | str] = {
             key.removeprefix("property."): _parsed(text) for key, text in header.items() if key.startswith("property.")
         }
@@ -107,13 +112,14 @@ class CheckpointState:
     ) -> None:
         """Write a checkpoint; an existing one is replaced when the new one is complete.
 
-        Without the optimizer's state, its tensors are written as the zeros that they start from.
+        Without the optimizer's state, its tensors and the number of calls are written as zeros, as they start.
         """
         arrays = dict(state.arrays)
         if not include_optimizer_state:
             for name in state.optimizer_names:
                 arrays[name] = np.zeros_like(arrays[name])
-        header = {**state._header, "learning_rate": repr(state.learning_rate)}
+        calls = state.calls if include_optimizer_state else 0
+        header = {**state._header, "learning_rate": repr(state.learning_rate), "calls": str(calls)}
         for key, value in state.properties.items():
             if isinstance(value, bool) or not isinstance(value, (int, float, str)):
                 raise ArgumentTypeError(f"property {key!r} is {value!r}, expected an int, a float or a str")

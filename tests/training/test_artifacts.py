@@ -196,6 +196,27 @@ def test_checkpoints_keep_parameters_properties_and_the_optimizer(with_state: bo
     assert np.array_equal(again.arrays["3.weight"], state.arrays["3.weight"]) == with_state
 
 
+@pytest.mark.parametrize("with_state", [True, False])
+def test_dropout_goes_on_where_a_checkpoint_left_it(with_state: bool, tmp_path: Path) -> None:
+    write(tmp_path, nn.Sequential(network(), nn.Dropout(0.5)))
+    state, module, _ = load(tmp_path)
+    x, y = (value.numpy() for value in batches(1, torch.float32)[0])
+    outputs = [module(x, y)[1] for _ in range(2)]
+    CheckpointState.save_checkpoint(state, tmp_path / "checkpoint", with_state)
+    outputs.append(module(x, y)[1])
+    _, again, _ = load(tmp_path)
+    dropped = [output == 0 for output in (*outputs, again(x, y)[1])]
+    assert not np.array_equal(dropped[0], dropped[2])
+    np.testing.assert_array_equal(dropped[3], dropped[2] if with_state else dropped[0])
+
+
+def test_a_damaged_number_of_calls_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    state, _, _ = load(tmp_path)
+    with pytest.raises(cg.ModelFileError, match="'many'"):
+        CheckpointState(state.arrays, {**state._header, "calls": "many"})
+
+
 def test_parameters_move_as_one_vector(tmp_path: Path) -> None:
     write(tmp_path, frozen_params=["0.weight"])
     state, module, _ = load(tmp_path)
