@@ -11,16 +11,8 @@ from torch.nn import functional
 
 import convgrad_export as cg
 
+from .gradient_modules import Apply
 from .onnx_check import compare_gradients
-
-
-class Apply(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def data(*shape: int) -> Tensor:
@@ -80,7 +72,7 @@ def test_elementary_functions(name: str) -> None:
 def test_elementary_functions_far_from_zero(name: str) -> None:
     x = torch.tensor([1.0, 1.5, 3, 5.5, 20, 1e3 if name == "atan" else 30, -1, -2.5, -5.5, -20], dtype=torch.float64)
     model = cg.export(Apply(getattr(torch, name)), (x,)).model
-    (actual,) = cg.GradientSession(model).run({"x": x}).values()
+    (actual,) = cg.GradientSession(model).run({"input": x}).values()
     torch.testing.assert_close(torch.as_tensor(actual), getattr(torch, name)(x), rtol=1e-13, atol=1e-17)
 
 
@@ -93,7 +85,7 @@ def test_atan2_in_every_quadrant() -> None:
     compare_gradients(Apply(lambda x: torch.atan2(x.sin(), x.cos())), (angles,), tolerance=1e-14)
     axes = torch.tensor([[0.0, 1, 0, -1, 0], [1.0, 0, -1, 0, 0]], dtype=torch.float64)
     module = Apply(lambda x: torch.atan2(x[0], x[1]))
-    (actual,) = cg.GradientSession(cg.export(module, (axes,), verify=False).model).run({"x": axes}).values()
+    (actual,) = cg.GradientSession(cg.export(module, (axes,), verify=False).model).run({"input": axes}).values()
     torch.testing.assert_close(torch.as_tensor(actual), module(axes), rtol=1e-15, atol=1e-15)
 
 
@@ -107,7 +99,7 @@ def test_tensors_made_of_numbers_alone_stay_in_the_default_type() -> None:
     for forward in (lambda x: x * torch.where(x > 0, 0.3, 0.1), lambda x: x * (torch.arange(4) * 0.3)):
         module = Apply(forward)
         report = cg.export(module, (x,))
-        (actual,) = cg.GradientSession(report.model).run({"x": x}).values()
+        (actual,) = cg.GradientSession(report.model).run({"input": x}).values()
         torch.testing.assert_close(torch.as_tensor(actual), module(x), rtol=1e-15, atol=0)
 
 

@@ -11,14 +11,7 @@ from torch.nn import functional
 
 import convgrad_export as cg
 
-
-class Apply(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.function(input)
+from .gradient_modules import Apply
 
 
 def data(*shape: int) -> Tensor:

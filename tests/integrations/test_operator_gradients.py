@@ -15,16 +15,8 @@ from torch.nn import functional
 
 from convgrad_export.errors import UnsupportedOperatorError
 
+from .gradient_modules import Apply
 from .onnx_check import compare_gradients
-
-
-class Apply(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def data(*shape: int, seed: int = 3) -> Tensor:

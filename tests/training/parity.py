@@ -53,6 +53,16 @@ def batches(count: int, dtype: torch.dtype = torch.float64, size: int = 6) -> li
     ]
 
 
+def train_artifacts(module: Any, optimizer: Any, data: Sequence[tuple[Tensor, ...]]) -> list[Any]:
+    """What a `training.api.Module` returns in each of as many steps as there are batches."""
+    results = []
+    for batch in data:
+        results.append(module(*(tensor.numpy() for tensor in batch)))
+        optimizer.step()
+        module.lazy_reset_grad()
+    return results
+
+
 def train_in_pytorch(
     module: nn.Module,
     loss: Callable[..., Tensor],

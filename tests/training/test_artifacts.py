@@ -18,7 +18,7 @@ import convgrad_export as cg
 from convgrad_export.training import artifacts
 from convgrad_export.training.api import CheckpointState, LinearLRScheduler, Module, Optimizer
 
-from .parity import Named, batches, small_network, train_in_pytorch
+from .parity import Named, batches, small_network, train_artifacts, train_in_pytorch
 
 
 def network() -> nn.Module:
@@ -81,14 +81,9 @@ def test_parameters_without_a_gradient_stay(tmp_path: Path) -> None:
     write(tmp_path, model)
     state, module, optimizer = load(tmp_path)
     optimizer.set_learning_rate(0.1)
-    reference = torch.optim.AdamW(eager.parameters(), lr=0.1)
-    for x, y in batches(2, torch.float32):
-        module(x.numpy(), y.numpy())
-        optimizer.step()
-        module.lazy_reset_grad()
-        reference.zero_grad()
-        functional.cross_entropy(eager(x), y).backward()
-        reference.step()
+    data = batches(2, torch.float32)
+    train_artifacts(module, optimizer, data)
+    train_in_pytorch(eager, functional.cross_entropy, torch.optim.AdamW(eager.parameters(), lr=0.1), data)
     assert_same_parameters(state, eager, rtol=1e-3)
     np.testing.assert_array_equal(state.arrays["unused.weight"], model.unused.weight.detach())
     assert state.parameters["unused.weight"].requires_grad
@@ -118,10 +113,7 @@ def test_an_optimizer_goes_on_from_the_steps_it_has_made(tmp_path: Path) -> None
     write(tmp_path, eager, optimizer=reference)
     state, module, optimizer = load(tmp_path)
     assert int(state.arrays["step"]) == 2
-    for x, y in data[2:]:
-        module(x.numpy(), y.numpy())
-        optimizer.step()
-        module.lazy_reset_grad()
+    train_artifacts(module, optimizer, data[2:])
     train_in_pytorch(eager, functional.cross_entropy, reference, data[2:])
     assert_same_parameters(state, eager, rtol=1e-3)
 
@@ -274,16 +266,9 @@ def test_an_onnx_forward_model_is_trained(tmp_path: Path) -> None:
     for name in ("1.running_mean", "1.running_var"):
         np.testing.assert_array_equal(state.arrays[name], eager.get_buffer(name))
     optimizer.set_learning_rate(0.1)
-    reference = torch.optim.SGD(eager.parameters(), lr=0.1)
-    for x, y in batches(3, torch.float32):
-        loss = module(x.numpy(), y.numpy())[0]
-        optimizer.step()
-        module.lazy_reset_grad()
-        reference.zero_grad()
-        expected = functional.cross_entropy(eager(x), y)
-        expected.backward()
-        reference.step()
-        assert loss == pytest.approx(expected.item(), rel=1e-4)
+    reference, data = torch.optim.SGD(eager.parameters(), lr=0.1), batches(3, torch.float32)
+    losses = [loss for loss, *_ in train_artifacts(module, optimizer, data)]
+    assert losses == pytest.approx(train_in_pytorch(eager, functional.cross_entropy, reference, data), rel=1e-4)
     for name in state.parameter_names:
         np.testing.assert_allclose(state.arrays[name], eager.get_parameter(name).detach(), rtol=1e-3, atol=1e-5)
 

@@ -19,7 +19,7 @@ from convgrad_export.training.comparison import train_with_pytorch
 from convgrad_export.training.losses import resolve_loss
 from convgrad_export.training.randomness import SeededRandomness
 
-from .parity import assert_same_training, batches
+from .parity import assert_same_training, batches, train_artifacts, train_in_pytorch
 
 
 class Recomputing(nn.Module):
@@ -113,14 +113,7 @@ def test_artifacts_of_a_checkpointed_module_train_as_in_pytorch(tmp_path: Path) 
     optimizer = Optimizer(tmp_path / "optimizer_model.onnx", module)
     optimizer.set_learning_rate(0.5)
     reference = torch.optim.SGD(eager.parameters(), lr=0.5)
-    for x, y in data:
-        loss = module(x.numpy(), y.numpy())[0]
-        optimizer.step()
-        module.lazy_reset_grad()
-        expected = functional.cross_entropy(eager(x), y)
-        reference.zero_grad()
-        expected.backward()
-        reference.step()
-        assert loss == pytest.approx(expected.item(), rel=1e-4)
+    losses = [loss for loss, *_ in train_artifacts(module, optimizer, data)]
+    assert losses == pytest.approx(train_in_pytorch(eager, functional.cross_entropy, reference, data), rel=1e-4)
     for name, value in eager.named_parameters():
         np.testing.assert_allclose(state.arrays[name], value.detach(), rtol=1e-3, atol=1e-5, err_msg=name)
