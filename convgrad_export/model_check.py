@@ -18,7 +18,7 @@ from .errors import ConvGradError, DTypeError, GeometryError, ModelFileError
 from .geometry import ConvGeometry
 from .lowering import LOWERINGS, compute_dtype
 from .operators import operator
-from .runtime.providers import model_metadata
+from .runtime.providers import is_onnxruntime_error, model_metadata
 from .runtime.session import GradientSession
 
 # A dynamic model that names no sizes is checked on these: a remainder on every axis with strides of 2 and 3.
@@ -139,11 +139,9 @@ def _run(
     except (GeometryError, DTypeError) as error:
         raise ModelFileError(f"{path}: the metadata does not fit the model: {error}") from error
     except Exception as error:
-        if isinstance(error, RuntimeError) or type(error).__module__.startswith(
-            "onnxruntime"
-        ):  # its classes are private
-            raise ModelFileError(f"{path} cannot be run: {error}") from error
-        raise
+        if not is_onnxruntime_error(error):
+            raise
+        raise ModelFileError(f"{path} cannot be run: {error}") from error
 
 
 def _geometry(metadata: dict[str, str], session: GradientSession, batch: int, path: Path) -> ConvGeometry:

@@ -33,7 +33,8 @@ from torch import nn
 import convgrad_export as cg
 from benchmarks.environment import environment
 from benchmarks.training.networks import BY_NAME, NETWORKS, TrainedNetwork
-from convgrad_export.integrations.verification import DOUBLE, SINGLE, SLACK, perturbed
+from convgrad_export.integrations.eager_run import perturbed
+from convgrad_export.integrations.verification import DOUBLE, SINGLE, SLACK
 from convgrad_export.training.comparison import train_with_pytorch
 from convgrad_export.training.losses import resolve_loss
 

@@ -64,7 +64,7 @@ class CallArguments:
     def inputs(self, others: Sequence[GraphInput], dynamic_shapes: DynamicShapes) -> tuple[GraphInput, ...]:
         """The tensors as graph inputs. `others` hold names that are taken ("weight" of a bare Linear)."""
         dims = self._dynamic(dynamic_shapes)
-        taken = {name for other in others for name in (other.name, *other.aliases)}
+        taken = {name for other in others for name in other.names}
         specs = []
         for name, tensor in self.examples.items():
             free = f"{name}_input" if name in taken else name
@@ -204,7 +204,7 @@ def named_tensors(
     Raises:
         ArgumentTypeError: One is no dense tensor, or dynamic_shapes has other names or another length.
     """
-    taken = {name for other in others for name in (other.name, *other.aliases)}
+    taken = {name for other in others for name in other.names}
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise ArgumentTypeError(f"{name} is a {type(tensor).__name__}, expected a torch tensor")

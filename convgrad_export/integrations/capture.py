@@ -76,7 +76,7 @@ def capture(
         with swapped_tensors(module, state, tensors):
             result = arguments.call(module, given)
         spec_holder[:] = [pytree.tree_structure(result)]
-        taken = {name for s in (*state, *user) for name in (s.name, *s.aliases)}
+        taken = {name for s in (*state, *user) for name in s.names}
         outputs = named_outputs(result, taken, output_names)
         if not outputs:
             raise ArgumentTypeError(
@@ -131,8 +131,7 @@ def capture_gradients(
         decompositions: As for `capture`.
 
     Returns:
-        Outputs in this order: "value"; the forward's outputs if asked for ("<name>_output" where another output or an
-        input has the name); activations named in `wrt`; one
+        Outputs in this order: "value"; the forward's outputs if asked for; activations named in `wrt`; one
         "<name>.grad" per differentiated tensor; "<name>.updated" for every buffer that the forward updates.
 
     Raises:
@@ -174,7 +173,7 @@ def capture_gradients(
                 )
             if hessian_vector:
                 products = _hessian_vector_products(wanted, grads, [values[s.name] for s in vectors])
-        taken = {name for s in (*state, *user, *labels, *vectors) for name in (s.name, *s.aliases)}
+        taken = {name for s in (*state, *user, *labels, *vectors) for name in s.names}
         value_name = "value" if "value" not in taken else "scalar_value"
         outputs = [TracedOutput(GraphOutput(value_name, "value"), scalar)]
         if return_outputs:
@@ -334,7 +333,7 @@ def _differentiated(
     frozen: Sequence[str],
 ) -> dict[str, Literal["parameter", "user", "activation"]]:
     """Each name to differentiate with respect to, and what it is."""
-    parameters = {alias: s.name for s in state if s.kind == "parameter" for alias in (s.name, *s.aliases)}
+    parameters = {alias: s.name for s in state if s.kind == "parameter" for alias in s.names}
     inputs = [s.name for s in user if s.value.is_floating_point()]
     if unknown := [name for name in frozen if name not in parameters]:
         raise ArgumentTypeError(f"frozen names no parameter of {type(module).__name__}: {', '.join(unknown)}")

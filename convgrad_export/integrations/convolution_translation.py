@@ -234,7 +234,7 @@ def convolution_translation(
         if known and int(input.dtype) == dtypes.onnx_code("float64") and provider == CPU:
             form = float64_convolution.scattered if transposed else float64_convolution.gathered
             return _with_bias(form(op, g, input, weight), bias, g.rank)
-        if any(extra >= s for extra, s in zip(g.output_padding, g.stride, strict=True)):
+        if g.pads_whole_strides:
             return _with_bias(dynamic.transposed_forward(op, g, input, weight), bias, g.rank)
         if not trained or transposed or not all(isinstance(size, int) for size in (*shape[1:], *weight_shape)):
             return unchanged()

@@ -36,6 +36,11 @@ class DynamicConvolution:
     def rank(self) -> int:
         return len(self.stride)
 
+    @property
+    def pads_whole_strides(self) -> bool:
+        """Whether an output padding reaches the stride, which PyTorch takes and onnxruntime refuses."""
+        return any(extra >= s for extra, s in zip(self.output_padding, self.stride, strict=True))
+
 
 def spatial_shape(op: Ops, g: DynamicConvolution, value: Value) -> Value:
     """The sizes behind batch and channels, as an INT64 vector."""
@@ -63,7 +68,7 @@ def input_gradient(
         result = op.Conv(
             grad_output, weight, strides=list(g.stride), dilations=list(g.dilation), pads=pads, group=g.groups
         )
-        if any(extra >= s for extra, s in zip(g.output_padding, g.stride, strict=True)):
+        if g.pads_whole_strides:
             result = crop_to(op, g, result, input, [0] * g.rank)
         return result
     if all(s == 1 for s in g.stride):

@@ -11,8 +11,9 @@ in its own types, and the run says so.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,20 +126,24 @@ def _run(
         if dtype is not None and tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize:
             tensor = tensor.to(dtype)
         values[spec.name] = perturbed(tensor, amount, 1000 * seed + index).requires_grad_(spec.value.requires_grad)
-    default = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype or default)
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")  # the switch talks about other hardware
-            with torch.backends.mkldnn.flags(enabled=False):
-                if dtype is None:
-                    outputs = program.function(values)
-                else:
-                    with WidenedCasts(dtype):
-                        outputs = program.function(values)
-    finally:
-        torch.set_default_dtype(default)
+    casts = contextlib.nullcontext() if dtype is None else WidenedCasts(dtype)
+    with computing_in(dtype or torch.get_default_dtype(), onednn=False), torch.enable_grad(), casts:
+        outputs = program.function(values)
     return {output.spec.name: output.tensor.detach() for output in outputs}
+
+
+@contextlib.contextmanager
+def computing_in(dtype: torch.dtype, *, onednn: bool) -> Iterator[None]:
+    """While active, `dtype` is PyTorch's default, oneDNN is on or off, and PyTorch warns of nothing."""
+    default = torch.get_default_dtype()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the oneDNN switch talks about other hardware
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.backends.mkldnn.flags(enabled=onednn):
+                yield
+        finally:
+            torch.set_default_dtype(default)
 
 
 def is_double(program: CapturedProgram) -> bool:

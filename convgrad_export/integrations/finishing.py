@@ -95,15 +95,20 @@ def _share_equal_constants(model: ir.Model, parameters: set[str]) -> None:
             del model.graph.initializers[name]
 
 
+def copied(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """Another value equal to this one, through an Identity at the end of the graph."""
+    node = ir.node("Identity", [value])
+    node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+    graph.append(node)
+    return node.outputs[0]
+
+
 def _name_outputs(graph: ir.Graph, promised: Sequence[str | None]) -> None:
     """Every output a value of its own, with the name that it had before the passes made one value of equal ones."""
     outputs: list[ir.Value] = []
     for index, (value, name) in enumerate(zip(graph.outputs, promised, strict=True)):
         if value in outputs or value.producer() is None:
-            copy = ir.node("Identity", [value])
-            copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
-            graph.append(copy)
-            graph.outputs[index] = value = copy.outputs[0]
+            graph.outputs[index] = value = copied(graph, value)
         outputs.append(value)
         value.name = name
     inner = [value for node in graph for value in node.outputs if value not in outputs]

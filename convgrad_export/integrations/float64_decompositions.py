@@ -75,13 +75,13 @@ def is_rounded(value: Any) -> bool:
         return isinstance(value, float) and float(np.float32(value)) != value
 
 
-def _needs_float64(value: Any, dtype: torch.dtype | None) -> bool:
-    return dtype == torch.float64 and is_rounded(value)
+def _needs_float64(dtype: torch.dtype | None, *values: Any) -> bool:
+    return dtype == torch.float64 and any(map(is_rounded, values))
 
 
 def full(size: list[int], fill_value: Any, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
     """The translation writes the value as float32 first: in float64, one times the value instead."""
-    if not _needs_float64(fill_value, dtype) and not options.get("exact"):
+    if not _needs_float64(dtype, fill_value) and not options.get("exact"):
         return NotImplemented
     return aten.ones.default(size, dtype=torch.float64, device=options.get("device")) * fill_value
 
@@ -95,7 +95,7 @@ def full_like(x: Tensor, fill_value: Any, *, dtype: torch.dtype | None = None, *
 
 def clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
     """The translation rounds float64 limits to float32."""
-    if not (_needs_float64(min, x.dtype) or _needs_float64(max, x.dtype)):
+    if not _needs_float64(x.dtype, min, max):
         return NotImplemented
     if min is not None:
         x = torch.maximum(x, full([], float(min), dtype=x.dtype, device=x.device, exact=True))
@@ -111,9 +111,7 @@ def scalar_tensor(value: Any, *, dtype: torch.dtype | None = None, **options: An
 
 def arange(start: Any, end: Any, step: Any = 1, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
     """The translation counts in float32 where the limits are integers and the step is not."""
-    if not (_needs_float64(start, dtype) or _needs_float64(step, dtype)) or isinstance(
-        end, (torch.SymInt, torch.SymFloat)
-    ):
+    if not _needs_float64(dtype, start, step) or isinstance(end, (torch.SymInt, torch.SymFloat)):
         return NotImplemented
     count = max(math.ceil((end - start) / step), 0)
     return torch.arange(count, device=options.get("device")).to(torch.float64) * float(step) + float(start)
@@ -121,27 +119,27 @@ def arange(start: Any, end: Any, step: Any = 1, *, dtype: torch.dtype | None = N
 
 def hardtanh(x: Tensor, min_val: Any = -1, max_val: Any = 1) -> Tensor:
     """The translation has float32 attributes for its numbers; so have those of the functions below."""
-    if not (_needs_float64(min_val, x.dtype) or _needs_float64(max_val, x.dtype)):
+    if not _needs_float64(x.dtype, min_val, max_val):
         return NotImplemented
     return x.clamp(min_val, max_val)
 
 
 def addcmul(x: Tensor, left: Tensor, right: Tensor, *, value: Any = 1) -> Tensor:
-    return x + left * value * right if _needs_float64(value, x.dtype) else NotImplemented
+    return x + left * value * right if _needs_float64(x.dtype, value) else NotImplemented
 
 
 def addcdiv(x: Tensor, numerator: Tensor, denominator: Tensor, *, value: Any = 1) -> Tensor:
-    return x + numerator / denominator * value if _needs_float64(value, x.dtype) else NotImplemented
+    return x + numerator / denominator * value if _needs_float64(x.dtype, value) else NotImplemented
 
 
 def addmv(x: Tensor, matrix: Tensor, vector: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    if not (_needs_float64(beta, x.dtype) or _needs_float64(alpha, x.dtype)):
+    if not _needs_float64(x.dtype, beta, alpha):
         return NotImplemented
     return x * beta + torch.mv(matrix, vector) * alpha
 
 
 def addbmm(x: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    if not (_needs_float64(beta, x.dtype) or _needs_float64(alpha, x.dtype)):
+    if not _needs_float64(x.dtype, beta, alpha):
         return NotImplemented
     return x * beta + torch.bmm(left, right).sum(0) * alpha
 

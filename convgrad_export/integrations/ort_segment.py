@@ -31,7 +31,6 @@ _CODES = {
     torch.float64: 11,
     torch.bfloat16: 16,
 }
-_NUMBERS = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64}
 
 
 def extract(nodes: Sequence[torch.fx.Node]) -> tuple[torch.fx.GraphModule, list[torch.fx.Node], list[torch.fx.Node]]:
@@ -101,8 +100,7 @@ class OrtSegment:
             if not type(error).__module__.startswith("onnxruntime"):
                 raise
             raise RuntimeError(str(error)) from error
-        self._reads = [value.name for value in self._session.get_inputs()]
-        self._number_types = {value.name: _NUMBERS.get(value.type) for value in self._session.get_inputs()}
+        self._types = {value.name: tensors.onnx_type(value.type)[1] for value in self._session.get_inputs()}
         self._positions = {node.name: index for index, node in enumerate(self.inputs)}
         self._writes = [value.name for value in self._session.get_outputs()]
         self._dtypes = [node.meta["val"].dtype for node in self.outputs]
@@ -117,10 +115,10 @@ class OrtSegment:
         """
         binding = self._session.io_binding()
         alive: list[Any] = []  # copies must outlive the run
-        for name in self._reads:
+        for name, dtype in self._types.items():
             value = values[self._positions[name]]
             if not isinstance(value, torch.Tensor):
-                value = np.asarray(value, dtype=self._number_types[name])
+                value = np.asarray(value, dtype=dtype)
                 binding.bind_cpu_input(name, value)
                 alive.append(value)
                 continue

@@ -35,6 +35,11 @@ class GraphInput:
     aliases: tuple[str, ...] = ()
     dynamic: Mapping[int, str] = field(default_factory=dict)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`name`, then the aliases."""
+        return self.name, *self.aliases
+
 
 @dataclass(frozen=True)
 class GraphOutput:

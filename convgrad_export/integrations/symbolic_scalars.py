@@ -13,11 +13,9 @@ import torch
 
 aten = torch.ops.aten
 
+_BY_SCALAR = ("add", "sub", "rsub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge", "masked_fill", "fill")
 _TENSOR_FORM = {
-    **{getattr(aten, name).Scalar: getattr(aten, name).Tensor for name in ("add", "sub", "rsub", "mul", "div")},
-    **{getattr(aten, name).Scalar: getattr(aten, name).Tensor for name in ("eq", "ne", "lt", "le", "gt", "ge")},
-    aten.masked_fill.Scalar: aten.masked_fill.Tensor,
-    aten.fill.Scalar: aten.fill.Tensor,
+    **{getattr(aten, name).Scalar: getattr(aten, name).Tensor for name in _BY_SCALAR},
     aten.pow.Tensor_Scalar: aten.pow.Tensor_Tensor,
     aten.pow.Scalar: aten.pow.Tensor_Tensor,
 }

@@ -99,7 +99,7 @@ def swapped_tensors(
 
     Buffers that the forward assigns anew (`self.count = self.count + 1`) are found in `tensors` afterwards.
     """
-    spread = {name: tensors[s.name] for s in state if s.name in tensors for name in (s.name, *s.aliases)}
+    spread = {name: tensors[s.name] for s in state if s.name in tensors for name in s.names}
     before = dict(spread)
     # Undone in reverse order: a submodule with two names is swapped twice, and the first swap found its own tensors.
     with stateless._reparametrize_module(module, spread, stack_weights=True):

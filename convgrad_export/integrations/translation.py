@@ -25,6 +25,7 @@ from convgrad_export.integrations.convolution_translation import (
     LoweringChoice,
     convolution_translation,
 )
+from convgrad_export.integrations.finishing import copied
 from convgrad_export.integrations.float64_constants import keep_in_float64
 from convgrad_export.integrations.half_widening import lacks_float16, widen_half
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
@@ -263,12 +264,8 @@ def _name_outputs(program: CapturedProgram, model: ir.Model, values: Mapping[str
         if not isinstance(value, ir.Value):
             raise AssertionError(f"output {spec.name} is no single value")
         name = spec.name if spec.name not in taken else f"{spec.name}_output"
-        shared = value in model.graph.outputs or value.producer() is None
-        if shared:
-            copy = ir.node("Identity", [value])
-            copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
-            model.graph.append(copy)
-            value = copy.outputs[0]
+        if value in model.graph.outputs or value.producer() is None:
+            value = copied(model.graph, value)
         clash = internal.get(name)
         if clash is not None and clash is not value and clash.name == name:  # it may be an output by now
             clash.name = f"{name}_inner"

@@ -30,9 +30,6 @@ import torch
 
 from convgrad_export.errors import DynamicShapeError, VerificationError
 from convgrad_export.integrations.eager_run import eager, is_double, run_eagerly
-from convgrad_export.integrations.eager_run import (
-    perturbed as perturbed,
-)  # read here by the training steps' verification
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
 from convgrad_export.integrations.report import OutputError, merged
 from convgrad_export.integrations.rounding import RandomRounding
@@ -90,11 +87,12 @@ def precision_of(program: CapturedProgram) -> Precision:
     one that computes a part in float32 as exact as that.
     """
     floats = [spec for spec in program.inputs if spec.value.is_floating_point()]
-    dtypes = {spec.value.dtype for spec in floats} | _computed_in(program)
+    computed = _computed_in(program)
+    dtypes = {spec.value.dtype for spec in floats} | computed
     for half in (torch.bfloat16, torch.float16):
         if half in dtypes:
             return _HALF[half]
-    return DOUBLE if is_double(program) and torch.float32 not in _computed_in(program) else SINGLE
+    return DOUBLE if is_double(program) and torch.float32 not in computed else SINGLE
 
 
 def _computed_in(program: CapturedProgram) -> set[torch.dtype]:

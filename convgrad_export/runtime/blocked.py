@@ -98,8 +98,7 @@ def block_size() -> int | None:
     for block in _CANDIDATES:
         blocked = type(plain)()
         blocked.CopyFrom(plain)
-        if not _rewrite(blocked, [entry], block):
-            continue
+        _rewrite(blocked, [entry], block)
         try:
             found = _run(blocked, {"x": x, "w": w})
         except Exception:  # a build without the operators; onnxruntime raises private classes
@@ -120,7 +119,11 @@ def _run(model: Any, feeds: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _rewrite(model: Any, entries: Sequence[ConvolutionEntry], block: int) -> bool:
-    """Replace what computes the entries' results; entries that do not fit the graph or the block are left alone."""
+    """Replace what computes the entries' results; entries that do not fit the graph are left alone.
+
+    Args:
+        entries: that apply to the block.
+    """
     graph = model.graph
     place = {name: i for i, node in enumerate(graph.node) for name in node.output}
     constants = {tensor.name for tensor in graph.initializer}
@@ -132,7 +135,6 @@ def _rewrite(model: Any, entries: Sequence[ConvolutionEntry], block: int) -> boo
         and len(graph.node[place[entry.result]].output) == 1
         and all(name in given or place.get(name, len(place)) < place[entry.result] for name in entry.operands)
         and (entry.kind == WEIGHT or entry.operands[1] not in constants)  # onnxruntime does those by itself
-        and _applies(entry, block)
     }
     if not found:
         return False

@@ -32,15 +32,13 @@ def put_execution_order(graph: Any) -> None:
             readers[j].append(i)
     ready = [-i for i, count in enumerate(missing) if not count]
     heapq.heapify(ready)
-    place = [0] * len(nodes)
-    for position in range(len(nodes)):
-        if not ready:
-            return  # nodes that wait for each other: onnxruntime says so
+    place: dict[int, int] = {}
+    while ready:
         i = -heapq.heappop(ready)
-        place[i] = position
+        place[id(nodes[i])] = len(place)
         for reader in readers[i]:
             missing[reader] -= 1
             if not missing[reader]:
                 heapq.heappush(ready, -reader)
-    by_identity = {id(node): position for node, position in zip(nodes, place, strict=True)}
-    graph.node.sort(key=lambda node: by_identity[id(node)])
+    if len(place) == len(nodes):  # else some wait for each other: onnxruntime says so
+        graph.node.sort(key=lambda node: place[id(node)])

@@ -111,6 +111,16 @@ def open_session(
     return session
 
 
+def is_onnxruntime_error(error: Exception) -> bool:
+    """Whether a run raised it: with a binding mostly a RuntimeError, else a private class for each status code."""
+    return isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
+
+
+def is_cpu_alone(providers: Sequence[tuple[str, Mapping[str, Any]]]) -> bool:
+    """Whether `resolve` gave the CPU's provider and no other."""
+    return [name for name, _ in providers] == [CPU]
+
+
 def model_metadata(session: Any, what: str) -> dict[str, str]:
     """The text entries of a session's model.
 

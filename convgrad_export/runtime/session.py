@@ -16,7 +16,7 @@ from .blocked import in_blocked_layout
 from .memory import free_early
 from .model_source import model_source
 from .placement import RECORD_ASSIGNMENT, PlacementReport, read_placement
-from .providers import CPU, CUDA, Providers, onnxruntime, open_session, resolve
+from .providers import CPU, CUDA, Providers, is_cpu_alone, onnxruntime, open_session, resolve
 
 
 @contextlib.contextmanager
@@ -79,12 +79,13 @@ class GradientSession:
         where = f"{source}" if isinstance(source, Path) else "the model given as bytes"
         self._requested, settings = wanted[0]
         stream = cuda_run.stream_for(settings) if self._requested == CUDA else None
-        on_cpu = [name for name, _ in wanted] == [CPU]
+        on_cpu = is_cpu_alone(wanted)
         rewritten = in_blocked_layout(source) if blocked_layout and on_cpu else source
-        own = ort.SessionOptions()
-        if on_cpu:
-            free_early(own)
-        with _settings(session_options or own, threads) as options:
+        if session_options is None:
+            session_options = ort.SessionOptions()
+            if on_cpu:
+                free_early(session_options)
+        with _settings(session_options, threads) as options:
             try:
                 self._session = open_session(rewritten, options, wanted, where)
             except ModelFileError:

@@ -97,9 +97,8 @@ def add_model(
             version = _add_version(
                 folder, lambda path, number: notes.extend(_write_version(path, name, number, signature, options, limit))
             )
-            if (
-                changed
-            ):  # after the version: it is the same model to its clients, so the old configuration serves it too
+            # After the version: it is the same model to its clients, so the old configuration serves it too.
+            if changed:
                 _write_side_files(folder, options, samples)
                 write_atomically(folder / CONFIG_FILE, text.encode(), overwrite=True)
                 notes.append(f"{CONFIG_FILE} was replaced")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..integrations.eager_run import computing_in
 from .backward import gradients
 from .losses import Loss
 from .randomness import SeededRandomness
@@ -54,25 +54,18 @@ def train_with_pytorch(
     optimizer = make_optimizer(own.parameters())
     parameters = {name: tensor for name, tensor in own.named_parameters() if tensor.requires_grad}
     losses = []
-    default = torch.get_default_dtype()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the oneDNN switch talks about other hardware
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.backends.mkldnn.flags(enabled=dtype != torch.float64):
-                for step, arrays in enumerate(batches):
-                    *inputs, target = (torch.from_numpy(array) for array in arrays)
-                    inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
-                    target = target.to(dtype) if target.is_floating_point() else target
-                    optimizer.zero_grad()
-                    with SeededRandomness(torch.tensor(seed), torch.tensor(step)):
-                        value = loss.call(own(*inputs), target)
-                        # in here for parts that are computed again, and not by value.backward(), which leaves the mode
-                        found = gradients(value, parameters)
-                    for name, gradient in found.items():
-                        parameters[name].grad = gradient
-                    optimizer.step()
-                    losses.append(value.item())
-        finally:
-            torch.set_default_dtype(default)
+    with computing_in(dtype, onednn=dtype != torch.float64):
+        for step, arrays in enumerate(batches):
+            *inputs, target = (torch.from_numpy(array) for array in arrays)
+            inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+            target = target.to(dtype) if target.is_floating_point() else target
+            optimizer.zero_grad()
+            with SeededRandomness(torch.tensor(seed), torch.tensor(step)):
+                value = loss.call(own(*inputs), target)
+                # in here for parts that are computed again, and not by value.backward(), which leaves the mode
+                found = gradients(value, parameters)
+            for name, gradient in found.items():
+                parameters[name].grad = gradient
+            optimizer.step()
+            losses.append(value.item())
     return losses, own

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..runtime import tensors
 from ..runtime.memory import free_early
-from ..runtime.providers import CPU, model_metadata, onnxruntime, open_session
+from ..runtime.providers import is_cpu_alone, model_metadata, onnxruntime, open_session
 
 STATE_SUFFIX = ".updated"
 _ERRORS = 3  # onnxruntime's level of severity
@@ -44,7 +44,7 @@ class PhaseSession:
         views: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         options = onnxruntime().SessionOptions()
-        if [name for name, _ in providers] == [CPU]:
+        if is_cpu_alone(providers):
             free_early(options)
             # The zeros that a max pooling's gradient is scattered into would be kept as constants: 90 MiB for Inception
             # v3. onnxruntime warns of each that it leaves; on the CPU alone it has no other warning worth a line.
@@ -89,7 +89,7 @@ class PhaseSession:
             OrtValues of the wanted outputs that are this phase's, the CPU's where nobody has bound them.
 
         Raises:
-            onnxruntime's own errors, which `is_onnxruntime_error` knows.
+            onnxruntime's own errors, which `runtime.providers.is_onnxruntime_error` knows.
         """
         binding = self._session.io_binding()
         for name, value in self.inputs.items():
@@ -119,8 +119,3 @@ class PhaseSession:
             return {}
         made = zip(self.outputs, binding.get_outputs(), strict=True)
         return {name: value for name, value in made if name in wanted}
-
-
-def is_onnxruntime_error(error: Exception) -> bool:
-    """With a binding it is mostly a RuntimeError, else a private class for each status code."""
-    return isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")

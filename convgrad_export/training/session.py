@@ -18,11 +18,11 @@ import numpy as np
 from ..errors import ArgumentTypeError, DTypeError, GeometryError, NonFiniteLossError, ProviderError
 from ..runtime import tensors
 from ..runtime.model_source import model_source
-from ..runtime.providers import CPU, Providers, onnxruntime, resolve
+from ..runtime.providers import Providers, is_cpu_alone, is_onnxruntime_error, onnxruntime, resolve
 from .checkpoint import check_matches, checkpoint_path, save_checkpoint
 from .checkpoint_file import open_checkpoint
 from .chunks import chunk_updates, fixed_shapes
-from .phase_session import STATE_SUFFIX, PhaseSession, is_onnxruntime_error
+from .phase_session import STATE_SUFFIX, PhaseSession
 from .preparation import prepare, training_metadata
 
 _SETTINGS = ("learning_rate", "seed")
@@ -66,7 +66,7 @@ class TrainingSession:
         source = model_source(model)
         wanted = resolve(providers)
         self._device = "cuda" if wanted[0][0].startswith("CUDA") else "cpu"
-        on_cpu = [name for name, _ in wanted] == [CPU]
+        on_cpu = is_cpu_alone(wanted)
         if in_place and not on_cpu:
             raise ArgumentTypeError(f"in_place is {in_place}, expected None or False: it is for the CPU provider alone")
         content, cut = prepare(source, in_place, blocked_layout) if on_cpu else (source, None)
@@ -112,9 +112,9 @@ class TrainingSession:
             ModelFileError: a file that is damaged or of another model; names and shapes are listed. The state stays.
         """
         if isinstance(checkpoint, Mapping):
-            first, aliases = self._metadata["aliases"].get, self._metadata["aliases"]
+            aliases = self._metadata["aliases"]
             ordered = sorted(checkpoint.items(), key=lambda item: item[0] not in aliases)
-            arrays = {first(name, name): tensors.view(value, name) for name, value in ordered}
+            arrays = {aliases.get(name, name): tensors.view(value, name) for name, value in ordered}
             values = {name: _as_numpy(view) for name, view in arrays.items()}
             if self._current and self._lost is None:
                 values = {**self.state(), **values}

@@ -118,7 +118,7 @@ def _with_values(program: CapturedProgram, values: Mapping[str, torch.Tensor]) -
 
 def _moved(spec: Any, program: CapturedProgram, before: torch.Tensor | None, amount: float, seed: int) -> Any:
     """How far the perturbation itself moved a state tensor: no part of what the step's arithmetic adds."""
-    from ..integrations.verification import perturbed
+    from ..integrations.eager_run import perturbed
 
     if before is None or amount == 0.0 or not before.is_floating_point():
         return 0.0
