@@ -12,13 +12,12 @@ import onnx_ir as ir
 
 from ..build import build_model
 from ..emit.onnx import GradientRequest, emit_model
-from ..errors import MissingDependencyError
 from ..geometry import ConvGeometry
 from ..lowering import Lowering, candidates
 from ..lowering.kernels import CPU
 from ..runtime.blocked import in_blocked_layout
-from ..runtime.memory import free_early
 from ..selection.policy import choose
+from ..selection.timing import open_session
 from ..selection.tuned import TUNED, is_measured
 from .sampling import FORWARD, INPUT, WEIGHT
 
@@ -48,28 +47,11 @@ def operands(geometry: ConvGeometry, seed: int = 0) -> dict[str, np.ndarray]:
     return {name: (torch.rand(shape, generator=generator) - 0.5).numpy() for name, shape in shapes.items()}
 
 
-def session(model: bytes, threads: int, *, arena: bool = True) -> Any:
-    """An onnxruntime session whose threads spin during a run, as users' do, but not between runs."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError(
-            "onnxruntime is not installed, and the benchmark times it: pip install 'convgrad-export[onnxruntime]'"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    options.enable_cpu_mem_arena = arena
-    free_early(options)  # as GradientSession does
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
 def onnx_call(model: bytes, feeds: Mapping[str, np.ndarray], threads: int, *, arena: bool = True) -> Call:
     """A model on onnxruntime: inputs are read in place, the output is allocated in every run, as in eager PyTorch."""
+    runner = open_session(model, CPU, threads, arena=arena)
     import onnxruntime
 
-    runner = session(model, threads, arena=arena)
     values = {value.name: onnxruntime.OrtValue.ortvalue_from_numpy(feeds[value.name]) for value in runner.get_inputs()}
     return Call(
         lambda: runner.run_with_ort_values(None, values),

@@ -12,9 +12,9 @@ from ..lowering import CPU, CUDA
 from ..runtime import cuda_run, tensors
 from ..runtime.blocked import in_blocked_layout
 from ..runtime.cuda_options import CudaOptions
-from ..runtime.memory import free_early
 from ..runtime.providers import onnxruntime
 from ..selection.policy import AUTO
+from ..session_memory import free_early
 from .finishing import finish
 from .program import CapturedProgram, GraphInput, GraphOutput
 from .translation import translate

@@ -11,9 +11,9 @@ from typing import Any, overload
 
 from ..arguments import check_threads
 from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError
+from ..session_memory import free_early
 from . import cuda_run, tensors
 from .blocked import in_blocked_layout
-from .memory import free_early
 from .model_source import model_source
 from .placement import RECORD_ASSIGNMENT, PlacementReport, read_placement
 from .providers import CPU, CUDA, Providers, is_cpu_alone, onnxruntime, open_session, resolve
@@ -49,7 +49,7 @@ class GradientSession:
         threads: size of the intra-op thread pool; None leaves the choice to onnxruntime.
         session_options: an `onnxruntime.SessionOptions` to start from; `threads` still applies. It stays as it was,
             but for the entry that has onnxruntime record which provider runs each node. Without it, a session on the
-            CPU gives back each tensor's memory at its last use (`runtime/memory.py`).
+            CPU gives back each tensor's memory at its last use (`session_memory.py`).
         blocked_layout: compute depthwise convolutions and their gradients in the layout that onnxruntime keeps for
             constant weights, on the CPU (`runtime/blocked.py`). False runs the file's own formulas.
 

@@ -16,6 +16,7 @@ from ..emit.onnx import GradientRequest, emit_model
 from ..errors import MissingDependencyError, UnsupportedLoweringError
 from ..geometry import ConvGeometry
 from ..lowering import CPU, CUDA, LOWERINGS, preferred_opset
+from ..session_memory import free_early
 
 
 class Runner:
@@ -71,17 +72,29 @@ class Runner:
         return (time.perf_counter() - start) * 1e3 / repeats
 
 
-def open_session(model: bytes, provider: str, threads: int) -> Any:
-    """An onnxruntime session whose threads stop spinning after a call: they would take a core from the next session."""
+def open_session(model: bytes, provider: str, threads: int, *, arena: bool = True) -> Any:
+    """A session as `GradientSession` opens it, but that its threads stop spinning after a call.
+
+    They would take a core from the next session otherwise.
+
+    Args:
+        arena: False has every tensor allocated and freed by itself, so that the peak of memory can be read.
+
+    Raises:
+        MissingDependencyError: no onnxruntime.
+    """
     try:
         import onnxruntime
     except ImportError as error:
         raise MissingDependencyError(
-            "onnxruntime is not installed, and tuning measures it: pip install 'convgrad-export[onnxruntime]'"
+            "onnxruntime is not installed, and this measures it: pip install 'convgrad-export[onnxruntime]'"
         ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = arena
+    if provider == CPU:
+        free_early(options)
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(model, options, providers=[provider])
 

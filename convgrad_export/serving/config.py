@@ -17,7 +17,7 @@ from .warmup import WarmupSample
 
 MODEL_FILE = "model.onnx"
 THREADS = "intra_op_thread_count"  # the onnxruntime backend's name; our model.py reads the same
-MEMORY_PATTERN = "enable_mem_pattern"  # off for the reason that runtime/memory.py gives
+MEMORY_PATTERN = "enable_mem_pattern"  # off for the reason that session_memory.py gives
 DEFAULT_BATCH = 8
 
 

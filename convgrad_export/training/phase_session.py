@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..runtime import tensors
-from ..runtime.memory import free_early
 from ..runtime.providers import is_cpu_alone, model_metadata, onnxruntime, open_session
+from ..session_memory import free_early
 
 STATE_SUFFIX = ".updated"
 _ERRORS = 3  # onnxruntime's level of severity

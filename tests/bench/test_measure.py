@@ -17,7 +17,7 @@ from convgrad_export.bench.layer import Layer
 from convgrad_export.bench.measure import measure
 from convgrad_export.bench.memory import ENVIRONMENT
 from convgrad_export.bench.peer import OrtTraining
-from convgrad_export.lowering import LOWERINGS
+from convgrad_export.lowering import CPU, LOWERINGS
 from convgrad_export.selection import timing
 
 SMALL = Layer("small", 8, 6, (9, 7), (3, 3), 2, 1).geometry(2)
@@ -124,7 +124,7 @@ def test_the_textbook_form_is_what_onnx_ad_emits() -> None:
     theirs = onnx_ad.reverse(forward, inputs=["w"])
     rng = np.random.default_rng(0)
     feeds = {name: rng.integers(-3, 4, shape).astype(np.float32) for name, shape in values.items()}
-    session = contenders.session(theirs.SerializeToString(), 1)
+    session = timing.open_session(theirs.SerializeToString(), CPU, 1)
     seed = feeds["y"].reshape(theirs.graph.input[-1].type.tensor_type.shape.dim[0].dim_value, 1)
     (result,) = session.run(["adj_w"], {"x": feeds["x"], "w": feeds["w"], "adj_y": seed})
     named = {"input": feeds["x"], "weight": feeds["w"], "grad_output": feeds["y"]}

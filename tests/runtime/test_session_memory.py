@@ -12,14 +12,14 @@ import pytest
 from onnx import TensorProto, helper
 
 import convgrad_export as cg
-from convgrad_export.runtime.memory import free_early
+from convgrad_export.session_memory import free_early
 
 LAYER = {"input_shape": (2, 3, 6, 6), "weight_shape": (4, 3, 3, 3)}
 PEAK = """
 import json, sys
 import numpy as np
 import onnxruntime as ort
-from convgrad_export.runtime.memory import free_early
+from convgrad_export.session_memory import free_early
 
 options = ort.SessionOptions()
 options.intra_op_num_threads = 1

@@ -1,4 +1,4 @@
-"""How onnxruntime's sessions on the CPU hold the memory of intermediate tensors."""
+"""How sessions of onnxruntime hold the memory of intermediate tensors on the CPU."""
 
 from __future__ import annotations
 
