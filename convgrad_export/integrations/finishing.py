@@ -66,6 +66,7 @@ def finish(model: ir.Model, *, opset: int = BASE_OPSET) -> ir.Model:
         passes.RemoveUnusedFunctionsPass(),
         passes.RemoveUnusedOpsetsPass(),
     )(model)
+    _merge_chains(model.graph)
     _name_outputs(model.graph, promised)
     passes.NameFixPass()(model)
     marks = remove_marks(model)
@@ -93,6 +94,46 @@ def _share_equal_constants(model: ir.Model, parameters: set[str]) -> None:
         if kept is not value:
             value.replace_all_uses_with(kept)
             del model.graph.initializers[name]
+
+
+def _merge_chains(graph: ir.Graph) -> None:
+    """One Reshape for two in a row, and one Transpose, where nothing else reads the tensor between them.
+
+    To be called while the marks are in the graph: a mark reads a convolution's operands, which have to stay.
+    """
+    for node in list(graph):
+        value = node.inputs[0] if node.inputs else None
+        first = value.producer() if value is not None else None
+        if value is None or first is None or first.graph is not graph:
+            continue
+        if node.domain or first.domain or first.op_type != node.op_type:
+            continue
+        if len(value.uses()) != 1 or value.is_graph_output():
+            continue
+        if node.op_type == "Reshape" and _is_whole_shape(node):
+            node.replace_input_with(0, first.inputs[0])
+        elif node.op_type == "Transpose" and "perm" in node.attributes and "perm" in first.attributes:
+            inner = first.attributes["perm"].as_ints()
+            merged = [inner[axis] for axis in node.attributes["perm"].as_ints()]
+            source = first.inputs[0]
+            if merged == sorted(merged) and source is not None and not node.outputs[0].is_graph_output():
+                node.outputs[0].replace_all_uses_with(source)
+            else:
+                node.replace_input_with(0, source)
+                node.attributes["perm"] = ir.AttrInt64s("perm", merged)
+        else:
+            continue
+        if not value.uses():
+            graph.remove(first, safe=True)
+
+
+def _is_whole_shape(reshape: ir.Node) -> bool:
+    """Whether the shape is a constant that takes no size from the tensor that is reshaped (0 would)."""
+    shape = reshape.inputs[1]
+    if shape is None or shape.const_value is None:
+        return False
+    allowzero = reshape.attributes.get("allowzero")
+    return bool((allowzero is not None and allowzero.as_int()) or (shape.const_value.numpy() != 0).all())
 
 
 def copied(graph: ir.Graph, value: ir.Value) -> ir.Value:

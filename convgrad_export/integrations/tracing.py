@@ -33,6 +33,7 @@ from torch.nn.utils import stateless
 from convgrad_export.errors import CaptureError, ConstantGradientError, ConvGradError, DynamicShapeError
 from convgrad_export.integrations.differentiable import DifferentiableReplacements
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
+from convgrad_export.integrations.slice_sums import slice_sums
 
 Decompositions = Mapping[Any, Callable[..., Any]]
 TracedFunction = Callable[[Mapping[str, torch.Tensor]], Sequence[TracedOutput]]
@@ -87,6 +88,7 @@ def trace_function(
         functional = _functionalize(recorded, [*fakes, *constant_fakes], mode, decompositions)
         # Decompositions bring constants of their own (index tables).
         constants += _lift_constants(functional, first=len(constants))
+        slice_sums(functional.graph)
     dimensions = _check_dynamic(inputs, fakes, shape_env)
     return _program(functional, [*inputs, *constants], specs, dimensions, shape_env, function)
 
