@@ -1,4 +1,4 @@
-"""Peak memory of each lowering, measured: the growth of the process during one run, beyond what it returns.
+"""Peak memory of the choices, measured: the growth of the process during one run, beyond what it returns.
 
 onnxruntime's arena is off here, so that buffers come from the system and are given back; the high-water mark of the
 process (VmHWM) is reset before each run. It includes what kernels allocate inside, such as Conv's column buffer.
@@ -7,6 +7,7 @@ process (VmHWM) is reset before each run. It includes what kernels allocate insi
 from __future__ import annotations
 
 import gc
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ from .contenders import SESSION, TORCH
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
-def measure_memory(operation: str, geometry: ConvGeometry, threads: int) -> dict[str, int]:
+def measure_memory(
+    operation: str, geometry: ConvGeometry, threads: int, names: Collection[str] | None = None
+) -> dict[str, int]:
     """Bytes by contender (``torch`` among them) that one run needs beyond operands and result.
 
     Call it in a process started with `ENVIRONMENT`; figures are right to about 100 KB.
+
+    Args:
+        names: lowerings; None for those that `contenders.choices` names, which are what the tables show.
 
     Raises:
         BenchmarkError: the system does not report a resettable high-water mark (anything but Linux).
@@ -32,7 +38,10 @@ def measure_memory(operation: str, geometry: ConvGeometry, threads: int) -> dict
     torch.set_num_threads(threads)
     feeds = contenders.operands(geometry)
     builders: dict[str, Any] = {TORCH: lambda: contenders.torch_call(operation, geometry, feeds)}
+    wanted = contenders.choices(operation, geometry, threads).values() if names is None else names
     for entry in contenders.applicable(operation, geometry):
+        if entry.name not in wanted:
+            continue
         builders[entry.name] = lambda entry=entry: contenders.lowering_call(
             entry, geometry, feeds, threads, arena=False
         )

@@ -78,7 +78,8 @@ def test_peak_memory_sees_the_column_buffer() -> None:
     code = (
         "from convgrad_export.bench.memory import measure_memory\n"
         "from convgrad_export.bench.layer import image\n"
-        "print(measure_memory('weight', image('', 32, 32, 48, 3).geometry(8), 1))\n"
+        "names = ('weight.im2col', 'weight.matmul_taps')\n"
+        "print(measure_memory('weight', image('', 32, 32, 48, 3).geometry(8), 1, names))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=True
