@@ -1,20 +1,19 @@
-"""The geometry of a convolution that was saved by PyTorch, read without unpickling anything."""
+"""The geometry of a convolution that was saved by PyTorch, read without running code of the file's."""
 
 from __future__ import annotations
 
-import logging
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from ..errors import GeometryError, ModelFileError
+from .program_file import check_closed, program_layers
 
 
 def layer_geometry(path: Path, name: str | None, input_shape: tuple[int, ...] | None) -> dict[str, Any]:
     """Arguments of `build_model` that the file determines.
 
     A ``.safetensors`` file or a saved state_dict gives the weight's shape; a ``.pt2`` program of torch.export gives
-    everything.
+    everything, but for the sizes of the input that it leaves open.
 
     Args:
         name: of the weight (``layer1.0.conv1.weight`` or without ``.weight``); may be None when there is only one.
@@ -34,7 +33,9 @@ def layer_geometry(path: Path, name: str | None, input_shape: tuple[int, ...] | 
     if path.suffix in (".pt", ".pth", ".bin"):
         return _from_state_dict(path, name, input_shape)
     if path.suffix == ".pt2":
-        return _from_program(path, name)
+        layers = program_layers(path, input_shape)
+        chosen = _pick(layers, name, path)
+        return check_closed(chosen, layers[chosen], path)
     raise ModelFileError(
         f"--layer {path}: expected a .safetensors file, a state_dict saved by torch.save (.pt, .pth, .bin), or a "
         f"torch.export program (.pt2)"
@@ -60,7 +61,7 @@ def _from_state_dict(path: Path, name: str | None, input_shape: tuple[int, ...] 
         state = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # torch raises many kinds for a foreign or truncated archive
         raise ModelFileError(
-            f"--layer {path} is not a state_dict: {str(error).splitlines()[0]}. A file that holds more than tensors "
+            f"--layer {path} is not a state_dict: {_first_line(error)}. A file that holds more than tensors "
             f"can run code when it is opened: save module.state_dict(), or torch.export.save(torch.export.export(...))"
         ) from error
     if not isinstance(state, dict):
@@ -79,58 +80,6 @@ def _weight_shape(
     return {"weight_shape": weights[chosen]}
 
 
-def _from_program(path: Path, name: str | None) -> dict[str, Any]:
-    import torch
-
-    if not zipfile.is_zipfile(path):  # torch would log a traceback first
-        raise ModelFileError(f"--layer {path} is not a torch.export program, or is truncated: it is no zip archive")
-    logger = logging.getLogger("torch.export")
-    before, logger.disabled = logger.disabled, True  # it would log tracebacks
-    try:
-        program = torch.export.load(str(path))
-    except Exception as error:  # torch raises many kinds for a foreign or truncated archive
-        reason = (str(error) or type(error).__name__).splitlines()[0].partition(" Please check the warnings")[0]
-        raise ModelFileError(f"--layer {path} is not a torch.export program, or is damaged: {reason}") from error
-    finally:
-        logger.disabled = before
-    placeholders = {
-        **program.graph_signature.inputs_to_parameters,
-        **program.graph_signature.inputs_to_buffers,
-    }
-    found = {}
-    for node in program.graph.nodes:
-        layer = _convolution(node, placeholders)
-        if layer is not None:
-            found[layer[0]] = layer[1]
-    return found[_pick(found, name, path)]
-
-
-def _convolution(node: Any, placeholders: dict[str, str]) -> tuple[str, dict[str, Any]] | None:
-    """(weight name, arguments) for a call of a convolution operator, in whichever form torch.export wrote it."""
-    import torch
-
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.name.startswith("aten::conv"):
-        return None
-    operands = {argument.name: argument.default_value for argument in schema.arguments}
-    operands.update(zip(operands, node.args, strict=False))
-    operands.update(node.kwargs)
-    weight = operands.get("weight")
-    if not isinstance(weight, torch.fx.Node) or "input" not in operands:
-        return None
-    transposed = bool(operands.get("transposed", "transpose" in schema.name))
-    return placeholders.get(weight.name, weight.name), {
-        "input_shape": tuple(int(size) for size in operands["input"].meta["val"].shape),
-        "weight_shape": tuple(int(size) for size in weight.meta["val"].shape),
-        "stride": tuple(operands["stride"]),
-        "padding": operands["padding"] if isinstance(operands["padding"], str) else tuple(operands["padding"]),
-        "dilation": tuple(operands["dilation"]),
-        "groups": int(operands["groups"]),
-        "transposed": transposed,
-        "output_padding": tuple(operands["output_padding"]) if transposed else 0,
-    }
-
-
 def _pick(found: dict[str, Any], name: str | None, path: Path) -> str:
     if not found:
         raise GeometryError(f"--layer {path} holds no convolution")
@@ -142,3 +91,7 @@ def _pick(found: dict[str, Any], name: str | None, path: Path) -> str:
         if key in found:
             return key
     raise GeometryError(f"--layer-name is {name!r}, expected one of {', '.join(found)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from pathlib import Path
@@ -283,3 +284,65 @@ def test_a_full_disk_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytes
         files.write_atomically(path, b"new", overwrite=True)
     assert path.read_bytes() == b"previous"
     assert [file.name for file in tmp_path.iterdir()] == ["gradient.onnx"]
+
+
+def exported(path: Path, module: torch.nn.Module, *shapes: tuple[int, ...], **options: object) -> Path:
+    program = torch.export.export(module, tuple(torch.zeros(shape) for shape in shapes), **options)
+    torch.export.save(program, path)
+    return path
+
+
+def test_a_program_that_runs_code_when_torch_loads_it_is_read_without_running_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.export.load unpickles the example inputs."""
+    monkeypatch.chdir(tmp_path)
+    program = exported(tmp_path / "net.pt2", torch.nn.Conv2d(4, 6, 3), (2, 4, 8, 8))
+    with zipfile.ZipFile(program) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    (inputs,) = (name for name in entries if "sample_inputs" in name)
+    trap = io.BytesIO()
+    torch.save((RunsCode(),), trap)
+    with zipfile.ZipFile(program, "w") as archive:
+        for name, content in (entries | {inputs: trap.getvalue()}).items():
+            archive.writestr(name, content)
+    assert main(["build", "conv2d_weight", "--layer", "net.pt2", "-o", "x.onnx"]) == 0
+    assert main(["check", "x.onnx"]) == 0
+    assert not Path("opened").exists()
+
+
+def test_sizes_that_a_program_leaves_open_are_the_callers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height", min=6), 3: torch.export.Dim("width", min=6)}
+    net = torch.nn.Conv2d(4, 6, 3, stride=2)
+    program = exported(tmp_path / "open.pt2", net, (2, 4, 9, 9), dynamic_shapes={"input": sizes})
+    command = ["build", "conv2d_weight", "--layer", str(program), "-o", str(tmp_path / "x.onnx")]
+    assert main(command) == 2
+    assert "--input-shape is missing" in capsys.readouterr().err
+    assert main([*command, "--input-shape", "1,4,20,21"]) == 0
+    geometry = json.loads({p.key: p.value for p in onnx.load(tmp_path / "x.onnx").metadata_props}["convgrad.geometry"])
+    assert (geometry["input_shape"], geometry["stride"]) == ([1, 4, 20, 21], [2, 2])
+    batch = exported(tmp_path / "batch.pt2", net, (2, 4, 9, 9), dynamic_shapes={"input": {0: sizes[0]}})
+    assert main(["build", "conv2d_weight", "--layer", str(batch), "-o", str(tmp_path / "y.onnx")]) == 0
+
+
+class SharedWeight(torch.nn.Module):
+    """One convolution at two scales, as heads of detectors have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Conv2d(4, 6, 3, padding="same")
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.head(x), self.head(x), self.head(x[:, :, ::2, ::2])
+
+
+def test_a_weight_of_several_geometries_is_none_of_them_by_itself(tmp_path: Path, capsys) -> None:
+    program = exported(tmp_path / "heads.pt2", SharedWeight(), (1, 4, 8, 8))
+    command = ["build", "conv2d_weight", "--layer", str(program), "-o", str(tmp_path / "x.onnx")]
+    assert main([*command, "--layer-name", "head.weight"]) == 2
+    names = capsys.readouterr().err.partition("expected one of ")[2].strip().split(", ")
+    assert len(names) == 3
+    assert all(name.startswith("head.weight:") for name in names)
+    assert main([*command, "--layer-name", names[2]]) == 0
+    geometry = json.loads({p.key: p.value for p in onnx.load(tmp_path / "x.onnx").metadata_props}["convgrad.geometry"])
+    assert geometry["input_shape"] == [1, 4, 4, 4]
