@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
+    context: typer.Context,
     module: Annotated[str, typer.Argument(help="package.module:Name, a torch.nn.Module or what makes one.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
     input_shape: Annotated[str, typer.Option(help="Of the first argument: N,C,H,W.")] = "1,3,224,224",
@@ -57,10 +58,16 @@ def export(
 
     from ..integrations import onnx_export
     from ..integrations.saving import check_path
-    from ..recipes.by_name import RecipeOptions, prepare
+    from ..recipes.by_name import RecipeOptions, prepare, used_options
     from ..training.run import load_module
 
     check_path(output, overwrite)
+    own = set(RecipeOptions.__dataclass_fields__)
+    if recipe is None:
+        options.refuse_given(context, own, "it is for a --recipe (a class is --of, a layer --wrt)", ArgumentTypeError)
+    else:
+        unused = (own - used_options(recipe)) | {"wrt", "of", "train_mode"}
+        options.refuse_given(context, unused, f"the recipe {recipe} does not take it", ArgumentTypeError)
     torch.manual_seed(seed)
     sys.path.insert(0, "")  # as `python -m` does, so that a file in the current folder is found
     network = load_module(module).train(train_mode)
@@ -101,10 +108,12 @@ def export(
 
 
 def _dynamic_axes(text: str, rank: int) -> dict[int, str]:
-    axes = {"batch": 0, "height": rank - 2, "width": rank - 1}
+    axes = {"batch": 0} | ({"width": rank - 1} if rank > 2 else {}) | ({"height": rank - 2} if rank > 3 else {})
     names = [name for name in text.split(",") if name]
     if unknown := [name for name in names if name not in axes]:
-        raise ArgumentTypeError(f"--dynamic names {', '.join(unknown)}, expected batch, height or width")
+        raise ArgumentTypeError(
+            f"--dynamic names {', '.join(unknown)}, expected some of {', '.join(axes)}: the input has {rank} dimensions"
+        )
     return {axes[name]: name for name in names}
 
 

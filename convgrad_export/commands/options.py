@@ -84,16 +84,24 @@ def geometry_arguments(
     }
 
 
-def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
-    """Refuse options that were typed, where something else settles their value; a default is no option typed.
+def refuse_given(
+    context: typer.Context, names: Iterable[str], why: str, error: type[ConvGradError] = GeometryError
+) -> None:
+    """Refuse options that were typed and have no effect here; a default is no option typed.
 
     Raises:
-        GeometryError: with the options' names.
+        ConvGradError: of the kind `error`, with the options' names, in the order of `--help`.
     """
-    typed = [n for n in names if (source := context.get_parameter_source(n)) and source.name == "COMMANDLINE"]
+    unused = set(names)
+    typed = [
+        f"--{parameter.name.replace('_', '-')}"
+        for parameter in context.command.params
+        if parameter.name in unused
+        and (source := context.get_parameter_source(parameter.name)) is not None
+        and source.name == "COMMANDLINE"
+    ]
     if typed:
-        listed = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
-        raise GeometryError(f"{listed} is given, but {why}: leave one of the two out")
+        raise error(f"{', '.join(typed)} is given, but {why}: leave one of the two out")
 
 
 def print_table(table: Any) -> None:

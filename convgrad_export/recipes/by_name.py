@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentTypeError
+from ..errors import ArgumentTypeError, CaptureError
 from .attack import FGSM, PGD
 from .attribution import GradCAM, IntegratedGradients, Saliency
 from .diffusion import GuidedDiffusionStep
@@ -37,8 +37,14 @@ class Prepared:
 
 
 def _labels(network: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        scores = network(x)
+    try:
+        with torch.no_grad():
+            scores = network(x)
+    except Exception as error:  # the user's own code can raise anything
+        raise CaptureError(
+            f"{type(network).__name__} cannot run on an input of shape {tuple(x.shape)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(scores, Tensor) or scores.dim() != 2:
         raise ArgumentTypeError("the recipe needs a classifier: an output of shape (batch, classes)")
     return scores.argmax(1)
@@ -95,12 +101,37 @@ RECIPES: Mapping[str, Callable[[nn.Module, Tensor, RecipeOptions], Prepared]] = 
 }
 
 
+_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "saliency": ("target",),
+    "gradcam": ("target", "layer"),
+    "integrated-gradients": ("target", "steps"),
+    "fgsm": ("epsilon",),
+    "pgd": ("epsilon", "step_size"),
+    "guided-diffusion": ("scale",),
+    "forces": (),
+}
+
+
+def used_options(recipe: str) -> set[str]:
+    """The fields of `RecipeOptions` that a recipe takes.
+
+    Raises:
+        ArgumentTypeError: an unknown recipe.
+    """
+    return set(_OPTIONS[_known(recipe)])
+
+
 def prepare(recipe: str, network: nn.Module, x: Tensor, options: RecipeOptions) -> Prepared:
     """A recipe around a network, in evaluation mode.
 
     Raises:
-        ArgumentTypeError: an unknown recipe, a missing option, or a network that does not fit.
+        ArgumentTypeError: an unknown recipe, a missing option, or a network that does not fit. CaptureError: the
+            network cannot run on `x`.
     """
+    return RECIPES[_known(recipe)](network.eval(), x, options)
+
+
+def _known(recipe: str) -> str:
     if recipe not in RECIPES:
         raise ArgumentTypeError(f"recipe is {recipe!r}, expected one of: {', '.join(RECIPES)}")
-    return RECIPES[recipe](network.eval(), x, options)
+    return recipe

@@ -101,3 +101,27 @@ def test_wrong_usage_exits_with_2_and_writes_nothing(
     assert main(["export", *arguments, *shape, "-o", str(tmp_path / "out.onnx")]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "3"], "--target is given, but it is for a --recipe"),
+        (["--layer", "0", "--steps", "4"], "--layer, --steps is given"),
+        (["--recipe", "saliency", "--wrt", "parameters"], "--wrt is given, but the recipe saliency"),
+        (["--recipe", "gradcam", "--layer", "0", "--of", "3"], "--of is given"),
+        (["--recipe", "fgsm", "--target", "3"], "--target is given"),
+        (["--recipe", "saliency", "--train-mode"], "--train-mode is given"),
+        (["--recipe", "fgsm", "--input-shape", "1,7,8,8"], "Small cannot run on an input of shape (1, 7, 8, 8)"),
+        (["--input-shape", "2,16", "--dynamic", "batch,height"], "expected some of batch: the input has 2 dimensions"),
+        (["--input-shape", "2,3,16", "--dynamic", "height"], "expected some of batch, width"),
+    ],
+)
+def test_options_without_an_effect_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An ignored class would give another gradient than the one asked for."""
+    shape = [] if "--input-shape" in arguments else SHAPE
+    assert main(["export", NAME, *arguments, *shape, "-o", str(tmp_path / "out.onnx")]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
