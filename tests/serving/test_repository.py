@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import convgrad_export as cg
 from convgrad_export.serving import repository as repository_module
@@ -367,3 +367,31 @@ def test_models_that_cannot_be_served(tmp_path: Path) -> None:
 def test_options_out_of_range(arguments: dict, message: str) -> None:
     with pytest.raises(cg.ServingConfigError, match=message):
         ServingOptions(**arguments)
+
+
+def integer_model(path: Path, classes: int = 5) -> Path:
+    """Rows that see one another through integers alone: y = embedding(x) - mean over the batch."""
+    table = numpy_helper.from_array(np.arange(3.0 * classes, dtype=np.float32).reshape(classes, 3) ** 2, "table")
+    axes = numpy_helper.from_array(np.array([0]), "axes")
+    nodes = [
+        helper.make_node("Gather", ["table", "x"], ["rows"]),
+        helper.make_node("ReduceMean", ["rows", "axes"], ["mean"], keepdims=1),
+        helper.make_node("Sub", ["rows", "mean"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "integers",
+        [helper.make_tensor_value_info("x", TensorProto.INT64, ["batch"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3])],
+        [table, axes],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+@pytest.mark.parametrize(("classes", "note"), [(5, "output y of a row changes"), (1, "could not be run")])
+def test_rows_of_integers_are_told_apart(classes: int, note: str, tmp_path: Path) -> None:
+    """Rows of zeros alone are the same alone and together, whatever the model does with a batch."""
+    entry = add_model(integer_model(tmp_path / "tokens.onnx", classes), tmp_path / "repo")
+    assert not entry.dynamic_batching
+    assert note in entry.notes[0]
