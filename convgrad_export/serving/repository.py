@@ -83,6 +83,12 @@ def add_model(
     options = options or ServingOptions()
     signature = read_signature(model)
     name = check_name(signature.path.name.removesuffix(".onnx") if name is None else name)
+    if options.labels is not None and (
+        options.labels.name.casefold() in (CONFIG_FILE, WARMUP_FOLDER) or options.labels.name.isdecimal()
+    ):
+        raise ServingConfigError(
+            f"labels {options.labels} has a name that a repository gives to something of its own: rename the file"
+        )
     root = _check_repository(repository)
     limit = batch_limit(signature, options.max_batch_size)
     dynamic, notes = _dynamic_batching(signature, options, limit)
@@ -163,6 +169,11 @@ def _dynamic_batching(signature: ModelSignature, options: ServingOptions, limit:
         if missing:
             notes.append(f"no batch dimension: {missing}")
         return False, notes
+    if too_large := [size for size in options.preferred_batch_sizes if size > limit]:
+        raise ServingConfigError(
+            f"preferred batch size {too_large[0]} exceeds max_batch_size, {limit} unless it is given: no server would "
+            f"load that"
+        )
     if options.dynamic_batching is False:
         return False, notes
     independent, reason = why_rows_depend(signature, options.sizes)
@@ -273,7 +284,8 @@ def _write_side_files(folder: Path, options: ServingOptions, samples: list[Warmu
 def _add_version(folder: Path, write: Callable[[Path, int], None]) -> int:
     """Build the next version in a hidden folder and rename it; another process may take the number meanwhile."""
     while True:
-        taken = [int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdigit()]
+        names = [path.name for path in folder.iterdir()]  # a file takes its number as well
+        taken = [int(name) for name in names if name.isascii() and name.isdecimal()]
         version = max(taken, default=0) + 1
         with temporary_folder(folder) as staged:
             write(staged, version)
@@ -288,7 +300,7 @@ def _publish(staged: Path, target: Path) -> None:
     grant(staged, 0o777)  # a server may run as another user
     for path in staged.rglob("*"):
         if path.is_file():
-            with path.open("rb") as stream:
+            with path.open("r+b") as stream:  # Windows writes back only what is open for writing
                 os.fsync(stream.fileno())
     if target.exists():
         raise OutputExistsError(f"{target} exists already")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -395,3 +396,41 @@ def test_rows_of_integers_are_told_apart(classes: int, note: str, tmp_path: Path
     entry = add_model(integer_model(tmp_path / "tokens.onnx", classes), tmp_path / "repo")
     assert not entry.dynamic_batching
     assert note in entry.notes[0]
+
+
+def test_preferred_batches_stay_within_the_default_limit(tmp_path: Path) -> None:
+    model = models.gradient_model(tmp_path / "grad.onnx")
+    with pytest.raises(cg.ServingConfigError, match=r"preferred batch size 16 exceeds max_batch_size, 8"):
+        add_model(model, tmp_path / "repo", ServingOptions(preferred_batch_sizes=(4, 16)))
+    assert not (tmp_path / "repo").exists()
+
+
+@pytest.mark.parametrize("name", ["config.pbtxt", "Config.pbtxt", "warmup", "2"])
+def test_labels_under_a_name_of_the_repository_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("cat\ndog\nowl\n")
+    options = ServingOptions(labels=tmp_path / name, label_output="scores")
+    with pytest.raises(cg.ServingConfigError, match="rename the file"):
+        add_model(models.classifier(tmp_path / "c.onnx"), tmp_path / "repo", options)
+    assert not (tmp_path / "repo").exists()
+
+
+def test_a_number_that_a_file_has_is_taken(tmp_path: Path) -> None:
+    model = models.gradient_model(tmp_path / "grad.onnx")
+    add_model(model, tmp_path / "repo")
+    (tmp_path / "repo" / "grad" / "2").write_text("someone's note")
+    (tmp_path / "repo" / "grad" / "²").mkdir()
+    assert add_model(model, tmp_path / "repo").version == 3
+
+
+def test_files_are_open_for_writing_when_they_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows refuses fsync of a file that is open for reading."""
+    fcntl = pytest.importorskip("fcntl")
+    modes = []
+
+    def flush(descriptor: int) -> None:
+        modes.append(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    add_model(models.gradient_model(tmp_path / "grad.onnx"), tmp_path / "repo")
+    assert modes
+    assert os.O_RDONLY not in modes
