@@ -346,3 +346,22 @@ def test_a_weight_of_several_geometries_is_none_of_them_by_itself(tmp_path: Path
     assert main([*command, "--layer-name", names[2]]) == 0
     geometry = json.loads({p.key: p.value for p in onnx.load(tmp_path / "x.onnx").metadata_props}["convgrad.geometry"])
     assert geometry["input_shape"] == [1, 4, 4, 4]
+
+
+def test_a_report_of_a_failure_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error of a result that is not finite is infinite, for which JSON has no number."""
+    model = cg.build_model("conv1d_weight", input_shape=(1, 1, 4), weight_shape=(1, 1, 2), dynamic=())
+    (output,) = (node for node in model.graph.node if "grad_weight" in node.output)
+    output.output[0] = "before"
+    model.graph.node.append(onnx.helper.make_node("Log", ["negative"], ["nan"]))
+    model.graph.node.append(onnx.helper.make_node("Add", ["before", "nan"], ["grad_weight"]))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(-1, np.float32), "negative"))
+    path = tmp_path / "nan.onnx"
+    onnx.save(model, path)
+    assert main(["check", str(path), "--json"]) == 1
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    report = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert (report["passed"], report["checks"][0]["worst"]) == (False, None)
