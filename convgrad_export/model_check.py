@@ -21,7 +21,7 @@ from .operators import operator
 from .runtime.providers import is_onnxruntime_error, model_metadata
 from .runtime.session import GradientSession
 
-# A dynamic model that names no sizes is checked on these: a remainder on every axis with strides of 2 and 3.
+# Sizes that a dynamic model leaves open are these: a remainder on every axis with strides of 2 and 3.
 _SIZES, _KERNELS = (11, 9, 7), (3, 2, 3)
 
 
@@ -148,9 +148,9 @@ def _geometry(metadata: dict[str, str], session: GradientSession, batch: int, pa
     try:
         arguments = json.loads(metadata["convgrad.geometry"])
         if "input_shape" not in arguments:
-            arguments |= _sizes(metadata["convgrad.op"], arguments["groups"])
+            arguments |= _sizes(metadata["convgrad.op"], arguments, session)
         geometry = ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, RecursionError) as error:
         raise ModelFileError(f"{path}: convgrad.geometry is damaged: {error}") from error
     rank = operator(metadata["convgrad.op"]).rank
     if rank not in (None, geometry.rank):
@@ -162,9 +162,30 @@ def _geometry(metadata: dict[str, str], session: GradientSession, batch: int, pa
     return geometry if fixed else geometry.with_batch(batch)
 
 
-def _sizes(name: str, groups: int) -> dict[str, Any]:
-    rank = operator(name).rank or 0
-    return {"input_shape": (2, 2 * groups, *_SIZES[:rank]), "weight_shape": (3 * groups, 2, *_KERNELS[:rank])}
+def _sizes(name: str, attributes: dict[str, Any], session: GradientSession) -> dict[str, Any]:
+    """Shapes that fit a canonical function's model: the sizes that it declares, and where it leaves them open ours."""
+    op = operator(name)
+    values = (*session.inference_session.get_inputs(), *session.inference_session.get_outputs())
+    declared = {value.name: value.shape for value in values}
+    image = declared.get("input", declared.get("grad_input"))
+    kernel = declared.get("weight", declared.get("grad_weight"))
+
+    def fixed(shape: Any, axis: int, otherwise: Any) -> Any:
+        return shape[axis] if shape and axis < len(shape) and isinstance(shape[axis], int) else otherwise
+
+    sizes, taps = [], []
+    for axis in range(op.rank or 0):
+        dilation, stride, padding = (attributes[key][axis] for key in ("dilation", "stride", "padding"))
+        size = fixed(image, axis + 2, None)
+        most = _KERNELS[axis] if size is None else min(_KERNELS[axis], (size + 2 * padding - 1) // dilation + 1)
+        taps.append(fixed(kernel, axis + 2, max(1, most)))
+        # What the kernel needs, and a remainder.
+        sizes.append(max(_SIZES[axis], dilation * (taps[-1] - 1) + 2 * stride) if size is None else size)
+    groups = attributes["groups"]
+    return {
+        "input_shape": (fixed(image, 0, 2), fixed(image, 1, 2 * groups), *sizes),
+        "weight_shape": (fixed(kernel, 0, 3 * groups), fixed(kernel, 1, 2), *taps),
+    }
 
 
 def _operands(geometry: ConvGeometry, dtype: str, integers: bool, seed: int) -> dict[str, np.ndarray]:

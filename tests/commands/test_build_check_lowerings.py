@@ -365,3 +365,19 @@ def test_a_report_of_a_failure_is_json(tmp_path: Path, capsys: pytest.CaptureFix
 
     report = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert (report["passed"], report["checks"][0]["worst"]) == (False, None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dilation", "6"],
+        ["--stride", "7,2", "--padding", "0,3"],
+        ["--groups", "2", "--weight-shape", "6,2,7,5", "--dynamic", "batch,channels,space"],
+        ["--input-shape", "3,4,5,4", "--dilation", "3", "--dynamic", "channels,kernel"],
+    ],
+)
+@pytest.mark.parametrize("operator", ["conv2d_input", "conv2d_weight"])
+def test_dynamic_models_are_checked_at_the_sizes_they_fix(operator: str, options: list[str], tmp_path: Path) -> None:
+    path = str(tmp_path / "dynamic.onnx")
+    assert main(["build", operator, "--dynamic", "batch,channels,space,kernel", *options, "-o", path]) == 0
+    assert main(["check", path]) == 0
