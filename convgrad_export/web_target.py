@@ -116,6 +116,8 @@ def check_web(model: str | os.PathLike[str] | onnx.ModelProto) -> WebReport:
         ModelFileError: no readable ONNX model.
     """
     proto = model if isinstance(model, onnx.ModelProto) else _read(Path(model))
+    if not proto.HasField("graph"):  # an empty file is a valid protobuf
+        raise ModelFileError(f"{'the model' if proto is model else model} is not an ONNX model: it holds no graph")
     report = WebReport()
     _check_text(proto.graph)
     _check_limits(proto, report)

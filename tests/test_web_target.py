@@ -145,3 +145,12 @@ def test_a_length_and_an_element_type_that_are_none() -> None:
     weight.external_data.add(key="length", value="abc")
     model.graph.input[0].type.tensor_type.elem_type = 77
     assert not any(problem.node for problem in check_web(model).problems)
+
+
+def test_a_file_without_a_graph_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Zero bytes are a valid protobuf message."""
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    assert main(["check", "--target", "web", str(tmp_path / "empty.onnx")]) == 2
+    assert "empty.onnx is not an ONNX model: it holds no graph" in capsys.readouterr().err
+    with pytest.raises(cg.ModelFileError, match="the model is not an ONNX model"):
+        check_web(onnx.ModelProto())
