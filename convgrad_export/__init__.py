@@ -33,6 +33,7 @@ from .errors import (
     UnsupportedOperatorError,
     VerificationError,
 )
+from .errors import raise_missing as _raise_missing
 
 __version__ = "0.1.0"
 
@@ -99,9 +100,12 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = _LAZY[name]
-    if module is None:
-        return importlib.import_module(f".{_MODULES[name]}", __name__)
-    value = getattr(importlib.import_module(f".{module}", __name__), name)
+    try:
+        if module is None:
+            return importlib.import_module(f".{_MODULES[name]}", __name__)
+        value = getattr(importlib.import_module(f".{module}", __name__), name)
+    except ModuleNotFoundError as error:
+        _raise_missing(error)
     globals()[name] = value
     return value
 

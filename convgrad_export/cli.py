@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import typer
 
 from .commands import bench, build, check, export, lowerings, serve, serve_repo, train, tune
-from .errors import ConvGradError
+from .errors import ConvGradError, raise_missing
 
 
 def _application() -> typer.Typer:
@@ -49,10 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     try:
         given = None if arguments is None else list(arguments)
-        result = _application()(args=given, prog_name="convgrad", standalone_mode=False)
+        try:
+            result = _application()(args=given, prog_name="convgrad", standalone_mode=False)
+        except ModuleNotFoundError as error:
+            raise_missing(error)
     except ConvGradError as error:
         print(f"convgrad: {error}", file=sys.stderr)
         return 2
+    except (typer.Abort, KeyboardInterrupt):  # where typer does not give status 130 itself
+        return 130
     except Exception as error:
         show = getattr(error, "show", None)  # click's usage errors know how to print themselves
         if show is None:

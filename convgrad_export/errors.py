@@ -6,6 +6,8 @@ catch, so `except ValueError` keeps working around a call that used to go to `to
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 
 class ConvGradError(Exception):
     """Base class: catch this to catch everything the package raises on purpose."""
@@ -93,3 +95,22 @@ class ServerError(ConvGradError, RuntimeError):
 
 class TuningWarning(UserWarning):
     """``lowering="tuned"`` took the fixed policy's choice, because the cache holds no usable measurement."""
+
+
+_EXTRAS = {
+    "torch": "torch",
+    "onnxruntime": "onnxruntime",
+    "matplotlib": "examples",
+    "sklearn": "examples",
+    "tritonclient": "serving",
+}
+
+
+def raise_missing(error: ModuleNotFoundError) -> NoReturn:
+    """Raise the error of an import again, as a MissingDependencyError where one of our extras installs the package."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRAS:
+        raise error
+    raise MissingDependencyError(
+        f"{package} is not installed, and this needs it: pip install 'convgrad-export[{_EXTRAS[package]}]'"
+    ) from error

@@ -82,3 +82,19 @@ except cg.MissingDependencyError as error:
 """
     result = run(body, {"onnxruntime"})
     assert result.stdout.split() == ["True", "True"], result.stderr
+
+
+def test_without_torch_the_error_names_the_extra() -> None:
+    body = """
+import convgrad_export as cg
+from convgrad_export.cli import main
+for name in ("export", "torchscript"):
+    try:
+        getattr(cg, name)
+    except cg.MissingDependencyError as error:
+        print(isinstance(error, ImportError), "convgrad-export[torch]" in str(error))
+print(main(["export", "package:Name", "-o", "x.onnx"]))
+"""
+    result = run(body, {"torch"})
+    assert result.stdout.split() == ["True", "True", "True", "True", "2"], result.stderr
+    assert result.stderr.count("\n") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -381,3 +382,14 @@ def test_dynamic_models_are_checked_at_the_sizes_they_fix(operator: str, options
     path = str(tmp_path / "dynamic.onnx")
     assert main(["build", operator, "--dynamic", "batch,channels,space,kernel", *options, "-o", path]) == 0
     assert main(["check", path]) == 0
+
+
+def test_a_missing_package_is_one_line_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "gradient.onnx")
+    assert main(["build", "conv2d_weight", *SHAPES, "-o", path]) == 0
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["check", path]) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'convgrad-export[torch]'" in message
