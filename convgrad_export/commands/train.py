@@ -43,7 +43,7 @@ def train(
 
     from ..files import check_folder, check_output
     from ..training.data import read_dataset
-    from ..training.plot import plot
+    from ..training.plot import plot, pyplot
     from ..training.run import TrainingSettings, load_module
     from ..training.run import train as run
 
@@ -51,6 +51,7 @@ def train(
     names = ("step.onnx", "step.checkpoint.safetensors", "trained.safetensors", "trained.onnx", "training.png")
     for name in names if output.exists() else ():
         check_output(output / name, overwrite=overwrite)
+    pyplot()  # what is missing shows before the training, not after it
     torch.manual_seed(seed)
     if module is None:
         from ..training.digits import DigitsNetwork

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,8 +11,8 @@ from ..errors import MissingDependencyError
 from .run import TrainingResult
 
 
-def plot(result: TrainingResult, path: Path) -> Path:
-    """Losses by onnxruntime and PyTorch, their distance in units of the bound, and the accuracy, as a PNG.
+def pyplot() -> Any:
+    """matplotlib's pyplot, for writing files.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -20,9 +21,19 @@ def plot(result: TrainingResult, path: Path) -> Path:
         import matplotlib
 
         matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        import matplotlib.pyplot
     except ImportError as error:
         raise MissingDependencyError("the plot needs matplotlib: pip install 'convgrad-export[examples]'") from error
+    return matplotlib.pyplot
+
+
+def plot(result: TrainingResult, path: Path) -> Path:
+    """Losses by onnxruntime and PyTorch, their distance in units of the bound, and the accuracy, as a PNG.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    plt = pyplot()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     steps = np.arange(1, len(result.losses) + 1)
     left.semilogy(steps, result.losses, label="onnxruntime", linewidth=1.6)

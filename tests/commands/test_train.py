@@ -174,3 +174,13 @@ def test_a_relative_name_is_no_module() -> None:
 
 def test_modules_are_found_by_dotted_name() -> None:
     assert isinstance(load_module("convgrad_export.training.digits:DigitsNetwork"), nn.Module)
+
+
+def test_without_matplotlib_nothing_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["train", "-o", str(tmp_path / "out"), "--epochs", "1"]) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert "convgrad-export[examples]" in message
+    assert not (tmp_path / "out").exists()
