@@ -119,6 +119,14 @@ def digest(root: Path, paths: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
+def model_files(folder: Path) -> list[Path]:
+    """The ``.onnx`` files in a folder and in those below it.
+
+    NAME/VERSION/model.onnx under a config.pbtxt is left out: a server's copy of any model, not only of one of ours.
+    """
+    return sorted(file for file in folder.rglob("*.onnx") if not (file.parent.parent / "config.pbtxt").is_file())
+
+
 @contextlib.contextmanager
 def temporary_folder(parent: str | os.PathLike[str]) -> Iterator[Path]:
     """A hidden folder inside `parent`, for what will be renamed into place; removed at the end.

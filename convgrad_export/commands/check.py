@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ModelFileError
+from ..files import model_files
 from . import options
 
 
@@ -91,8 +92,7 @@ def _check_target(files: list[Path], target: str, as_json: bool) -> None:
 def _model_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    # NAME/VERSION/model.onnx under a config.pbtxt is a server's copy of any model, not only of one of ours.
-    files = sorted(file for file in path.rglob("*.onnx") if not (file.parent.parent / "config.pbtxt").is_file())
+    files = model_files(path)
     if not files:
         raise ModelFileError(f"{path} holds no .onnx file (files of a server's model repository are named one by one)")
     return files

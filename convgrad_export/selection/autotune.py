@@ -128,6 +128,7 @@ def candidate_names(gradient: str, geometry: ConvGeometry, settings: TuningSetti
         opset=opset,
         max_error_factor=settings.max_error_factor,
         max_workspace=settings.max_workspace,
+        threads=settings.thread_count,
     ).name
     others = []
     for entry in candidates(gradient):

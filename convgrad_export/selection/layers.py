@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentTypeError, CaptureError, GeometryError, ModelFileError
+from ..files import model_files
 from ..geometry import ConvGeometry
 from ..operators import operator
 
@@ -42,9 +43,9 @@ def model_layers(path: Path, batch: int | None = None) -> list[LayerToTune]:
         ModelFileError: nothing there, not an ONNX model, or no metadata of ours.
     """
     if path.is_dir():
-        files = sorted(path.rglob("*.onnx"))
+        files = model_files(path)
         if not files:
-            raise ModelFileError(f"{path} holds no .onnx file")
+            raise ModelFileError(f"{path} holds no .onnx file, or those of a server's model repository alone")
     elif path.is_file():
         files = [path]
     else:
@@ -80,7 +81,7 @@ def _model_layer(file: Path) -> LayerToTune | None:
         if "input_shape" not in arguments:
             return None
         geometry = ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelFileError(f"{file}: its convgrad.geometry is damaged: {error}") from error
     gradients = tuple(name for name in operator(metadata["convgrad.op"]).gradients if name in BOTH)
     return LayerToTune(file.stem, geometry, gradients, metadata["convgrad.dtype"])
@@ -113,8 +114,10 @@ def module_layers(module: Any, args: Sequence[Any]) -> list[LayerToTune]:
     for name, child in module.named_modules():
         hooks.append(child.register_forward_pre_hook(lambda *_, name=name: path.append(name)))
         hooks.append(child.register_forward_hook(lambda *_: path.pop() and None))
+    # BatchNorm in training mode and dropout: the caller's statistics and random numbers stay as they are.
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if not torch.nn.parameter.is_lazy(buffer)]
     try:
-        with torch.no_grad(), Record():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), Record():
             module(*args)
     except Exception as error:  # the user's own code can raise anything
         shapes = ", ".join(str(tuple(value.shape)) for value in args if hasattr(value, "shape"))
@@ -124,6 +127,9 @@ def module_layers(module: Any, args: Sequence[Any]) -> list[LayerToTune]:
     finally:
         for hook in hooks:
             hook.remove()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
     if not found:
         raise GeometryError(f"{type(module).__name__} runs no convolution: there is nothing to tune")
     return merged(found)

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
@@ -279,3 +280,42 @@ def test_a_model_of_someone_else_is_refused_with_advice(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(cg.ModelFileError, match="not an ONNX model"):
         cg.tune(path)
+
+
+def test_tuning_leaves_the_module_and_the_random_numbers_as_they_were(own_cache: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Dropout())
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    cg.tune(net, input_shape=(2, 3, 6, 6), budget=0.5, threads=1)
+    assert torch.equal(torch.rand(3), expected)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_folder_may_hold_a_repository_of_a_server(tmp_path: Path) -> None:
+    shapes = {"input_shape": (2, 3, 6, 6), "weight_shape": (4, 3, 3, 3)}
+    onnx.save(cg.build_model("conv2d_weight", **shapes), tmp_path / "ours.onnx")
+    foreign = tmp_path / "repository" / "net" / "1"
+    foreign.mkdir(parents=True)
+    (foreign.parent / "config.pbtxt").touch()
+    (foreign / "model.onnx").write_bytes(b"")
+    report = cg.tune(tmp_path, budget=0.5, threads=1)
+    assert [entry.layer for entry in report.gradients] == ["ours"]
+
+
+def test_metadata_of_endless_nesting_is_damaged(tmp_path: Path) -> None:
+    model = cg.build_model("conv2d_weight", input_shape=(2, 3, 6, 6), weight_shape=(4, 3, 3, 3))
+    for item in model.metadata_props:
+        item.value = "[" * 100_000 if item.key == "convgrad.geometry" else item.value
+    onnx.save(model, tmp_path / "nested.onnx")
+    with pytest.raises(cg.ModelFileError, match="geometry is damaged"):
+        cg.tune(tmp_path / "nested.onnx")
+
+
+def test_the_choice_for_the_thread_count_is_measured_first() -> None:
+    for case in CASES:
+        for gradient, threads in itertools.product(("input", "weight"), (1, 2)):
+            first = autotune.candidate_names(gradient, case.geometry, replace(QUICK, threads=threads))[0]
+            assert first == choose(gradient, case.geometry, threads=threads).name
