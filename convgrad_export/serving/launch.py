@@ -79,8 +79,12 @@ def server_python(server: str, python: str | None = None) -> str:
     Raises:
         ServerError: unknown server, or that Python lacks it; the message says how to make the environment.
     """
-    probe(server, chosen := python or os.environ.get(PYTHON_VARIABLE.get(server, "")) or sys.executable)
+    probe(server, chosen := _chosen(server, python))
     return chosen
+
+
+def _chosen(server: str, python: str | None) -> str:
+    return python or os.environ.get(PYTHON_VARIABLE.get(server, "")) or sys.executable
 
 
 def probe(server: str, python: str) -> dict[str, str]:
@@ -97,12 +101,14 @@ def probe(server: str, python: str) -> dict[str, str]:
         done = subprocess.run([python, "-c", _PROBE[server]], capture_output=True, text=True, timeout=120, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ServerError(f"{python} cannot be run ({error}); {hint}") from error
-    if done.returncode != 0 or not done.stdout.strip():
-        raise ServerError(f"{python} cannot say whether it has {server}: {done.stderr.strip()}; {hint}")
-    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    if not found["found"]:
-        raise ServerError(f"{python} does not have {server} with onnxruntime; {hint}")
-    return found
+    try:
+        found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+        if done.returncode == 0 and found["found"]:
+            return found
+    except (ValueError, TypeError, KeyError, IndexError):  # another program than a Python, or one that ended early
+        reason = done.stderr.strip() or f"it printed {done.stdout.strip()[-200:]!r}"
+        raise ServerError(f"{python} cannot say whether it has {server}: {reason}; {hint}") from None
+    raise ServerError(f"{python} does not have {server} with onnxruntime; {hint}")
 
 
 @contextmanager
@@ -117,7 +123,7 @@ def command(
     root = Path(repository).resolve()
     if not root.is_dir():
         raise OutputPathError(f"repository {repository} is not a folder; make one with convgrad serve-repo")
-    chosen = server_python(server, python)
+    found = probe(server, chosen := _chosen(server, python))
     environment = dict(os.environ)
     if server == "mlserver":
         environment |= {
@@ -130,7 +136,6 @@ def command(
         }
         yield [chosen, "-c", "from mlserver.cli import main; main()", "start", str(root)], environment
         return
-    found = probe(server, chosen)
     package = Path(found["package"]) / "tritonserver"
     backends = Path(tempfile.mkdtemp(prefix="convgrad-triton-"))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,7 @@ def test_serve_says_how_to_get_a_server(
     assert "convgrad serve-repo" in capsys.readouterr().err
     assert main(["serve", str(tmp_path), "--server", "apache"]) == 2
     assert "triton, mlserver" in capsys.readouterr().err
+    for program in ("echo", "true"):
+        path = shutil.which(program)
+        assert main(["serve", str(tmp_path), "--server", "triton", "--python", str(path)]) == 2
+        assert "cannot say whether it has triton" in capsys.readouterr().err
