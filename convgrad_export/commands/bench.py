@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
+    context: typer.Context,
     networks: Annotated[str, typer.Option(help="Names separated by commas; by default all 14.")] = "",
     layers: Annotated[str, typer.Option(help="Parts of NETWORK/LAYER names, separated by commas.")] = "",
     batch: Annotated[str, typer.Option(help="Batch sizes, as 1,8,32.")] = "8",
@@ -57,12 +58,20 @@ def bench(
     if report is not None:
         from ..bench.results import load
 
+        shown = ("report", "plots", "markdown", "overwrite", "as_json")
+        measuring = [parameter.name for parameter in context.command.params if parameter.name not in shown]
+        options.refuse_given(context, measuring, "--report measures nothing", BenchmarkError)
+
         results = load(report)
         files = _plots(results, plots, report.stem, overwrite)
         _show(results, None, files, as_json=as_json, as_markdown=markdown)
         return
     if plots is not None or markdown:
         raise BenchmarkError("plots and markdown describe a result file: expected them together with --report FILE")
+    if retry_disturbed and not resume:
+        raise BenchmarkError("--retry-disturbed goes on with a result file: expected it together with --resume")
+    if resume and overwrite:
+        raise BenchmarkError("--resume goes on with a result file and --overwrite drops it: leave one of the two out")
     from ..bench import plan, run
     from ..bench.environment import environment
     from ..bench.results import open_results

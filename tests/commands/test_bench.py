@@ -79,6 +79,12 @@ def test_plots_go_beside_the_report(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--gradients", "bias"], "operations is ('bias',)"),
         (["--report", "missing.json"], "result file missing.json cannot be read"),
         (["--markdown"], "expected them together with --report FILE"),
+        (
+            ["--report", "r.json", "--networks", "resnet18", "--batch", "1"],
+            "--networks, --batch is given, but --report",
+        ),
+        (["--retry-disturbed"], "expected it together with --resume"),
+        (["--resume", "--overwrite"], "leave one of the two out"),
         ([*TINY, "--ort-training-python", "/no/such/python"], "cannot run /no/such/python"),
     ],
 )
