@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet  # pytest needs it too
 
 from convgrad_export.cli import main
 
@@ -83,3 +85,19 @@ def test_the_ci_script_runs_the_readmes_test_command() -> None:
     assert install is not None
     assert install[1] in script
     assert line.split("python ")[-1] in script
+
+
+def test_the_pinned_set_installs_on_the_python_that_is_asked_for() -> None:
+    stated = re.search(r"with Python (3\.\d+) or newer", README)
+    assert stated is not None
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    refused = []
+    for name, version in (line.split("==") for line in lines if "==" in line):
+        try:
+            package = importlib.metadata.metadata(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if package["Version"].partition("+")[0] == version:
+            wanted = package.get("Requires-Python") or ""
+            refused += [] if SpecifierSet(wanted).contains(stated[1]) else [f"{name} {wanted}"]
+    assert refused == []
