@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from .. import dtypes
 from ..emit.onnx import GradientRequest, emit_model
-from ..errors import MissingDependencyError, UnsupportedLoweringError
+from ..errors import MissingDependencyError, ProviderError, UnsupportedLoweringError
 from ..geometry import ConvGeometry
 from ..lowering import CPU, CUDA, LOWERINGS, preferred_opset
 from ..session_memory import free_early
@@ -72,6 +72,23 @@ class Runner:
         return (time.perf_counter() - start) * 1e3 / repeats
 
 
+def onnxruntime_with(provider: str) -> Any:
+    """The onnxruntime module.
+
+    Raises:
+        MissingDependencyError: it is not installed. ProviderError: it was built without the provider.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            "onnxruntime is not installed, and this measures it: pip install 'convgrad-export[onnxruntime]'"
+        ) from error
+    if provider not in (available := onnxruntime.get_available_providers()):
+        raise ProviderError(f"provider {provider} is not in this onnxruntime, which has {', '.join(available)}")
+    return onnxruntime
+
+
 def open_session(model: bytes, provider: str, threads: int, *, arena: bool = True) -> Any:
     """A session as `GradientSession` opens it, but that its threads stop spinning after a call.
 
@@ -81,14 +98,9 @@ def open_session(model: bytes, provider: str, threads: int, *, arena: bool = Tru
         arena: False has every tensor allocated and freed by itself, so that the peak of memory can be read.
 
     Raises:
-        MissingDependencyError: no onnxruntime.
+        MissingDependencyError: no onnxruntime. ProviderError: the provider is missing or did not start.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError(
-            "onnxruntime is not installed, and this measures it: pip install 'convgrad-export[onnxruntime]'"
-        ) from error
+    onnxruntime = onnxruntime_with(provider)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -96,7 +108,11 @@ def open_session(model: bytes, provider: str, threads: int, *, arena: bool = Tru
     if provider == CPU:
         free_early(options)
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(model, options, providers=[provider])
+    session = onnxruntime.InferenceSession(model, options, providers=[provider])
+    active = session.get_providers()
+    if active[0] != provider:  # the times of another would be kept as its own
+        raise ProviderError(f"provider {provider} could not start, onnxruntime fell back to {', '.join(active)}")
+    return session
 
 
 def place(operands: Mapping[str, np.ndarray], dtype: str, provider: str) -> dict[str, Any]:

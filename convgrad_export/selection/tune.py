@@ -20,6 +20,7 @@ from .cache import TuningRecord
 from .layers import BOTH, LayerToTune, at_batch, merged, model_layers, module_layers
 from .policy import AUTO, choose
 from .reduced_arithmetic import DEFAULT_ERROR_FACTOR
+from .timing import onnxruntime_with
 from .tuned import TUNED
 
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA, CPU: CPU, CUDA: CUDA}
@@ -128,6 +129,7 @@ def tune(
         ArgumentTypeError, GeometryError, DTypeError: an argument that is none of the above. ModelFileError: a model
             that is not ours. CaptureError: the module cannot run. TuningCacheError: the file there is not an intact
             tuning cache; nothing is measured then. UnsupportedLoweringError: no lowering stays within the limits.
+        ProviderError: onnxruntime lacks the provider, or it cannot start.
     """
     started = time.monotonic()
     layers = _layers(target, input_shape, args)
@@ -136,6 +138,7 @@ def tune(
     wanted = _gradients(gradients)
     if provider not in _PROVIDERS:
         raise UnsupportedLoweringError(f"provider is {provider!r}, expected one of: {', '.join(_PROVIDERS)}")
+    onnxruntime_with(_PROVIDERS[provider])
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise ArgumentTypeError(f"threads is {threads!r}, expected a positive integer or None")
     if not isinstance(budget, int | float) or isinstance(budget, bool) or not budget > 0:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ import convgrad_export as cg
 from convgrad_export.cli import main
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.lowering import LOWERINGS, catalogue
-from convgrad_export.selection import autotune, cache, graph_walk, tuned
+from convgrad_export.selection import autotune, cache, graph_walk, timing, tuned
 from convgrad_export.selection.autotune import TuningSettings, tune_gradient
 from convgrad_export.selection.policy import choose
 from tests.cases import CASES, ConvCase
@@ -319,3 +320,13 @@ def test_the_choice_for_the_thread_count_is_measured_first() -> None:
         for gradient, threads in itertools.product(("input", "weight"), (1, 2)):
             first = autotune.candidate_names(gradient, case.geometry, replace(QUICK, threads=threads))[0]
             assert first == choose(gradient, case.geometry, threads=threads).name
+
+
+def test_a_provider_that_onnxruntime_lacks_is_refused(own_cache: Path) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has the CUDA provider")
+    with pytest.raises(cg.ProviderError, match="CUDAExecutionProvider is not in this onnxruntime"):
+        cg.tune(GEOMETRY, provider="cuda")
+    with pytest.raises(cg.ProviderError):
+        timing.open_session(b"", "CUDAExecutionProvider", 1)
+    assert not own_cache.exists()
