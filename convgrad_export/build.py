@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import dtypes
-from .arguments import as_bool, as_int, as_mask, check_error_factor, check_threads
+from .arguments import as_bool, as_int, as_mask, as_sizes, check_error_factor, check_threads
 from .emit.dynamic import emit_dynamic_model
 from .emit.onnx import MAX_OPSET, MIN_OPSET, GradientRequest, emit_model
 from .errors import ArgumentTypeError, GeometryError, UnsupportedLoweringError
@@ -96,6 +96,8 @@ def build_model(
                 f"dynamic is {tuple(dims)} for {'a transposed ' if transposed else ''}{op.name}: only the batch can be "
                 f"dynamic there; the six conv*d_input and conv*d_weight functions take every dimension"
             )
+        if any(extra := as_sizes(output_padding, op.rank or 0, "output_padding", minimum=0)):
+            raise GeometryError(f"output_padding is {extra}, expected 0: only a transposed convolution has it")
         if lowering != AUTO:
             raise UnsupportedLoweringError(
                 f"lowering is {lowering!r} with dynamic {tuple(dims)}: a lowering is built for fixed sizes, expected "

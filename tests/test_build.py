@@ -62,6 +62,13 @@ def test_convolution_backward_has_one_output_for_each_gradient_in_the_mask(mask:
         ("conv2d_input", {"opset_version": 99}, cg.UnsupportedLoweringError, "opset_version is 99"),
         ("conv2d_input", {"opset_version": "18"}, cg.ArgumentTypeError, "opset_version is '18'"),
         ("conv2d_input", {"dtype": "complex64"}, cg.DTypeError, "dtype is complex64"),
+        ("conv2d_input", {"output_padding": 1}, cg.GeometryError, "output_padding is .*expected 0"),
+        (
+            "conv2d_input",
+            {"output_padding": 1, "dynamic": ("space",)},
+            cg.GeometryError,
+            "output_padding is .*expected 0",
+        ),
         ("convolution_backward", {"output_mask": (False,) * 3}, cg.GeometryError, "at least one True"),
         ("convolution_backward", {"output_mask": (True,)}, cg.GeometryError, "three booleans"),
     ],
