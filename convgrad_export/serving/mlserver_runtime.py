@@ -70,12 +70,20 @@ class OnnxRuntime(MLModel):
             raise InferenceError(f"input {value.name} has shape {value.shape}, expected no negative size")
         data = value.data.root if hasattr(value.data, "root") else value.data
         try:
-            array = np.frombuffer(data, kind) if isinstance(data, bytes) else np.asarray(data, kind)
+            array = np.frombuffer(data, kind) if isinstance(data, bytes) else _converted(data, kind)
             return array.reshape(value.shape)
         except (ValueError, TypeError, OverflowError) as error:
             raise InferenceError(
                 f"input {value.name} is no {value.datatype} tensor of shape {value.shape}: {error}"
             ) from error
+
+
+def _converted(data: Any, kind: str) -> np.ndarray:
+    """JSON's numbers in an element type; numpy would drop fractions, and take any number for True."""
+    array = np.asarray(data, kind)
+    if array.dtype.kind in "iub" and np.any(np.asarray(data) != array):
+        raise ValueError("not all values are of that type")
+    return array
 
 
 def _response(name: str, array: np.ndarray) -> ResponseOutput:
