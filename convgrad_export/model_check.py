@@ -66,7 +66,10 @@ def check_model(path: str | os.PathLike[str], *, seed: int = 0, batch: int = 2) 
     dtype = metadata["convgrad.dtype"]
     checks = []
     for data in ("integers", "random"):
-        operands = _operands(geometry, dtype, data == "integers", seed)
+        try:
+            operands = _operands(geometry, dtype, data == "integers", seed)
+        except (MemoryError, OverflowError, ValueError) as error:  # numpy's words for too many elements
+            raise ModelFileError(f"{path}: data of the sizes in its metadata cannot be made: {error}") from error
         results = _run(session, operands, geometry, dtype, path)
         expected = reference_and_bounds(geometry, operands, dtype, compute_dtype(dtype))
         for gradient, name in lowerings.items():

@@ -165,7 +165,11 @@ def tune(
                 continue
             if progress is not None:
                 progress(index, len(work), f"{layer.name} {gradient}")
-            record = tune_gradient(gradient, layer.geometry, mine)
+            try:
+                record = tune_gradient(gradient, layer.geometry, mine)
+            except (MemoryError, OverflowError) as error:  # numpy's words for too many elements
+                skipped.append(f"{layer.name} {gradient}: its operands cannot be made: {error}")
+                continue
             store.save(path, [record])
             known[record.key] = record
         if not record.timings:

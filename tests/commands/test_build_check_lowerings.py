@@ -86,6 +86,9 @@ def test_check_refuses_foreign_and_truncated_files(tmp_path: Path, capsys: pytes
     assert main(["check", str(empty)]) == 2
 
 
+HUGE = '{{"input_shape": [2, 4, {0}, {0}], "weight_shape": [8, 4, 3, 3], "padding": 1}}'
+
+
 def renamed(model: onnx.ModelProto, old: str, new: str) -> None:
     for node in model.graph.node:
         for names in (node.input, node.output):
@@ -108,6 +111,8 @@ def renamed(model: onnx.ModelProto, old: str, new: str) -> None:
         ({"lowering": "input.col2im"}, "is for no gradient"),
         ({"geometry": "[" * 100_000}, "convgrad.geometry is damaged"),
         ({"geometry": "null"}, "convgrad.geometry is damaged"),
+        ({"geometry": HUGE.format(10**6)}, "data of the sizes in its metadata cannot be made"),
+        ({"geometry": HUGE.format(2**40)}, "data of the sizes in its metadata cannot be made"),
     ],
 )
 def test_check_refuses_a_model_of_ours_that_was_edited(

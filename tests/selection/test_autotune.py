@@ -330,3 +330,10 @@ def test_a_provider_that_onnxruntime_lacks_is_refused(own_cache: Path) -> None:
     with pytest.raises(cg.ProviderError):
         timing.open_session(b"", "CUDAExecutionProvider", 1)
     assert not own_cache.exists()
+
+
+def test_a_layer_too_large_for_any_machine_is_skipped() -> None:
+    huge = ConvGeometry.from_forward((2, 4, 2**40, 2**40), (4, 4, 3, 3))
+    report = cg.tune([huge, GEOMETRY], gradients="weight", budget=1, threads=1)
+    assert "its operands cannot be made" in report.skipped[0]
+    assert len(report.gradients) == 1
