@@ -121,8 +121,12 @@ def _print(report: Any) -> None:
     ]
     for line in wrong:
         typer.echo(f"refused: {line}")
-    if report.skipped:
-        typer.echo(f"no time for {len(report.skipped)} gradients, run again to go on: {', '.join(report.skipped[:6])}")
+    waiting = [entry for entry in report.skipped if ": " not in entry]
+    for entry in report.skipped:
+        if entry not in waiting:  # it comes with a reason
+            typer.echo(f"not measured: {entry}")
+    if waiting:
+        typer.echo(f"no time for {len(waiting)} gradients, run again to go on: {', '.join(waiting[:6])}")
     held = sum(entry.cached for entry in report.gradients)
     typer.echo(f"{report.cache}: {len(report.gradients) - held} measured in {report.seconds:.1f} s, {held} held before")
 

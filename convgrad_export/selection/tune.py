@@ -62,7 +62,8 @@ class TuningReport:
     Attributes:
         cache: the file that holds the measurements. threads: of the measurement.
         gradients: one entry for each gradient of each distinct layer.
-        skipped: names of layers and gradients that the budget had no time for.
+        skipped: names of layers and gradients that the budget had no time for; behind a colon why others were not
+            measured.
         seconds: it took.
     """
 

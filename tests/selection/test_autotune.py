@@ -15,6 +15,7 @@ import torch
 
 import convgrad_export as cg
 from convgrad_export.cli import main
+from convgrad_export.commands import tune as command
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.lowering import LOWERINGS, catalogue
 from convgrad_export.selection import autotune, cache, graph_walk, timing, tuned
@@ -332,8 +333,12 @@ def test_a_provider_that_onnxruntime_lacks_is_refused(own_cache: Path) -> None:
     assert not own_cache.exists()
 
 
-def test_a_layer_too_large_for_any_machine_is_skipped() -> None:
+def test_a_layer_too_large_for_any_machine_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     huge = ConvGeometry.from_forward((2, 4, 2**40, 2**40), (4, 4, 3, 3))
     report = cg.tune([huge, GEOMETRY], gradients="weight", budget=1, threads=1)
     assert "its operands cannot be made" in report.skipped[0]
     assert len(report.gradients) == 1
+    command._print(report)
+    text = capsys.readouterr().out
+    assert "not measured: " in text
+    assert "no time" not in text  # another run would end alike
