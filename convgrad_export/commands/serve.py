@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..errors import ServerError
+
 
 def register(app: typer.Typer) -> None:
     app.command("serve")(serve)
@@ -33,7 +35,10 @@ def serve(
     from ..serving.launch import Address, command, stop
 
     with command(server, repository, Address(host, http_port, grpc_port), python) as (line, environment):
-        process = subprocess.Popen(line, env=environment)
+        try:
+            process = subprocess.Popen(line, env=environment)
+        except OSError as error:  # a damaged installation
+            raise ServerError(f"{line[0]} cannot be started: {error.strerror or error}") from error
 
         def end(_number: int, _frame: object) -> None:
             process.terminate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from convgrad_export.cli import main
+from convgrad_export.serving import launch
 from tests.serving import models
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient and grpcio are not installed (extra serving)")
@@ -76,3 +78,14 @@ def test_serve_says_how_to_get_a_server(
         path = shutil.which(program)
         assert main(["serve", str(tmp_path), "--server", "triton", "--python", str(path)]) == 2
         assert "cannot say whether it has triton" in capsys.readouterr().err
+
+
+def test_a_server_that_cannot_be_started_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "tritonserver"
+    program.touch()  # that may not be executed
+    monkeypatch.setattr(launch, "command", lambda *_: contextlib.nullcontext(([str(program)], {})))
+    assert main(["serve", str(tmp_path)]) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert "tritonserver cannot be started: Permission denied" in message
