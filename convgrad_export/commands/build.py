@@ -24,8 +24,8 @@ def build(
     layer: Annotated[
         Path | None,
         typer.Option(
-            help="Take the geometry from a torch.export program (.pt2), all of it, or the weight's shape from saved "
-            "weights (.safetensors, .pt); an option that the file determines is refused."
+            help="Take the geometry from a torch.export program (.pt2), all but sizes that it leaves open, or the "
+            "weight's shape from saved weights (.safetensors, .pt); an option that the file determines is refused."
         ),
     ] = None,
     layer_name: Annotated[str | None, typer.Option(help="Name of the convolution (or its weight) in --layer.")] = None,
