@@ -188,6 +188,34 @@ def _dropout(function: Any) -> Replacement:
     return replacement
 
 
+def _recurrent(function: Any) -> Replacement:
+    """Layer by layer, with dropout from the seed in between, which PyTorch's decomposition for traces leaves out."""
+    dropped = _dropout(functional.dropout)
+
+    def replacement(
+        mode: SeededRandomness, input: Tensor, hx: Any, weights: Any, bias: Any, layers: int, p: float, *options: Any
+    ) -> Any:
+        packed = not isinstance(bias, bool)  # an argument more comes before the others then
+        count, dropout, train = (p, *options[:2]) if packed else (layers, p, options[0])
+        if not train or dropout == 0.0 or count == 1:
+            return function(input, hx, weights, bias, layers, p, *options)
+        if packed:
+            _refuse("A recurrent layer of packed sequences", dropout=dropout)
+        directions, count = 2 if options[1] else 1, len(weights) // layers
+        states = []
+        for layer in range(layers):
+            if layer:
+                input = dropped(mode, input, p, True)
+            own = slice(layer * directions, (layer + 1) * directions)
+            start = tuple(state[own] for state in hx) if isinstance(hx, tuple) else hx[own]
+            part = weights[layer * count : (layer + 1) * count]
+            input, *ends = function(input, start, part, bias, 1, 0.0, *options)
+            states.append(ends)
+        return input, *(torch.cat(ends) for ends in zip(*states, strict=True))
+
+    return replacement
+
+
 def _refuse(function: str, **given: Any) -> None:
     """Refuse options that ask for other numbers than the seed's, or for another place.
 
@@ -267,6 +295,8 @@ _DROPOUTS = (
 )
 _REPLACEMENTS: Mapping[Any, Replacement] = {
     **{function: _dropout(function) for function in _DROPOUTS},
+    torch.dropout: lambda mode, input, p, train: _dropout(functional.dropout)(mode, input, p, train),
+    **{function: _recurrent(function) for function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
     torch.Tensor.bernoulli_: _bernoulli_,
     torch.bernoulli: _bernoulli,
     torch.Tensor.bernoulli: _bernoulli,

@@ -175,6 +175,66 @@ def test_a_size_given_by_keyword_is_drawn_whole() -> None:
         assert torch.rand_like(torch.ones(2, 3), dtype=torch.float64).dtype == torch.float64
 
 
+def test_torchs_own_dropout_draws_as_the_functional_one() -> None:
+    x = torch.ones(8, 8)
+    with mode():
+        expected = functional.dropout(x, 0.5)
+    with mode():
+        assert torch.equal(torch.dropout(x, 0.5, train=True), expected)
+        assert torch.dropout(x, 0.5, False) is x
+    (drawn,) = outputs(lambda x: torch.dropout(x, 0.5, True), (8, 8))
+    assert set(np.unique(drawn)) == {0.0, 2.0}
+
+
+class Recurrent(nn.Module):
+    """The outputs and last states of a recurrent layer."""
+
+    def __init__(self, kind: type, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = kind(3, 4, 3, batch_first=True, dropout=0.5, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, state = self.layers(x)
+        states = state if isinstance(state, tuple) else (state,)
+        return output.sum(-1).sum() + sum(((index + 2) * s.sum() for index, s in enumerate(states)), torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.LSTM, {}),
+        (nn.LSTM, {"bidirectional": True, "proj_size": 2}),
+        (nn.GRU, {"bias": False}),
+        (nn.RNN, {"bidirectional": True}),
+        (nn.RNN, {"nonlinearity": "relu"}),
+    ],
+)
+def test_dropout_between_recurrent_layers_draws_from_the_seed(kind: type, options: dict[str, Any]) -> None:
+    module, x = Recurrent(kind, **options), torch.randn(2, 5, 3)
+    report = cg.export_training_step(module, lambda output: output, "sgd", (x,))
+    session = cg.TrainingSession(report.model, report.state, learning_rate=0.0, seed=5)
+    losses = [session.step(x)["loss"] for _ in range(3)]
+    assert len(set(losses)) == 3
+    for step, loss in enumerate(losses):
+        with mode(5, step), torch.no_grad():
+            assert module(x).item() == pytest.approx(loss, rel=1e-5)
+    module.layers.dropout = 0.0
+    expected = module(x)
+    module.layers.dropout = 1e-9  # no number that is drawn is as small
+    with mode():
+        torch.testing.assert_close(module(x), expected)
+    module.layers.dropout = 0.5
+    with mode():
+        torch.testing.assert_close(module.eval()(x), expected)
+
+
+def test_dropout_between_layers_of_packed_sequences_is_refused() -> None:
+    packed = nn.utils.rnn.pack_padded_sequence(torch.ones(2, 5, 3), torch.tensor([5, 3]), batch_first=True)
+    with mode(), pytest.raises(cg.UnsupportedOperatorError, match=r"packed sequences .* dropout=0\.5"):
+        nn.LSTM(3, 4, 2, dropout=0.5)(packed)
+
+
 def test_every_call_that_accumulates_gradients_draws_anew() -> None:
     calls = outputs(lambda x: functional.dropout(x, 0.5), (8, 8), 8, gradient_accumulation=4)
     masks = [call != 0 for call in calls]
