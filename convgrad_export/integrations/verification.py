@@ -19,6 +19,7 @@ random rounding moves r, divided by the rounding's size.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ from convgrad_export.integrations.eager_run import eager, is_double, run_eagerly
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
 from convgrad_export.integrations.report import OutputError, merged
 from convgrad_export.integrations.rounding import RandomRounding
+
+Judge = Callable[[Mapping[str, torch.Tensor]], dict[str, OutputError]]
 
 SLACK = 8.0
 _SEED = 20240
@@ -142,22 +145,44 @@ def verify(
     users = [spec for spec in program.inputs if spec.kind == "user"]
     random = np.random.default_rng(_SEED)
     errors: dict[str, OutputError] = {}
-    sizes_run: list[dict[str, int]] = []
-    notes: list[str] = []
-    example = _example_sizes(users)
+    example = example_sizes(users)
     for _ in range(max(samples, 1)):
         fresh = {spec.name: _fresh(spec, spec.value.shape, random) for spec in users}
         errors = merged(errors, compare(runner, program, fresh))
-    if example:
-        sizes_run.append(dict(example))
-    for label in [name for name in example if name not in _dependent(program)]:
-        run = _second_size(runner, program, users, label, random)
+    more = other_sizes(program, users, random, functools.partial(compare, runner, program))
+    sizes_run = [dict(example), *more.sizes] if example else []
+    return Verification(merged(errors, more.errors), sizes_run, [*more.notes, *program.notes])
+
+
+def other_sizes(
+    program: CapturedProgram,
+    users: Sequence[GraphInput],
+    random: np.random.Generator,
+    judge: Judge,
+    others: Mapping[str, torch.Tensor] | None = None,
+) -> Verification:
+    """A run for each dynamic dimension, at another size than the example's.
+
+    Args:
+        users: The inputs that have the dimensions.
+        judge: Compares the model with eager on inputs by name, as `compare` does.
+        others: Inputs of every run.
+
+    Raises:
+        VerificationError: As `judge`.
+        DynamicShapeError: The model is right at the example's size alone.
+    """
+    errors: dict[str, OutputError] = {}
+    sizes_run: list[dict[str, int]] = []
+    notes: list[str] = []
+    for label in [name for name in example_sizes(users) if name not in _dependent(program)]:
+        run = _second_size(program, users, label, random, judge, others or {})
         if run is None:
             notes.append(f"no second size of dimension {label!r} was found that eager PyTorch accepts")
             continue
         sizes, more = run
         errors, sizes_run = merged(errors, more), [*sizes_run, sizes]
-    return Verification(errors, sizes_run, [*notes, *program.notes])
+    return Verification(errors, sizes_run, notes)
 
 
 def compare(runner: Any, program: CapturedProgram, inputs: Mapping[str, torch.Tensor]) -> dict[str, OutputError]:
@@ -252,16 +277,17 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def _example_sizes(users: Sequence[GraphInput]) -> dict[str, int]:
+def example_sizes(users: Sequence[GraphInput]) -> dict[str, int]:
     return {label: int(spec.value.shape[axis]) for spec in users for axis, label in spec.dynamic.items()}
 
 
 def _second_size(
-    runner: Any,
     program: CapturedProgram,
     users: Sequence[GraphInput],
     label: str,
     random: np.random.Generator,
+    judge: Judge,
+    others: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, int], dict[str, OutputError]] | None:
     """The first other size of `label` that the captured constraints and eager allow, compared.
 
@@ -271,7 +297,7 @@ def _second_size(
     Raises:
         DynamicShapeError: The model is wrong at such a size.
     """
-    example = _example_sizes(users)
+    example = example_sizes(users)
     old, dependent = example[label], _dependent(program)
     candidates = [old + 1, old + 2, old + 3, old + 4, 2 * old, old + 8, old + 16, old + 32, 3 * old, old // 2]
     ruled_out_tried = False
@@ -285,16 +311,16 @@ def _second_size(
         fresh = {
             s.name: _fresh(s, [sizes.get(s.dynamic.get(a, ""), n) for a, n in enumerate(s.value.shape)], random)
             for s in users
-        }
+        } | dict(others)
         try:
             eager(program, fresh, torch.float64)
         except Exception:  # whatever the user's module raises for a size that it does not take
             continue
         if broken is None:
-            return sizes, compare(runner, program, fresh)
+            return sizes, judge(fresh)
         ruled_out_tried = True
         try:
-            compare(runner, program, fresh)
+            judge(fresh)
         except VerificationError as wrong:
             raise DynamicShapeError(
                 f"dimension {label!r} was declared dynamic, but at {size} the forward does something else than at the "

@@ -115,7 +115,8 @@ def export_training_step(
         return_outputs: also return the forward's outputs. ``output.`` is put before a name that something else has,
             ``loss`` or an input.
         opset_version: 13 to 23.
-        verify: run three steps beside float64 eager PyTorch before anything is written.
+        verify: run three steps beside float64 eager PyTorch before anything is written, and one more at another size of
+            each dynamic dimension.
         lowering, provider, threads, max_error_factor: as in `convgrad_export.export`.
         overwrite: replace existing files.
 
@@ -175,8 +176,10 @@ def export_training_step(
         report.notes.append(f"not trained, the loss's own: {', '.join(loss_constants)}")
     check_model(ir.to_proto(model))
     if verify:
-        report.errors = verify_step(model, program, state, options.optimizer.learning_rate)
-        report.notes += program.notes
+        rate = options.optimizer.learning_rate or 1e-3  # a warm-up starts at 0, where no update shows
+        verification = verify_step(model, program, state, rate)
+        report.errors, report.verified_sizes = verification.errors, verification.sizes
+        report.notes += verification.notes
     if target_path is not None:
         report.checkpoint = checkpoint_path(target_path)
         with staged(target_path.parent) as folder:  # a model beside another model's state is worse than neither

@@ -21,39 +21,59 @@ import torch
 from ..errors import VerificationError
 from ..integrations.program import CapturedProgram
 from ..integrations.report import OutputError, merged
-from ..integrations.verification import SLACK, _fresh, eager, precision_of
+from ..integrations.verification import (
+    SLACK,
+    Verification,
+    _fresh,
+    eager,
+    example_sizes,
+    other_sizes,
+    precision_of,
+)
 
 _SUFFIX = ".updated"
 
 
 def verify_step(
     model: ir.Model, program: CapturedProgram, state: Mapping[str, torch.Tensor], learning_rate: float, steps: int = 3
-) -> dict[str, OutputError]:
-    """Worst error of each output over `steps` steps on fresh batches.
+) -> Verification:
+    """`steps` steps on fresh batches, and one more at another size of each dynamic dimension.
 
     Raises:
         VerificationError: an output is outside the bound, or onnxruntime or PyTorch itself refuses the batch.
+        DynamicShapeError: the forward or the loss does something else at another size.
     """
     from ..runtime.session import GradientSession
 
     runner = GradientSession(model, blocked_layout=False)  # what the file says, for any runtime
-    batch = [spec for spec in program.inputs if spec.kind == "user" and spec.name not in ("learning_rate", "seed")]
+    settings = {
+        "learning_rate": lambda spec, number: torch.tensor(learning_rate, dtype=spec.value.dtype),
+        "seed": lambda spec, number: torch.tensor(number, dtype=torch.int64),
+    }
+    users = [spec for spec in program.inputs if spec.kind == "user"]
+    batch = [spec for spec in users if spec.name not in settings]
     random = np.random.default_rng(20240)
     current = {name: value.clone() for name, value in state.items()}
     errors: dict[str, OutputError] = {}
+
+    def others(number: int) -> dict[str, torch.Tensor]:
+        return {spec.name: settings[spec.name](spec, number) for spec in users if spec.name in settings}
+
     for number in range(steps):
-        inputs = {spec.name: _fresh(spec, spec.value.shape, random) for spec in batch}
-        for spec in program.inputs:
-            if spec.name == "learning_rate":
-                inputs[spec.name] = torch.tensor(learning_rate, dtype=spec.value.dtype)
-            elif spec.name == "seed":
-                inputs[spec.name] = torch.tensor(number, dtype=torch.int64)
+        inputs = {spec.name: _fresh(spec, spec.value.shape, random) for spec in batch} | others(number)
         actual = _run(runner, {**inputs, **current})
         errors = merged(errors, _compare(program, inputs, current, actual))
         for name, value in actual.items():
             if name.endswith(_SUFFIX):
                 current[name.removesuffix(_SUFFIX)] = torch.from_numpy(np.array(value))
-    return errors
+
+    def judge(inputs: Mapping[str, torch.Tensor]) -> dict[str, OutputError]:
+        return _compare(program, inputs, current, _run(runner, {**inputs, **current}))
+
+    example = example_sizes(batch)
+    more = other_sizes(program, batch, random, judge, others(steps))
+    sizes = [dict(example), *more.sizes] if example else []
+    return Verification(merged(errors, more.errors), sizes, [*more.notes, *program.notes])
 
 
 def _run(runner: Any, feeds: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:

@@ -260,6 +260,14 @@ def test_other_optimizers_are_refused(optimizer: Any, message: str) -> None:
         cg.export_training_step(small_network(), "cross_entropy", optimizer, batches(1)[0])
 
 
+def test_updates_are_compared_where_a_warm_up_starts_at_zero() -> None:
+    module = small_network(torch.float32)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    report = cg.export_training_step(module, "cross_entropy", optimizer, batches(1, torch.float32)[0])
+    assert report.learning_rate == 0.0
+    assert report.errors["7.weight.updated"].maximum > 0
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

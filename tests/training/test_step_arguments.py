@@ -53,6 +53,39 @@ def test_names_that_the_step_uses_are_refused(name: str, options: dict[str, Any]
         cg.export_training_step(Named(name, kind), "cross_entropy", "sgd", batch, **options)
 
 
+class Branching(nn.Module):
+    """Another output for large batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = small_network(torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.scores(x)
+        return 2 * scores if x.shape[0] > 6 else scores
+
+
+def test_a_branch_on_a_dynamic_size_is_refused() -> None:
+    shapes = ({0: "batch"}, {0: "batch"})
+    with pytest.raises(cg.DynamicShapeError, match="'batch' was declared dynamic, but at 7"):
+        cg.export_training_step(
+            Branching(), "cross_entropy", "sgd", batches(1, torch.float32)[0], dynamic_shapes=shapes
+        )
+
+
+def test_every_dynamic_size_is_run_at_another_size() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 5, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    shapes = ({0: "batch", 2: "height"}, {0: "batch"})
+    report = cg.export_training_step(
+        module, "cross_entropy", "sgd", batches(1, torch.float32)[0], dynamic_shapes=shapes
+    )
+    assert report.verified_sizes == [
+        {"batch": 6, "height": 8},
+        {"batch": 7, "height": 8},
+        {"batch": 6, "height": 9},
+    ]
+
+
 class Mapped(nn.Module):
     """Scores, and what transformers' models put beside them."""
 
