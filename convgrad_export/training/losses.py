@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import ArgumentTypeError, DTypeError
+from ..errors import ArgumentTypeError, DTypeError, UnsupportedOperatorError
 
 _BY_NAME: Mapping[str, Callable[..., Tensor]] = {
     "cross_entropy": functional.cross_entropy,
@@ -33,10 +33,12 @@ class Loss:
     Attributes:
         function: (output, *targets) -> 0-d tensor.
         target_names: names of the further tensors, which become inputs of the step.
+        output: name of the one that it takes of several outputs; None for the module's result as it is.
     """
 
     function: Callable[..., Tensor]
     target_names: tuple[str, ...]
+    output: str | None = None
 
     def check_targets(self, targets: Sequence[Tensor]) -> None:
         """Refuse class indices in a type that PyTorch's loss or its ONNX form does not take.
@@ -56,7 +58,11 @@ class Loss:
                 )
 
     def call(self, output: Any, *targets: Tensor) -> Tensor:
-        """The loss; a module's own tensors (class weights) follow the output's dtype, as in float64 comparisons."""
+        """The loss; a module's own tensors (class weights) follow the output's dtype, as in float64 comparisons.
+
+        Raises:
+            UnsupportedOperatorError: the module changes its buffers: a step keeps the state of one module only.
+        """
         if not isinstance(self.function, torch.nn.Module):
             return self.function(output, *targets)
         dtype = output.dtype if isinstance(output, Tensor) else None
@@ -64,7 +70,28 @@ class Loss:
             name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
             for name, tensor in (*self.function.named_parameters(), *self.function.named_buffers())
         }
-        return torch.func.functional_call(self.function, own, (output, *targets))
+        buffers = {name: own[name].clone() for name, _ in self.function.named_buffers()}
+        own.update(buffers)
+        result = torch.func.functional_call(self.function, own, (output, *targets))
+        if changed := [name for name, given in buffers.items() if own[name] is not given or given._version]:
+            raise UnsupportedOperatorError(
+                f"loss {type(self.function).__name__} changes its buffers {', '.join(changed)}, which a step would not "
+                "carry on: compute the loss in a module that holds it beside the network and takes the targets as "
+                "arguments, and pass loss=lambda output: output. Where the new values do not matter, call .eval() on it"
+            )
+        return result
+
+
+def scalar(value: Any) -> Tensor:
+    """A loss as a 0-d tensor.
+
+    Raises:
+        ArgumentTypeError: no tensor with one element.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ArgumentTypeError(f"loss must return a tensor with one element, got {got}")
+    return value.reshape(())
 
 
 def resolve_loss(loss: Any, label_smoothing: float = 0.0) -> Loss:
@@ -94,6 +121,8 @@ def resolve_loss(loss: Any, label_smoothing: float = 0.0) -> Loss:
         return Loss(function, ("target",))
     if label_smoothing:
         raise ArgumentTypeError("label_smoothing is only for loss='cross_entropy'; a loss module has its own")
+    if isinstance(loss, type):
+        raise ArgumentTypeError(f"loss is the class {loss.__name__}, expected an instance of it")
     if not callable(loss):
         raise ArgumentTypeError(f"loss is a {type(loss).__name__}, expected a name, a loss module or a function")
     called = loss.forward if isinstance(loss, torch.nn.Module) else loss

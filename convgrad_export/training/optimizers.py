@@ -302,6 +302,8 @@ def resolve_optimizer(optimizer: Any, parameters: Mapping[str, Tensor]) -> Resol
     """
     if isinstance(optimizer, torch.optim.Optimizer):
         return _from_torch(optimizer, parameters)
+    if isinstance(optimizer, type):
+        raise ArgumentTypeError(f"optimizer is the class {optimizer.__name__}, expected an instance of it")
     if isinstance(optimizer, str):
         if optimizer.lower() not in BY_NAME:
             raise ArgumentTypeError(f"optimizer is {optimizer!r}, expected one of: {', '.join(BY_NAME)}")
@@ -323,6 +325,11 @@ def _from_torch(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tenso
         raise ArgumentTypeError(
             f"optimizer is a {type(optimizer).__module__}.{type(optimizer).__name__}, expected {names}, or an update "
             "function"
+        )
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise ArgumentTypeError(
+            "optimizer has hooks from register_step_pre_hook or register_step_post_hook, which an exported step "
+            "cannot run: remove them, or do their work in an update function (max_grad_norm clips gradients)"
         )
     names_of = {id(tensor): name for name, tensor in parameters.items()}
     base = float(optimizer.param_groups[0]["lr"])

@@ -133,6 +133,7 @@ def test_a_function_of_several_targets() -> None:
         (nn.CrossEntropyLoss(), {"label_smoothing": 0.1}, "has its own"),
         (nn.MSELoss(reduction="none"), {}, "one element"),
         (lambda: 0, {}, "takes no output"),
+        (nn.MSELoss, {}, "the class MSELoss, expected an instance"),
     ],
     ids=short,
 )
@@ -198,6 +199,36 @@ def test_a_loss_inside_the_module_trains_its_parameters() -> None:
         optimizer.step()
         assert loss == pytest.approx(expected.item(), rel=1e-9)
     torch.testing.assert_close(torch.from_numpy(session.state()["loss.centers"]), module.loss.centers.detach())
+
+
+class Centered(nn.Module):
+    """A loss with a moving average of its own, as in DINO."""
+
+    def __init__(self, assign: bool) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(5, dtype=torch.float64))
+        self.assign = assign
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        value = functional.cross_entropy(output - self.center, target)
+        if self.training:
+            with torch.no_grad():
+                if self.assign:
+                    self.center = self.center * 0.5 + output.mean(0) * 0.5
+                else:
+                    self.center.mul_(0.5).add_(output.mean(0), alpha=0.5)
+        return value
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_loss_that_changes_its_buffers_is_refused(assign: bool, tmp_path: Path) -> None:
+    loss, module, batch = Centered(assign), small_network(), batches(1)[0]
+    with pytest.raises(cg.UnsupportedOperatorError, match="Centered changes its buffers center"):
+        cg.export_training_step(module, loss, "sgd", batch)
+    with pytest.raises(cg.UnsupportedOperatorError, match="Centered changes its buffers center"):
+        artifacts.generate_artifacts(module, loss=loss, args=batch, artifact_directory=tmp_path)
+    assert not loss.center.any()
+    assert cg.export_training_step(module, loss.eval(), "sgd", batch).verified
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", nn.CrossEntropyLoss(), "nll", nn.NLLLoss()], ids=short)

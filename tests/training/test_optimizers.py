@@ -252,12 +252,25 @@ def test_gradients_accumulate_over_several_calls() -> None:
         (3, "expected a name"),
         (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), "another module"),
         (torch.optim.Adagrad(small_network().parameters()), "torch.optim.SGD"),
+        (torch.optim.AdamW, "the class AdamW, expected an instance"),
+        (Adam, "the class Adam, expected an instance"),
     ],
     ids=short,
 )
 def test_other_optimizers_are_refused(optimizer: Any, message: str) -> None:
     with pytest.raises(cg.ConvGradError, match=message):
         cg.export_training_step(small_network(), "cross_entropy", optimizer, batches(1)[0])
+
+
+def test_hooks_of_an_optimizer_are_refused() -> None:
+    module = small_network()
+    for register in ("register_step_pre_hook", "register_step_post_hook"):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        handle = getattr(optimizer, register)(lambda *_: None)
+        with pytest.raises(cg.ArgumentTypeError, match="optimizer has hooks"):
+            cg.export_training_step(module, "cross_entropy", optimizer, batches(1)[0])
+        handle.remove()
+        assert cg.export_training_step(module, "cross_entropy", optimizer, batches(1)[0], verify=False).opset
 
 
 def test_updates_are_compared_where_a_warm_up_starts_at_zero() -> None:
