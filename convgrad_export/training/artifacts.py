@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import ArgumentTypeError
 from ..files import check_output, staged, write_atomically
 from ..integrations.arguments import CallArguments, named_tensors
-from ..integrations.capture import buffer_outputs, named_outputs, state_inputs
+from ..integrations.capture import buffer_outputs, flat_output_names, named_outputs, state_inputs
 from ..integrations.decompositions import onnx_decompositions
 from ..integrations.finishing import BASE_OPSET, check_model, finish
 from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
@@ -30,7 +30,7 @@ from ..integrations.translation import translate
 from .backward import gradients, leaves
 from .checkpoint import save_checkpoint
 from .cumulative import cumulative_averages
-from .losses import Loss, resolve_loss
+from .losses import Loss, resolve_loss, scalar
 from .onnx_module import OnnxModule
 from .optimizers import SGD, AdamW, ResolvedOptimizer, resolve_optimizer
 from .randomness import SeededRandomness
@@ -90,6 +90,7 @@ def generate_artifacts(
         artifact_directory: the current folder by default.
         prefix: put before each file name.
         additional_output_names: accepted; the forward's outputs are always returned after the loss.
+        loss_input_names: of the output that the loss takes, where there are several, and of the targets.
         args: example batch: the forward's arguments, then the targets. For ONNX models made up from declared shapes.
         dynamic_shapes: as in `export_training_step`; by default the first axis of every input is the batch.
         overwrite: as onnxruntime-training does by default; False keeps existing files.
@@ -166,34 +167,61 @@ def _modes_kept(module: torch.nn.Module) -> Iterator[None]:
 def _module_and_batch(
     model: Any, loss: Any, args: Any, loss_input_names: Sequence[str] | None
 ) -> tuple[torch.nn.Module, tuple[Any, ...], Loss]:
-    resolved = Loss(lambda output: output, ()) if loss is None else resolve_loss(_loss(loss))
+    resolved = Loss(_first_output, ()) if loss is None else resolve_loss(_loss(loss))
     if loss_input_names is not None:
         if len(loss_input_names) != len(resolved.target_names) + 1:
             raise ArgumentTypeError(
                 f"loss_input_names has {len(loss_input_names)} names, expected the output and "
                 f"{len(resolved.target_names)} target(s)"
             )
-        resolved = Loss(resolved.function, tuple(loss_input_names[1:]))
+        resolved = Loss(resolved.function, tuple(loss_input_names[1:]), loss_input_names[0])
     if isinstance(model, torch.nn.Module):
         if args is None:
             raise ArgumentTypeError("args is missing: a torch module needs an example batch, the targets last")
         return model, (args,) if isinstance(args, Tensor) else tuple(args), resolved
+    if not isinstance(model, (onnx.ModelProto, str, os.PathLike)):
+        raise ArgumentTypeError(
+            f"model is a {type(model).__name__}, expected a torch.nn.Module or an ONNX model or file"
+        )
     module = OnnxModule(model)
     if args is None:
         inputs = module.example_inputs()
         with torch.no_grad():
             output = module.eval()(*inputs)  # in training mode it would move BatchNorm's statistics
         module.train()
-        args = (*inputs, *(_target_like(output, resolved) for _ in resolved.target_names))
-    return module, tuple(args), resolved
+        args = (*inputs, *(_target_like(_loss_input(output, resolved, True), resolved) for _ in resolved.target_names))
+    return module, (args,) if isinstance(args, Tensor) else tuple(args), resolved
 
 
-def _target_like(output: Any, loss: Loss) -> Tensor:
+def _target_like(output: Tensor, loss: Loss) -> Tensor:
     """An example target: class indices for cross entropy, values like the output's otherwise."""
-    first = output[0] if isinstance(output, (tuple, list)) else output
     if loss.function is resolve_loss("cross_entropy").function:
-        return torch.zeros([first.shape[0], *first.shape[2:]], dtype=torch.int64)
-    return torch.zeros_like(first)
+        return torch.zeros([output.shape[0], *output.shape[2:]], dtype=torch.int64)
+    return torch.zeros_like(output)
+
+
+def _first_output(result: Any) -> Any:
+    return torch.utils._pytree.tree_leaves(result)[0]
+
+
+def _loss_input(result: Any, loss: Loss, from_onnx: bool) -> Any:
+    """What of a forward's result the loss takes: the output of its name, or the result as it is.
+
+    Raises:
+        ArgumentTypeError: none of several outputs has the name, or the loss of an ONNX model's has none.
+    """
+    flat = torch.utils._pytree.tree_leaves(result)
+    if len(flat) == 1 and (from_onnx or loss.output is not None):
+        return flat[0]
+    if loss.output is None and not (from_onnx and loss.target_names):
+        return result
+    names = flat_output_names(result, flat)
+    if loss.output not in names:
+        raise ArgumentTypeError(
+            f"the model has the outputs {', '.join(names)}, of which loss_input_names has to name the one that the "
+            f"loss takes, before the targets; got {loss.output!r}"
+        )
+    return flat[names.index(loss.output)]
 
 
 def _loss(loss: Any) -> Any:
@@ -266,12 +294,8 @@ def _forward(
         random = SeededRandomness(values.get(SEED, zero), values.get(STEP, zero))
         with cumulative_averages(module), swapped_tensors(module, state, tensors), random:
             result = arguments.call(module, values)
-            first = (
-                result
-                if loss.target_names or isinstance(result, Tensor)
-                else torch.utils._pytree.tree_leaves(result)[0]
-            )
-            value = loss.call(first, *(values[s.name] for s in labels)).reshape(())
+            first = _loss_input(result, loss, isinstance(module, OnnxModule))
+            value = scalar(loss.call(first, *(values[s.name] for s in labels)))
             found = gradients(value, trained) if training else {}
         outputs = [TracedOutput(GraphOutput(LOSS, "value"), value.detach())]
         named = named_outputs(result, (LOSS, *(spec.name for spec in specs)))

@@ -6,6 +6,7 @@ BatchNormalization buffers; every other initializer is a constant.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -129,16 +130,39 @@ def _gather(node: str, a: Attributes, x: Any, index: Tensor) -> Any:
 
 def _flatten(node: str, a: Attributes, x: Tensor) -> Tensor:
     axis = a.get("axis", 1)
-    return x.flatten(axis) if axis == 1 else x.reshape([int(np.prod(x.shape[:axis])), -1])
+    return x.flatten(axis) if axis == 1 else x.reshape([math.prod(x.shape[:axis]), -1])
 
 
 def _reduce_mean(node: str, a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
-    chosen = _integers(axes) if axes is not None else list(a.get("axes", range(x.dim())))
+    chosen = _integers(axes) if axes is not None else list(a.get("axes", ()))
+    if not chosen and a.get("noop_with_empty_axes", 0):
+        return x
     return x.mean(chosen, keepdim=bool(a.get("keepdims", 1)))
 
 
-def _clip(node: str, a: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+def _clip(node: str, a: Attributes, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
+    low, high = a.get("min", low), a.get("max", high)  # attributes below opset 11
     return torch.clamp(x, None if low is None else float(low), None if high is None else float(high))
+
+
+def _softmax(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def normalized(node: str, a: Attributes, x: Tensor) -> Tensor:
+        if a["opset"] >= 13:
+            return function(x, a.get("axis", -1))
+        axis = a.get("axis", 1) % x.dim()  # over this axis and all that follow
+        return function(x.flatten(axis), -1).reshape(x.shape)
+
+    return normalized
+
+
+def _constant(node: str, a: Attributes) -> np.ndarray:
+    if "value" in a:
+        return np.array(onnx.numpy_helper.to_array(a["value"]))
+    for key, dtype in (("value_float", np.float32), ("value_int", np.int64)):
+        for name in (key, f"{key}s"):
+            if name in a:
+                return np.array(a[name], dtype)
+    raise UnsupportedOperatorError(f"{node} holds no dense numbers")
 
 
 def _squeeze(node: str, a: Attributes, x: Any, axes: Tensor | None = None) -> Any:
@@ -179,8 +203,8 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Tanh": _plain(torch.tanh),
     "Softplus": _plain(functional.softplus),
     "HardSwish": _plain(functional.hardswish),
-    "Softmax": lambda node, a, x: torch.softmax(x, a.get("axis", -1)),
-    "LogSoftmax": lambda node, a, x: torch.log_softmax(x, a.get("axis", -1)),
+    "Softmax": _softmax(torch.softmax),
+    "LogSoftmax": _softmax(torch.log_softmax),
     "Clip": _clip,
     "Add": _plain(torch.add),
     "Sub": _plain(torch.sub),
@@ -202,6 +226,8 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "ReduceMean": _reduce_mean,
 }
 _STATISTICS = ("BatchNormalization",)
+_STANDARD = ("", "ai.onnx")
+_OLDEST_OPSET = 7  # before, operators broadcast by attributes
 _TAKES_SIZES = ("Reshape", "Squeeze", "Unsqueeze", "ReduceMean", "Gather", "Concat", "Clip")
 
 
@@ -236,12 +262,22 @@ class OnnxModule(nn.Module):
             except Exception as error:  # protobuf has errors of several modules
                 raise ModelFileError(f"{path} cannot be read as an ONNX model: {error}") from error
         known = {*OPERATORS, "BatchNormalization", "Dropout", "Constant"}
-        missing = {f"{n.op_type} (node {n.name or n.output[0]})" for n in model.graph.node if n.op_type not in known}
+        missing = {
+            f"{n.domain}{'::' if n.domain else ''}{n.op_type} (node {n.name or n.output[0]})"
+            for n in model.graph.node
+            if n.op_type not in known or n.domain not in _STANDARD
+        }
         if missing:
             raise UnsupportedOperatorError(
                 f"the ONNX model has operators that cannot be trained from this form: {', '.join(sorted(missing))}. "
                 f"Known: {', '.join(sorted(known))}. Give the torch module itself instead"
             )
+        self._opset = max((o.version for o in model.opset_import if o.domain in _STANDARD), default=0)
+        if self._opset < _OLDEST_OPSET:
+            raise UnsupportedOperatorError(
+                f"the ONNX model is of opset {self._opset}, expected {_OLDEST_OPSET} or later: export it again"
+            )
+        _check_values(model.graph)
         self._graph = model.graph
         self._where: dict[str, str] = {}
         # Constants stay outside of the module: what is a buffer would be traced, and sizes have to be numbers.
@@ -292,23 +328,23 @@ class OnnxModule(nn.Module):
             result.append(torch.randn(shape).to(dtype))
         return tuple(result)
 
-    def run(self, *inputs: Tensor) -> Any:
+    def run(self, *inputs: Tensor) -> dict[str, Any]:
+        """The graph's outputs by name."""
         values: dict[str, Any] = {"": None, **self._constants}
         values.update(zip((value.name for value in self._inputs), inputs, strict=True))
         for name, where in self._where.items():
             place, _, leaf = where.rpartition(".")
             values[name] = getattr(self.get_submodule(place), leaf)
         for node in self._graph.node:
-            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            attributes = {"opset": self._opset} | {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             arguments = [values[name] for name in node.input]
             values[node.output[0]] = self._node(node, attributes, arguments)
-        outputs = [values[name] for name in self._outputs]
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return {name: values[name] for name in self._outputs}
 
     def _node(self, node: Any, a: Attributes, inputs: list[Any]) -> Any:
         where = f"{node.op_type} {node.name}".strip()
         if node.op_type == "Constant":
-            return np.array(onnx.numpy_helper.to_array(a["value"]))
+            return _constant(where, a)
         if node.op_type == "Dropout":
             ratio = float(inputs[1]) if len(inputs) > 1 and inputs[1] is not None else float(a.get("ratio", 0.5))
             return functional.dropout(inputs[0], ratio, self.training)
@@ -321,6 +357,22 @@ class OnnxModule(nn.Module):
         if node.op_type not in _TAKES_SIZES:
             inputs = [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in inputs]
         return OPERATORS[node.op_type](where, a, *inputs)
+
+
+def _check_values(graph: Any) -> None:
+    """Refuse a graph that reads more of a node than its first output (a mask, new statistics).
+
+    Raises:
+        UnsupportedOperatorError: with the values' names.
+    """
+    made = {"", *(value.name for value in graph.input), *(tensor.name for tensor in graph.initializer)}
+    made |= {node.output[0] for node in graph.node}
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    if read - made:
+        raise UnsupportedOperatorError(
+            f"the ONNX model reads {', '.join(sorted(read - made))}, which is no node's first output: it cannot be "
+            "trained from this form. Give the torch module itself instead"
+        )
 
 
 def _named_forward(module: OnnxModule, names: list[str]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -273,6 +274,48 @@ def test_an_onnx_forward_model_is_trained(tmp_path: Path) -> None:
         np.testing.assert_allclose(state.arrays[name], eager.get_parameter(name).detach(), rtol=1e-3, atol=1e-5)
 
 
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = network()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        scores = self.scores(x)
+        return {"hidden": scores.tanh(), "logits": scores}
+
+
+@pytest.mark.parametrize("as_onnx", [False, True])
+def test_the_loss_takes_the_output_that_is_named(as_onnx: bool, tmp_path: Path) -> None:
+    eager, ((x, y),) = TwoOutputs(), batches(1, torch.float32)
+    model: Any = eager
+    if as_onnx:
+        model = tmp_path / "forward.onnx"
+        cg.export(eager.eval(), (x,), model, dynamic_shapes=({0: "batch"},), verify=False)
+        with pytest.raises(cg.ArgumentTypeError, match="outputs hidden, logits, of which loss_input_names"):
+            write(tmp_path, model)
+    with pytest.raises(cg.ArgumentTypeError, match="got 'scores'"):
+        write(tmp_path, model, loss_input_names=["scores", "labels"])
+    write(tmp_path, model, loss_input_names=["logits", "labels"])
+    _, module, _ = load(tmp_path)
+    assert module.input_names() == ["x", "labels"]
+    assert module.output_names() == ["loss", "hidden", "logits"]
+    loss, _, logits = module(x.numpy(), y.numpy())
+    assert loss == pytest.approx(functional.cross_entropy(torch.from_numpy(logits), y).item(), rel=1e-5)
+
+
+def test_a_loss_without_targets_takes_the_whole_result(tmp_path: Path) -> None:
+    model, ((x, _),) = TwoOutputs(), batches(1, torch.float32)
+    write(tmp_path, model, loss=lambda output: output["logits"].square().mean(), args=(x,))
+    loss, _, logits = load(tmp_path)[1](x.numpy())
+    assert loss == pytest.approx(np.square(logits).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("model", [lambda x: x, 3])
+def test_what_is_no_model_is_refused(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(cg.ArgumentTypeError, match=r"model is a \w+, expected a torch.nn.Module or an ONNX"):
+        write(tmp_path, model)
+
+
 def test_unknown_operators_of_an_onnx_model_are_named(tmp_path: Path) -> None:
     model = cg.build_model("conv2d_input", input_shape=(1, 1, 4, 4), weight_shape=(1, 1, 3, 3), lowering="input.col2im")
     with pytest.raises(cg.UnsupportedOperatorError, match="Col2Im"):
@@ -287,6 +330,7 @@ def test_unknown_operators_of_an_onnx_model_are_named(tmp_path: Path) -> None:
         ({"requires_grad": ["7.bias"], "frozen_params": ["7.bias"]}, "both"),
         ({"args": None}, "args is missing"),
         ({"loss_input_names": ["a"]}, "loss_input_names"),
+        ({"loss": nn.CrossEntropyLoss(reduction="none")}, "one element"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict, message: str, tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""ONNX forward models as torch modules, held to onnxruntime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+import convgrad_export as cg
+from convgrad_export.training.onnx_module import OnnxModule
+
+RANDOM = np.random.default_rng(0)
+
+
+def model(*nodes: Any, shape: tuple[Any, ...] = ("n", 3), opset: int = 15, **weights: Any) -> onnx.ModelProto:
+    """A graph from x to y."""
+    graph = helper.make_graph(
+        list(nodes),
+        "forward",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def scaled(*nodes: Any, **options: Any) -> onnx.ModelProto:
+    """`nodes` from h to y, after a multiplication by a weight."""
+    return model(helper.make_node("Mul", ["x", "w"], ["h"]), *nodes, w=np.float32([1.5]), **options)
+
+
+node = helper.make_node
+MODELS: dict[str, onnx.ModelProto] = {
+    "clip by attributes": scaled(node("Clip", ["h"], ["y"], min=-0.5, max=1.0), opset=10),
+    "clip by inputs": scaled(node("Clip", ["h", "low", ""], ["y"]), low=np.float32(-0.5)),
+    "softmax over all that follows": scaled(node("Softmax", ["h"], ["y"], axis=1), shape=(2, 3, 4), opset=11),
+    "softmax by default, old": scaled(node("Softmax", ["h"], ["y"]), shape=(2, 3, 4), opset=11),
+    "log_softmax, old": scaled(node("LogSoftmax", ["h"], ["y"], axis=-1), shape=(2, 3, 4), opset=11),
+    "softmax over one axis": scaled(node("Softmax", ["h"], ["y"], axis=1), shape=(2, 3, 4)),
+    "constant integers": scaled(
+        node("Constant", [], ["s"], value_ints=[3, -1]), node("Reshape", ["h", "s"], ["y"]), shape=(2, 3, 4)
+    ),
+    "constant number": scaled(node("Constant", [], ["s"], value_float=2.5), node("Mul", ["h", "s"], ["y"])),
+    "no axis to reduce": scaled(node("ReduceMean", ["h"], ["y"], noop_with_empty_axes=1), opset=18),
+    "every axis reduced": scaled(node("ReduceMean", ["h"], ["y"], keepdims=0)),
+    "flatten at 2": scaled(node("Flatten", ["h"], ["y"], axis=2), shape=(2, 3, 4)),
+    "flatten at 0": scaled(node("Flatten", ["h"], ["y"], axis=0), shape=(2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_module_computes_what_onnxruntime_does(name: str) -> None:
+    proto = MODELS[name]
+    dims = proto.graph.input[0].type.tensor_type.shape.dim
+    x = RANDOM.standard_normal([dim.dim_value or 4 for dim in dims], dtype=np.float32)
+    expected = cg.GradientSession(proto).run({"x": x})["y"]
+    got = OnnxModule(proto)(torch.from_numpy(x))["y"].detach().numpy()
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("proto", "message"),
+    [
+        (scaled(node("Relu", ["h"], ["y"], domain="com.example")), r"com\.example::Relu"),
+        (scaled(node("Dropout", ["h"], ["d", "mask"]), node("Identity", ["mask"], ["y"])), "reads mask"),
+        (scaled(node("Identity", ["h"], ["y"]), opset=6), "of opset 6, expected 7 or later"),
+        (scaled(node("Constant", [], ["s"], value_string="a"), node("Mul", ["h", "s"], ["y"])), "no dense numbers"),
+    ],
+    ids=range(4),
+)
+def test_models_of_other_kinds_are_refused(proto: onnx.ModelProto, message: str) -> None:
+    with pytest.raises(cg.UnsupportedOperatorError, match=message):
+        OnnxModule(proto)(torch.ones(2, 3))
