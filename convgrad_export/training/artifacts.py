@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import ArgumentTypeError
 from ..files import check_output, staged, write_atomically
 from ..integrations.arguments import CallArguments, named_tensors
-from ..integrations.capture import buffer_outputs, flat_output_names, named_outputs, state_inputs
+from ..integrations.capture import flat_output_names, named_outputs, state_inputs
 from ..integrations.decompositions import onnx_decompositions
 from ..integrations.finishing import BASE_OPSET, check_model, finish
 from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
@@ -31,6 +31,7 @@ from .backward import gradients, leaves
 from .checkpoint import save_checkpoint
 from .cumulative import cumulative_averages
 from .losses import Loss, resolve_loss, scalar
+from .module_state import StandIns, refuse_held_state, refuse_shared_memory
 from .onnx_module import OnnxModule
 from .optimizers import SGD, AdamW, ResolvedOptimizer, resolve_optimizer
 from .randomness import SeededRandomness
@@ -269,6 +270,7 @@ def _forward(
     inputs, targets = split_batch(module, batch, loss)
     arguments = CallArguments(module, inputs, None)
     state = state_inputs(module)
+    refuse_shared_memory(state, parameters)
     own_shapes, target_shapes = split_shapes(arguments, loss, dynamic_shapes)
     users = arguments.inputs(state, own_shapes)
     labels = named_tensors(dict(zip(loss.target_names, targets, strict=True)), target_shapes, (*state, *users))
@@ -288,14 +290,16 @@ def _forward(
 
     def traced(values: Mapping[str, Tensor]) -> list[TracedOutput]:
         trained = leaves(parameters, values)
-        tensors = {s.name: trained.get(s.name, values[s.name].detach()) for s in state if s.kind == "parameter"}
-        tensors.update({s.name: values[s.name].clone() for s in state if s.kind == "buffer"})
+        own = StandIns(state, trained, values)
+        given = {s.name: values[s.name].detach().clone() for s in (*users, *labels)}
+        for name, tensor in given.items():
+            tensor.requires_grad_(values[name].requires_grad)
         zero = torch.zeros((), dtype=torch.int64)
         random = SeededRandomness(values.get(SEED, zero), values.get(STEP, zero))
-        with cumulative_averages(module), swapped_tensors(module, state, tensors), random:
-            result = arguments.call(module, values)
+        with cumulative_averages(module), swapped_tensors(module, state, own.tensors), random:
+            result = arguments.call(module, given)
             first = _loss_input(result, loss, isinstance(module, OnnxModule))
-            value = scalar(loss.call(first, *(values[s.name] for s in labels)))
+            value = scalar(loss.call(first, *(given[s.name] for s in labels)))
             found = gradients(value, trained) if training else {}
         outputs = [TracedOutput(GraphOutput(LOSS, "value"), value.detach())]
         named = named_outputs(result, (LOSS, *(spec.name for spec in specs)))
@@ -307,9 +311,10 @@ def _forward(
             before = values[f"{name}{GRADIENT}"]
             total = torch.where(values[RESET], torch.zeros_like(before), before) + gradient
             outputs.append(TracedOutput(GraphOutput(f"{name}{GRADIENT}.updated", "buffer", f"{name}{GRADIENT}"), total))
-        return outputs + buffer_outputs(state, tensors)
+        return outputs + own.outputs()
 
     program = trace_function(traced, specs, decompositions=onnx_decompositions(opset))
+    refuse_held_state(program, state, parameters)
     refuse_unseeded_randomness(program)
     program.unused = tuple(unused)
     for name in (SEED, STEP, *(f"{name}{GRADIENT}" for name in unused)):

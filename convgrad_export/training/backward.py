@@ -28,7 +28,7 @@ def leaves(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> di
                 f"parameter {name} has a hook from register_post_accumulate_grad_hook, which an exported step cannot "
                 "run: remove it, or do its work in a register_hook or in an update function given as the optimizer"
             )
-        found[name] = values[name].detach().requires_grad_()
+        found[name] = values[name].detach().clone().requires_grad_()  # a forward may clamp its weights
         for hook in (parameter._backward_hooks or {}).values():
             found[name].register_hook(hook)
     return found

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_error_factor, check_threads
-from ..errors import ArgumentTypeError, UnsupportedOperatorError
+from ..errors import UnsupportedOperatorError
 from ..files import staged
 from ..integrations import saving
 from ..integrations.arguments import CallArguments, named_tensors
-from ..integrations.capture import buffer_outputs, named_outputs, state_inputs
+from ..integrations.capture import named_outputs, state_inputs
 from ..integrations.decompositions import onnx_decompositions
 from ..integrations.finishing import BASE_OPSET, check_model, check_opset, finish
 from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
@@ -31,7 +31,8 @@ from ..selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 from .backward import gradients, leaves
 from .checkpoint import checkpoint_path, save_checkpoint
 from .cumulative import cumulative_averages
-from .losses import resolve_loss
+from .losses import resolve_loss, scalar
+from .module_state import StandIns, refuse_held_state, refuse_shared_memory
 from .optimizers import resolve_optimizer
 from .preparation import METADATA
 from .randomness import SeededRandomness
@@ -157,7 +158,8 @@ def export_training_step(
         max_error_factor=max_error_factor,
     )
     model = finish(translation.model, opset=opset_version)
-    state = {spec.name: spec.value.detach() for spec in program.inputs if _is_state(spec, program)}
+    # copies: the module may train on before a session takes the report's state
+    state = {spec.name: spec.value.detach().clone() for spec in program.inputs if _is_state(spec, program)}
     model.metadata_props[METADATA] = _metadata(module, options, state)
     report = TrainingStepReport(
         path=target_path,
@@ -200,6 +202,7 @@ def _capture(
     inputs, targets = split_batch(module, args, options.loss)
     arguments = CallArguments(module, inputs, None)
     state = state_inputs(module)
+    refuse_shared_memory(state, parameters)
     own_shapes, target_shapes = split_shapes(arguments, options.loss, dynamic_shapes)
     batch = arguments.inputs(state, own_shapes)
     labels = named_tensors(dict(zip(options.loss.target_names, targets, strict=True)), target_shapes, (*state, *batch))
@@ -217,17 +220,16 @@ def _capture(
 
     def traced(values: Mapping[str, Tensor]) -> list[TracedOutput]:
         trained = leaves(parameters, values)
-        tensors = {s.name: trained.get(s.name, values[s.name].detach()) for s in state if s.kind == "parameter"}
-        tensors.update({s.name: values[s.name].clone() for s in state if s.kind == "buffer"})
+        own = StandIns(state, trained, values)
+        # A forward and a loss may change their arguments in place; the caller's stay as they are.
+        given = {s.name: values[s.name].detach().clone() for s in (*batch, *labels)}
+        for name, tensor in given.items():
+            tensor.requires_grad_(values[name].requires_grad)
         # the seed is no input of a step that draws nothing
         random = SeededRandomness(values.get(SEED, torch.zeros_like(values[STEP])), calls_before(values, options))
-        with swapped_tensors(module, state, tensors), cumulative_averages(module), random:
-            result = arguments.call(module, values)
-            value = options.loss.call(result, *(values[s.name] for s in labels))
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise ArgumentTypeError(f"loss must return a tensor with one element, got {got}")
-            value = value.reshape(())
+        with swapped_tensors(module, state, own.tensors), cumulative_averages(module), random:
+            result = arguments.call(module, given)
+            value = scalar(options.loss.call(result, *(given[s.name] for s in labels)))
             found = gradients(value, trained)
         draws[:] = [random.draws]
         unused[:] = [name for name in trained if name not in found]
@@ -235,12 +237,13 @@ def _capture(
         if options.return_outputs:
             outputs += named_outputs(result, (LOSS, GRADIENT_NORM, *(spec.name for spec in specs)))
         with torch.no_grad():
-            outputs += update(found, values, options)
-        return outputs + buffer_outputs(state, tensors)
+            outputs += update(found, {**values, **trained}, options)
+        return outputs + own.outputs(but={output.spec.target for output in outputs})
 
     program = trace_function(traced, specs, decompositions=onnx_decompositions(opset))
     program.unused = tuple(unused)
     options.optimizer.check_steps(name for name in options.optimizer.rules if name not in unused)
+    refuse_held_state(program, state, options.optimizer.rules)
     refuse_unseeded_randomness(program)
     if not draws[0]:
         drop_input(program, SEED)

@@ -1,0 +1,102 @@
+"""A module's own tensors in a traced step: what stands for them, and where a trace would lose sight of them.
+
+PyTorch's modules change their tensors in place, and anything may read or write these through references of its own. A
+graph has inputs and outputs by name instead, so what goes past the module's names is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor
+
+from ..errors import ArgumentTypeError, UnsupportedOperatorError
+from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
+
+
+class StandIns:
+    """Tensors for a forward to read, and to change in place, instead of the module's.
+
+    Args:
+        state: the module's parameters and buffers.
+        trained: those to differentiate with respect to, by name, from `backward.leaves`.
+        values: all of them as the graph's inputs.
+
+    Attributes:
+        tensors: by name; after `tracing.swapped_tensors` the module's new ones where it assigned any.
+    """
+
+    def __init__(
+        self, state: Sequence[GraphInput], trained: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    ) -> None:
+        self.tensors = {
+            s.name: trained[s.name] if s.name in trained else values[s.name].detach().clone() for s in state
+        }
+        self._given = dict(self.tensors)
+        self._memory = {name: tensor.untyped_storage() for name, tensor in self.tensors.items()}
+
+    def outputs(self, but: Collection[str | None] = ()) -> list[TracedOutput]:
+        """Their values after the forward, without those of the names `but`; `trace_function` drops the unchanged ones.
+
+        Raises:
+            UnsupportedOperatorError: one was given other memory, of which a trace knows nothing.
+        """
+        moved = [n for n, t in self._given.items() if t.untyped_storage()._cdata != self._memory[n]._cdata]
+        if moved:
+            raise UnsupportedOperatorError(
+                f"the forward assigns to .data of {', '.join(moved)}, which no trace records: change the tensor in "
+                "place under torch.no_grad() (x.copy_(new), x.mul_(m).add_(y))"
+            )
+        return [
+            TracedOutput(GraphOutput(f"{name}.updated", "buffer", name), tensor.detach())
+            for name, tensor in self.tensors.items()
+            if name not in but
+        ]
+
+
+def refuse_held_state(program: CapturedProgram, state: Sequence[GraphInput], trained: Collection[str]) -> None:
+    """Refuse a graph that holds the present values of tensors that training changes, which it would read for ever.
+
+    Args:
+        program: the trace, whose outputs say what the forward changes.
+        state: the module's tensors. trained: names of those that the optimizer updates, in the graph or not.
+
+    Raises:
+        ArgumentTypeError: with their names.
+    """
+    changing = {output.target for output in program.outputs if output.kind == "buffer"}.union(trained)
+    memory: dict[int, list[str]] = {}
+    for spec in state:
+        if spec.name in changing and spec.value.numel():
+            memory.setdefault(spec.value.untyped_storage().data_ptr(), []).append(spec.name)
+    held = {
+        name
+        for spec in program.inputs
+        if spec.kind == "constant" and spec.value.numel()
+        for name in memory.get(spec.value.untyped_storage().data_ptr(), ())
+    }
+    if held:
+        raise ArgumentTypeError(
+            f"the loss, a hook or the forward reads {', '.join(sorted(held))} by a reference of its own (a tensor or "
+            "list made before), so that the step would hold the present values for ever: read it from the module where "
+            "it is used (module.fc.weight, module.parameters()), or a copy (.clone()) if the present values are meant"
+        )
+
+
+def refuse_shared_memory(state: Sequence[GraphInput], trained: Collection[str]) -> None:
+    """Refuse different tensors in one place of memory: PyTorch updates both at once, an exported step one by one.
+
+    Raises:
+        ArgumentTypeError: one of two such tensors is trained.
+    """
+    first: dict[int, str] = {}
+    for spec in state:
+        if not spec.value.numel() or not spec.value.data_ptr():
+            continue
+        other = first.setdefault(spec.value.data_ptr(), spec.name)
+        if other != spec.name and not {other, spec.name}.isdisjoint(trained):
+            raise ArgumentTypeError(
+                f"{other} and {spec.name} are two tensors in the same memory (one was made of the other's .data, or "
+                "detached from it), which an exported step would update apart: register one tensor under both names "
+                "(self.b.weight = self.a.weight), or make the second a copy (.clone())"
+            )

@@ -1,0 +1,193 @@
+"""What a forward, a loss or a hook does to the module's own tensors, and through which references it reads them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import convgrad_export as cg
+from convgrad_export.training import artifacts
+from convgrad_export.training.api import CheckpointState, Module, Optimizer
+
+from .parity import assert_same_training, train_artifacts, train_in_pytorch
+
+
+def data(count: int = 3, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(4)
+    return [
+        (torch.randn(4, 3, generator=generator).to(dtype), torch.randn(4, 2, generator=generator).to(dtype))
+        for _ in range(count)
+    ]
+
+
+def linear(dtype: torch.dtype = torch.float64) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2).to(dtype)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.5)
+
+
+class Clamped(nn.Module):
+    """Weights that the forward keeps between bounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.layer.weight.clamp_(-0.3, 0.3)
+        return self.layer(x)
+
+
+class Averaged(nn.Module):
+    """A teacher that follows the network, as in MoCo: frozen, and changed by the forward."""
+
+    def __init__(self, follow: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.network, self.teacher, self.follow = linear(), linear().requires_grad_(False), follow
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for old, new in zip(self.teacher.parameters(), self.network.parameters(), strict=True):
+                self.follow(old, new)
+            guided = self.teacher(x)
+        return self.network(x) * guided
+
+
+def in_place(old: Tensor, new: Tensor) -> None:
+    old.mul_(0.5).add_(new, alpha=0.5)
+
+
+def through_data(old: Tensor, new: Tensor) -> None:
+    old.data.mul_(0.5).add_(new.data, alpha=0.5)
+
+
+def assigned(old: Tensor, new: Tensor) -> None:
+    old.data = old.data * 0.5 + new.data * 0.5
+
+
+@pytest.mark.parametrize("make", [Clamped, lambda: Averaged(in_place), lambda: Averaged(through_data)])
+def test_parameters_that_the_forward_changes_in_place_are_state(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    assert_same_training(make(), "mse", functional.mse_loss, sgd, data())
+    eager, batches = make().float(), data(3, torch.float32)
+    artifacts.generate_artifacts(eager, loss="mse", optimizer="sgd", args=batches[0], artifact_directory=tmp_path)
+    state = CheckpointState.load_checkpoint(tmp_path / "checkpoint")
+    module = Module(tmp_path / "training_model.onnx", state)
+    optimizer = Optimizer(tmp_path / "optimizer_model.onnx", module)
+    optimizer.set_learning_rate(0.5)
+    train_artifacts(module, optimizer, batches)
+    train_in_pytorch(eager, functional.mse_loss, sgd(eager.parameters()), batches)
+    for name, value in eager.named_parameters():
+        np.testing.assert_allclose(state.arrays[name], value.detach(), rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_assigning_to_data_is_refused() -> None:
+    with pytest.raises(cg.UnsupportedOperatorError, match=r"\.data of teacher\.weight, teacher\.bias"):
+        cg.export_training_step(Averaged(assigned), "mse", "sgd", data()[0])
+
+
+def doubled_in_place(output: Tensor, target: Tensor) -> Tensor:
+    target.mul_(2)
+    return functional.mse_loss(output, target)
+
+
+def test_a_batch_may_be_changed_in_place() -> None:
+    module, batches = nn.Sequential(nn.ReLU(inplace=True), linear()), data()
+    before = copy.deepcopy(batches[0])
+    report = cg.export_training_step(module, doubled_in_place, sgd(module.parameters()), batches[0])
+    assert all(torch.equal(one, other) for one, other in zip(batches[0], before, strict=True))
+    session = cg.TrainingSession(report.model, report.state)
+    for x, y in batches:
+        session.step(x, y)
+    train_in_pytorch(module, doubled_in_place, sgd(module.parameters()), batches)
+    for name, value in module.named_parameters():
+        np.testing.assert_allclose(session.state()[name], value.detach(), rtol=1e-9, err_msg=name)
+
+
+class Listed(nn.Module):
+    """A module that reads its parameter through a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = linear()
+        self.weights = [self.layer.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weights[0], self.layer.bias)
+
+
+def penalized(module: nn.Module) -> Any:
+    weight = module.weight
+    return lambda output, target: functional.mse_loss(output, target) + weight.square().sum()
+
+
+def hooked() -> nn.Module:
+    module = linear()
+    module.weight.register_hook(lambda gradient, weight=module.weight: gradient + weight)
+    return module
+
+
+def test_parameters_read_by_references_of_ones_own_are_refused(tmp_path: Path) -> None:
+    cases: list[tuple[nn.Module, Any, str]] = [
+        (module := linear(), penalized(module), "reads weight by"),
+        (hooked(), "mse", "reads weight by"),
+        (Listed(), "mse", r"reads layer\.weight by"),
+    ]
+    for module, loss, message in cases:
+        with pytest.raises(cg.ArgumentTypeError, match=message):
+            cg.export_training_step(module, loss, "sgd", data()[0])
+        with pytest.raises(cg.ArgumentTypeError, match=message):
+            artifacts.generate_artifacts(module, loss=loss, args=data()[0], artifact_directory=tmp_path)
+
+
+def test_parameters_read_from_the_module_and_copies_are_right() -> None:
+    module = linear()
+    start = [parameter.detach().clone() for parameter in module.parameters()]
+
+    def of(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        def loss(output: Tensor, target: Tensor) -> Tensor:
+            moved = sum((p - s).square().sum() for p, s in zip(network.parameters(), start, strict=True))
+            return functional.mse_loss(output, target) + moved
+
+        return loss
+
+    report = cg.export_training_step(module, of(module), sgd(module.parameters()), data()[0])
+    session = cg.TrainingSession(report.model, report.state)
+    for x, y in data():
+        session.step(x, y)
+    train_in_pytorch(module, of(module), sgd(module.parameters()), data())
+    for name, value in module.named_parameters():
+        np.testing.assert_allclose(session.state()[name], value.detach(), rtol=1e-9, err_msg=name)
+
+
+def test_two_tensors_in_one_memory_are_refused(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    module[1].weight.data = module[0].weight.data
+    batch = (torch.randn(4, 3), torch.randn(4, 3))
+    with pytest.raises(cg.ArgumentTypeError, match=r"0\.weight and 1\.weight are two tensors in the same memory"):
+        cg.export_training_step(module, "mse", "sgd", batch)
+    with pytest.raises(cg.ArgumentTypeError, match="same memory"):
+        artifacts.generate_artifacts(module, loss="mse", args=batch, artifact_directory=tmp_path)
+    assert cg.export_training_step(module, "mse", "sgd", batch, frozen=["0.weight", "1.weight"]).verified
+    module[1].weight = module[0].weight
+    assert cg.export_training_step(module, "mse", "sgd", batch).verified
+
+
+def test_the_reports_state_stays_when_the_module_trains_on() -> None:
+    module = linear()
+    report = cg.export_training_step(module, "mse", "sgd", data()[0])
+    before = report.state["weight"].clone()
+    with torch.no_grad():
+        module.weight.fill_(7)
+    assert torch.equal(report.state["weight"], before)
