@@ -31,10 +31,7 @@ class CallArguments:
     """
 
     def __init__(self, module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
-        if not isinstance(module, torch.nn.Module):
-            raise ArgumentTypeError(
-                f"module is {module!r:.80}, expected a torch.nn.Module instance; wrap a function in a module's forward"
-            )
+        check_module(module)
         if isinstance(args, torch.Tensor):
             args = (args,)
         if not isinstance(args, (list, tuple)):
@@ -114,6 +111,14 @@ class CallArguments:
             if by_argument.get(argument) is not None:
                 given.update(_by_tensor(argument, argument, value, by_argument[argument]))
         return {name: _dimension_names(name, tensor, given[name]) for name, tensor in self.examples.items()}
+
+
+def check_module(module: Any) -> None:
+    """Refuse what is no module: a function, or a class."""
+    if not isinstance(module, torch.nn.Module):
+        raise ArgumentTypeError(
+            f"module is {module!r:.80}, expected a torch.nn.Module instance; wrap a function in a module's forward"
+        )
 
 
 def _by_tensor(name: str, place: str, value: Any, spec: Any) -> Iterator[tuple[str, Any]]:

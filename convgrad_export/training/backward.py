@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
-from ..errors import UnsupportedOperatorError
+from ..errors import ConstantGradientError, UnsupportedOperatorError
 
 
 def leaves(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -42,7 +42,15 @@ def gradients(value: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         value: 0-d.
         wanted: from `leaves`, or a module's own parameters.
+
+    Raises:
+        ConstantGradientError: it depends on nothing.
     """
+    if not value.requires_grad:
+        raise ConstantGradientError(
+            "the loss depends on no parameter that is trained: the forward or the loss runs under torch.no_grad, "
+            "detaches, or reads tensors that are no parameters"
+        )
     # torch.autograd.grad would leave the active torch function modes, and a recomputed dropout has to stay in them. It
     # ends in this call: keep no graph, build none, allow tensors that are not reached, and return the gradients.
     found = _engine_run_backward(

@@ -17,7 +17,7 @@ from ..arguments import check_error_factor, check_threads
 from ..errors import UnsupportedOperatorError
 from ..files import staged
 from ..integrations import saving
-from ..integrations.arguments import CallArguments, named_tensors
+from ..integrations.arguments import CallArguments, check_module, named_tensors
 from ..integrations.capture import named_outputs, state_inputs
 from ..integrations.decompositions import onnx_decompositions
 from ..integrations.finishing import BASE_OPSET, check_model, check_opset, finish
@@ -136,6 +136,7 @@ def export_training_step(
     target_path = None if path is None else saving.check_path(path, overwrite)
     if target_path is not None:
         saving.check_path(checkpoint_path(target_path), overwrite)
+    check_module(module)
     resolved_loss = resolve_loss(loss, label_smoothing)
     loss_constants = untrained_loss_parameters(resolved_loss, optimizer, module)
     parameters = trainable_parameters(module, frozen)

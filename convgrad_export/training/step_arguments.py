@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -23,13 +24,16 @@ def check_numbers(max_grad_norm: Any, max_grad_value: Any, accumulation: Any) ->
         raise ArgumentTypeError(f"gradient_accumulation is {accumulation!r}, expected an integer of at least 1")
 
 
-def check_names(module: torch.nn.Module, specs: Iterable[GraphInput], reserved: Iterable[str]) -> None:
-    """Refuse a parameter, buffer, argument or target under a name that the exported models use themselves.
+def check_names(module: torch.nn.Module, specs: Sequence[GraphInput], reserved: Sequence[str]) -> None:
+    """Refuse a parameter, buffer, argument or target under a name that the exported models use, or that another has.
 
     Raises:
         ArgumentTypeError: with all such names.
     """
-    own = {spec.name for spec in specs}
+    own = Counter(spec.name for spec in specs)
+    count = own + Counter(reserved)
+    if twice := [name for name in count if count[name] > 1 and not (name in own and name in reserved)]:
+        raise ArgumentTypeError(f"two inputs of the step are called {', '.join(twice)}: rename an argument or a target")
     if clash := [name for name in reserved if name in own]:
         raise ArgumentTypeError(
             f"{type(module).__name__}, its forward or the loss has the name(s) {', '.join(clash)}, which the training "
@@ -60,7 +64,7 @@ def untrained_loss_parameters(loss: Loss, optimizer: Any, module: torch.nn.Modul
 
 def trainable_parameters(module: torch.nn.Module, frozen: Sequence[str]) -> dict[str, Tensor]:
     """Parameters that are updated, by name; a frozen module's parameters are frozen."""
-    if isinstance(frozen, str):
+    if isinstance(frozen, str) or not isinstance(frozen, (Sequence, Set)):
         raise ArgumentTypeError(f"frozen is {frozen!r}, expected a sequence of names")
     parameters = dict(module.named_parameters())
     modules = {name for name, _ in module.named_modules() if name}
@@ -89,6 +93,10 @@ def split_batch(
     module: torch.nn.Module, args: Sequence[Any] | Tensor, loss: Loss
 ) -> tuple[tuple[Any, ...], list[Tensor]]:
     """The forward's arguments and the targets."""
+    if not isinstance(args, (Tensor, list, tuple)):
+        raise ArgumentTypeError(
+            f"args is a {type(args).__name__}, expected a tuple: the forward's arguments, then the loss's targets"
+        )
     values = (args,) if isinstance(args, Tensor) else tuple(args)
     count = len(loss.target_names)
     if len(values) < count + 1:
@@ -127,6 +135,10 @@ def split_shapes(arguments: CallArguments, loss: Loss, dynamic_shapes: Any) -> t
             elif name in named:
                 targets[name] = named[name] if shared else named.pop(name)
         return named or None, targets or None
+    if not isinstance(dynamic_shapes, (list, tuple)):
+        raise ArgumentTypeError(
+            f"dynamic_shapes is {dynamic_shapes!r:.80}, expected a dict by argument or a tuple in their order"
+        )
     count = len(loss.target_names)
     shapes = tuple(dynamic_shapes)
     return (shapes[: len(shapes) - count], shapes[len(shapes) - count :]) if count else (shapes, None)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ConstantGradientError
 from ..integrations.program import GraphInput, GraphOutput, TracedOutput
 from .losses import Loss
 from .optimizers import SGD, Adam, AdamW, ResolvedOptimizer, RMSprop, State
@@ -54,13 +55,19 @@ def calls_before(values: Mapping[str, Tensor], options: StepOptions) -> Tensor:
 
 
 def update(gradients: Mapping[str, Tensor], values: Mapping[str, Tensor], options: StepOptions) -> list[TracedOutput]:
-    """New parameters and optimizer state."""
+    """New parameters and optimizer state.
+
+    Raises:
+        ConstantGradientError: the optimizer holds none of the parameters that have gradients.
+    """
     outputs: list[TracedOutput] = []
 
     def put(name: str, tensor: Tensor) -> None:
         outputs.append(TracedOutput(GraphOutput(f"{name}.updated", "buffer", name), tensor))
 
     gradients = {name: g for name, g in gradients.items() if name in options.optimizer.rules}
+    if not gradients:
+        raise ConstantGradientError("the loss depends on none of the parameters that the optimizer holds")
     due: Tensor | None = None
     if options.accumulation > 1:
         micro = values[MICRO_STEP] + 1

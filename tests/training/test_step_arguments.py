@@ -27,6 +27,10 @@ from .parity import Named, batches, small_network
         (lambda x, y: (x, y), {"gradient_accumulation": 0}, "at least 1"),
         (lambda x, y: (x, y), {"max_grad_norm": -1.0}, "above 0"),
         (lambda x, y: (x, y), {"dynamic_shapes": {"image": {0: "batch"}}}, "image"),
+        (lambda x, y: None, {}, "args is a NoneType"),
+        (lambda x, y: {"x": x, "y": y}, {}, "args is a dict"),
+        (lambda x, y: (x, y), {"frozen": None}, "frozen is None"),
+        (lambda x, y: (x, y), {"dynamic_shapes": 3}, "dynamic_shapes is 3"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: Any, options: dict[str, Any], message: str) -> None:
@@ -51,6 +55,28 @@ def test_names_that_the_step_uses_are_refused(name: str, options: dict[str, Any]
     batch = batches(1, torch.float32)[0]
     with pytest.raises(cg.ArgumentTypeError, match=f"Named.*{name}.*rename"):
         cg.export_training_step(Named(name, kind), "cross_entropy", "sgd", batch, **options)
+
+
+def test_a_function_is_no_module() -> None:
+    for loss in ("mse", nn.MSELoss()):
+        with pytest.raises(cg.ArgumentTypeError, match=r"expected a torch.nn.Module instance"):
+            cg.export_training_step(lambda x: x, loss, "sgd", batches(1)[0])  # type: ignore[arg-type]
+
+
+def test_two_inputs_of_one_name_are_refused() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = small_network(torch.float32)
+
+        def forward(self, x: Tensor, x_input: Tensor) -> Tensor:
+            return self.scores(x) + x_input
+
+    x, y = batches(1, torch.float32)[0]
+    with pytest.raises(cg.ArgumentTypeError, match="two inputs of the step are called x_input"):
+        cg.export_training_step(
+            Shifted(), lambda output, x: functional.cross_entropy(output, x), "sgd", (x, torch.ones(6, 5), y)
+        )
 
 
 class Branching(nn.Module):
@@ -84,6 +110,25 @@ def test_every_dynamic_size_is_run_at_another_size() -> None:
         {"batch": 7, "height": 8},
         {"batch": 6, "height": 9},
     ]
+
+
+def test_a_loss_without_gradients_is_refused() -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores, self.unused = small_network(torch.float32), nn.Linear(2, 2)
+            self.detach = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scores(x).detach() if self.detach else self.scores(x)
+
+    module, batch = Detached(), batches(1, torch.float32)[0]
+    with pytest.raises(cg.ConstantGradientError, match="depends on no parameter"):
+        cg.export_training_step(module, "cross_entropy", "sgd", batch)
+    module.detach = False
+    optimizer = torch.optim.SGD(module.unused.parameters(), lr=0.1)
+    with pytest.raises(cg.ConstantGradientError, match="none of the parameters that the optimizer holds"):
+        cg.export_training_step(module, "cross_entropy", optimizer, batch, max_grad_norm=1.0)
 
 
 class Mapped(nn.Module):
