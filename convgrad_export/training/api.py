@@ -6,12 +6,16 @@ updates the module's parameters in the state they share, and buffers move parame
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ..errors import ArgumentTypeError, GeometryError, ModelFileError
+from ..runtime import tensors
+from ..runtime.cuda_options import CudaOptions
+from ..runtime.providers import onnxruntime
 from ..runtime.session import GradientSession
 from .checkpoint_state import CheckpointState, Parameter, Parameters, Path
 
@@ -27,8 +31,8 @@ class Module:
     Args:
         train_model_uri, eval_model_uri: files from `generate_artifacts`.
         state: shared with the `Optimizer`.
-        device: ``"cpu"`` or ``"cuda"``.
-        session_options: an `onnxruntime.SessionOptions`.
+        device: ``"cpu"`` or ``"cuda"``, with the number of the device if it is not the first: ``"cuda:1"``.
+        session_options: an `onnxruntime.SessionOptions`, for all sessions, the optimizer's too.
     """
 
     def __init__(
@@ -41,9 +45,9 @@ class Module:
     ) -> None:
         self.training = True
         self._state = state
-        self._train = GradientSession(train_model_uri, providers=device, session_options=session_options)
-        self._eval_path, self._device, self._options = eval_model_uri, device, session_options
-        self._eval = None if eval_model_uri is None else GradientSession(eval_model_uri, providers=device)
+        self._open = functools.partial(GradientSession, providers=_provider(device), session_options=session_options)
+        self._train, self._eval_path = self._open(train_model_uri), eval_model_uri
+        self._eval = None if eval_model_uri is None else self._open(eval_model_uri)
         self._reset = True
         self.seed = 0
         sessions = [self._train, *([self._eval] if self._eval else [])]
@@ -70,17 +74,20 @@ class Module:
         return name in self._state.arrays
 
     def __call__(self, *user_inputs: Any) -> Any:
-        """Run a step on a batch: the loss, or (loss, outputs...) when the model returns more.
+        """Run a step on a batch, arrays or OrtValues: the loss, or (loss, outputs...) when the model returns more.
 
-        In training mode gradients are computed and added up, and buffers (BatchNorm) are updated.
+        In training mode gradients are computed and added up, and buffers (BatchNorm) are updated. The results are
+        OrtValues where the whole batch is.
         """
+        ort_value = onnxruntime().OrtValue
         session = self._train if self.training else self._eval
         if session is None:
             raise ArgumentTypeError("the module has no eval model: give eval_model_uri")
         names = self._user_names(session)
         if len(user_inputs) != len(names):
             raise ArgumentTypeError(f"the module takes {len(names)} inputs, {names}, got {len(user_inputs)}")
-        feeds = {name: np.asarray(value) for name, value in zip(names, user_inputs, strict=True)}
+        given = [value.numpy() if isinstance(value, ort_value) else np.asarray(value) for value in user_inputs]
+        feeds = dict(zip(names, given, strict=True))
         state = self._state
         for name in session.input_names:
             if name in feeds:
@@ -101,6 +108,8 @@ class Module:
         if self.training:
             self._take_over(results)
         outputs = [value for name, value in results.items() if not name.endswith(_UPDATED)]
+        if user_inputs and all(isinstance(value, ort_value) for value in user_inputs):
+            outputs = [ort_value.ortvalue_from_numpy(value) for value in outputs]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _take_over(self, results: Mapping[str, np.ndarray]) -> None:
@@ -144,8 +153,6 @@ class Module:
 
     def get_contiguous_parameters(self, trainable_only: bool = False) -> Any:
         """All parameters as one vector, an `onnxruntime.OrtValue`: what a federated client sends."""
-        from ..runtime.providers import onnxruntime
-
         parts = [self._state.arrays[name].ravel() for name in self._names(trainable_only)]
         dtypes = {part.dtype for part in parts}
         if len(dtypes) > 1:
@@ -208,6 +215,13 @@ class Module:
         write_atomically(inference_model_uri, proto.SerializeToString(), overwrite=True)
 
 
+def _provider(device: Any) -> Any:
+    kind, _, index = device.partition(":") if isinstance(device, str) else (device, "", "")
+    if kind == "cuda" and index.isdecimal():
+        return CudaOptions(device_id=int(index))
+    return kind if index in ("", "0") else device
+
+
 class Optimizer:
     """The optimizer model over a module's state.
 
@@ -217,7 +231,9 @@ class Optimizer:
 
     def __init__(self, optimizer_uri: Path, module: Module) -> None:
         self._state = module._state
-        self._session = GradientSession(optimizer_uri, providers=module._device)
+        self._session = module._open(optimizer_uri)
+        types = {value.name: value.type for value in self._session.inference_session.get_inputs()}
+        _, self._rate_type = tensors.onnx_type(types.get("learning_rate", "tensor(float)"))
         missing = [
             name
             for name in self._session.input_names
@@ -236,8 +252,7 @@ class Optimizer:
         feeds = {}
         for name in self._session.input_names:
             if name == "learning_rate":
-                dtype = next(iter(state.arrays[n].dtype for n in state.trained))
-                feeds[name] = np.array(state.learning_rate, dtype if dtype == np.float64 else np.float32)
+                feeds[name] = np.array(state.learning_rate, self._rate_type)
             elif name.endswith(_GRADIENT) and name not in state.arrays:
                 gradient = state.gradients.get(name.removesuffix(_GRADIENT))
                 if gradient is None:
@@ -258,8 +273,10 @@ class Optimizer:
 class LinearLRScheduler:
     """The learning rate rises linearly over the warm-up and falls linearly to zero at the end.
 
+    It follows the number of the optimizer's steps, which a checkpoint holds: made again, it goes on where it was.
+
     Args:
-        optimizer: whose rate is set. warmup_step_count, total_step_count: in calls of `step`.
+        optimizer: whose rate is set. warmup_step_count, total_step_count: in steps of it.
         initial_lr: the rate after the warm-up.
     """
 
@@ -274,16 +291,13 @@ class LinearLRScheduler:
             total_step_count,
             initial_lr,
         )
-        self._step = 0
-        self._apply()
-
-    def _apply(self) -> None:
-        if self._step < self._warmup:
-            factor = self._step / max(1, self._warmup)
-        else:
-            factor = max(0.0, (self._total - self._step) / max(1, self._total - self._warmup))
-        self._optimizer.set_learning_rate(self._rate * factor)
+        self.step()
 
     def step(self) -> None:
-        self._step += 1
-        self._apply()
+        """Set the rate for the optimizer's next step."""
+        done = int(self._optimizer._state.arrays["step"])
+        if done < self._warmup:
+            factor = done / max(1, self._warmup)
+        else:
+            factor = max(0.0, (self._total - done) / max(1, self._total - self._warmup))
+        self._optimizer.set_learning_rate(self._rate * factor)

@@ -46,7 +46,7 @@ class Parameter:
         return f"Parameter({self.name}, {self.data.dtype} {self.data.shape}, requires_grad={self.requires_grad})"
 
 
-class Parameters(Mapping[str, Parameter]):
+class Parameters:
     """A state's parameters by name; iterating gives (name, parameter) as in onnxruntime-training."""
 
     def __init__(self, state: CheckpointState) -> None:
@@ -57,7 +57,10 @@ class Parameters(Mapping[str, Parameter]):
             raise KeyError(name)
         return Parameter(self._state, name)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __setitem__(self, name: str, value: np.ndarray) -> None:
+        self[name].data = value
+
+    def __iter__(self) -> Iterator[tuple[str, Parameter]]:
         return ((name, Parameter(self._state, name)) for name in self._state.parameter_names)
 
     def __contains__(self, name: object) -> bool:
@@ -65,6 +68,16 @@ class Parameters(Mapping[str, Parameter]):
 
     def __len__(self) -> int:
         return len(self._state.parameter_names)
+
+    def __repr__(self) -> str:
+        return f"Parameters({', '.join(self._state.parameter_names)})"
+
+
+class Properties(dict[str, "int | float | str"]):
+    """Numbers and texts by name; iterating gives (name, value) as in onnxruntime-training."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items())
 
 
 class CheckpointState:
@@ -84,14 +97,13 @@ class CheckpointState:
         self.trained = [name for name in header["trained"].split("\n") if name]
         self.parameter_names = [name for name in header["parameters"].split("\n") if name]
         self._header = {k: v for k, v in header.items() if not k.startswith("property.")}
-        self.learning_rate = float(header.get("learning_rate", "0.001"))
-        try:
-            self.calls = int(header.get("calls", "0"))
-        except ValueError:
-            raise ModelFileError(f"the checkpoint's number of calls is {header['calls']!r}, expected digits") from None
-        self.properties: dict[str, int | float | str] = {
-            key.removeprefix("property."): _parsed(text) for key, text in header.items() if key.startswith("property.")
-        }
+        if lost := [name for name in (*self.trained, *self.parameter_names) if name not in arrays]:
+            raise ModelFileError(f"the checkpoint is damaged: it lacks {', '.join(lost[:10])}, which its header names")
+        self.learning_rate: float = _number(float, "learning_rate", header.get("learning_rate", "0.001"))
+        self.calls: int = _number(int, "calls", header.get("calls", "0"))
+        self.properties = Properties(
+            {key.removeprefix("property."): _parsed(key, t) for key, t in header.items() if key.startswith("property.")}
+        )
 
     @property
     def parameters(self) -> Parameters:
@@ -121,9 +133,11 @@ class CheckpointState:
         calls = state.calls if include_optimizer_state else 0
         header = {**state._header, "learning_rate": repr(state.learning_rate), "calls": str(calls)}
         for key, value in state.properties.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            plain = value.item() if isinstance(value, np.generic) else value  # a mean of losses is a numpy.float64
+            kind = next((kind for kind in (int, float, str) if isinstance(plain, kind)), None)
+            if isinstance(plain, bool) or kind is None:
                 raise ArgumentTypeError(f"property {key!r} is {value!r}, expected an int, a float or a str")
-            header[f"property.{key}"] = f"{type(value).__name__}:{value}"
+            header[f"property.{key}"] = f"{kind.__name__}:{kind(plain)}"
         save_checkpoint(checkpoint_uri, arrays, metadata=header, overwrite=True)
 
     @property
@@ -133,6 +147,13 @@ class CheckpointState:
         return [n for n in self.arrays if n == "step" or (n.startswith(prefixes) and n not in known)]
 
 
-def _parsed(text: str) -> int | float | str:
+def _parsed(key: str, text: str) -> int | float | str:
     kind, _, value = text.partition(":")
-    return {"int": int, "float": float}.get(kind, str)(value)
+    return _number(int if kind == "int" else float, key, value) if kind in ("int", "float") else value
+
+
+def _number(kind: Any, key: str, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ModelFileError(f"the checkpoint is damaged: its {key!r} is {text!r}, expected a number") from None

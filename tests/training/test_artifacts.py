@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -206,8 +207,87 @@ def test_dropout_goes_on_where_a_checkpoint_left_it(with_state: bool, tmp_path: 
 def test_a_damaged_number_of_calls_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
     state, _, _ = load(tmp_path)
-    with pytest.raises(cg.ModelFileError, match="'many'"):
-        CheckpointState(state.arrays, {**state._header, "calls": "many"})
+    for header, message in (
+        ({"calls": "many"}, "'many'"),
+        ({"learning_rate": "fast"}, "'fast'"),
+        ({"property.epoch": "int:last"}, "'last'"),
+        ({"trained": "nothing"}, "lacks nothing"),
+        ({"parameters": "nothing"}, "lacks nothing"),
+    ):
+        with pytest.raises(cg.ModelFileError, match=message):
+            CheckpointState(state.arrays, {**state._header, **header})
+
+
+def test_numbers_of_numpys_stay_numbers(tmp_path: Path) -> None:
+    write(tmp_path)
+    state, _, _ = load(tmp_path)
+    state.properties |= {"mean": np.mean([0.5, 1.0]), "single": np.float32(0.5), "count": np.int64(3)}
+    CheckpointState.save_checkpoint(state, tmp_path / "checkpoint")
+    again = CheckpointState.load_checkpoint(tmp_path / "checkpoint").properties
+    assert again == {"mean": 0.75, "single": 0.5, "count": 3}
+    assert {type(value) for value in again.values()} == {float, int}
+
+
+def test_parameters_and_properties_are_read_as_pairs(tmp_path: Path) -> None:
+    write(tmp_path)
+    state, _, _ = load(tmp_path)
+    assert list(dict(state.parameters)) == [name for name, _ in state.parameters] == state.parameter_names
+    assert "7.bias" in state.parameters
+    assert "nothing" not in state.parameters
+    state.parameters["7.bias"] = np.ones(5, np.float32)
+    assert state.arrays["7.bias"].sum() == 5
+    with pytest.raises(KeyError, match="nothing"):
+        state.parameters["nothing"] = np.ones(5, np.float32)
+    with pytest.raises(cg.GeometryError, match="assigned"):
+        state.parameters["7.bias"] = np.ones(6, np.float32)
+    state.properties["epoch"] = 3
+    assert list(state.properties) == [("epoch", 3)]
+    assert dict(state.properties) == {"epoch": 3}
+
+
+def test_batches_may_be_ort_values(tmp_path: Path) -> None:
+    write(tmp_path)
+    _, module, _ = load(tmp_path)
+    arrays = [value.numpy() for value in batches(1, torch.float32)[0]]
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays]
+    expected = module.eval()(*arrays)
+    for result, array in zip(module(*values), expected, strict=True):
+        assert isinstance(result, onnxruntime.OrtValue)
+        np.testing.assert_array_equal(result.numpy(), array)
+    for result, array in zip(module(values[0], arrays[1]), expected, strict=True):
+        np.testing.assert_array_equal(result, array, strict=True)
+
+
+def test_session_options_are_for_all_sessions(tmp_path: Path) -> None:
+    write(tmp_path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 3
+    state = CheckpointState.load_checkpoint(tmp_path / "checkpoint")
+    module = Module(tmp_path / "training_model.onnx", state, tmp_path / "eval_model.onnx", "cpu:0", options)
+    optimizer = Optimizer(tmp_path / "optimizer_model.onnx", module)
+    for session in (module._train, module._eval, optimizer._session):
+        assert session is not None
+        assert session.inference_session.get_session_options().intra_op_num_threads == 3
+    with pytest.raises(cg.ProviderError, match="tpu"):
+        Module(tmp_path / "training_model.onnx", state, device="tpu")
+
+
+def test_parameters_of_two_types_are_updated(tmp_path: Path) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = network(), nn.Linear(5, 5).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x).double())
+
+    eager, data = Mixed(), batches(2, torch.float32)
+    write(tmp_path, eager, optimizer=artifacts.OptimType.SGD)
+    state, module, optimizer = load(tmp_path)
+    optimizer.set_learning_rate(0.1)
+    train_artifacts(module, optimizer, data)
+    train_in_pytorch(eager, functional.cross_entropy, torch.optim.SGD(eager.parameters(), lr=0.1), data)
+    assert_same_parameters(state, eager)
 
 
 def test_parameters_move_as_one_vector(tmp_path: Path) -> None:
@@ -394,13 +474,22 @@ def test_wrong_calls_are_refused(tmp_path: Path) -> None:
         CheckpointState.save_checkpoint(state, tmp_path / "other")
 
 
-def test_the_linear_schedule_rises_and_falls(tmp_path: Path) -> None:
+def test_the_linear_schedule_rises_and_falls_with_the_optimizers_steps(tmp_path: Path) -> None:
     write(tmp_path)
-    _, _, optimizer = load(tmp_path)
+    state, module, optimizer = load(tmp_path)
+    module(*(value.numpy() for value in batches(1, torch.float32)[0]))
     scheduler = LinearLRScheduler(optimizer, 2, 6, 1.0)
     rates = []
-    for _ in range(7):
+    for number in range(7):
+        if number == 4:
+            CheckpointState.save_checkpoint(state, tmp_path / "checkpoint", include_optimizer_state=True)
+            _, module, optimizer = load(tmp_path)
+            module(*(value.numpy() for value in batches(1, torch.float32)[0]))
+            scheduler = LinearLRScheduler(optimizer, 2, 6, 1.0)
         rates.append(optimizer.get_learning_rate())
+        scheduler.step()  # sets the same rate until the optimizer has made a step
+        assert optimizer.get_learning_rate() == rates[-1]
+        optimizer.step()
         scheduler.step()
     assert rates == [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
 
