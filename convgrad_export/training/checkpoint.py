@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ModelFileError
+from ..errors import DTypeError, ModelFileError
 from ..files import check_output, write_atomically
 from ..runtime import tensors
-from .checkpoint_file import FORMAT, bytes_of, digest, open_checkpoint
+from .checkpoint_file import DTYPES, FORMAT, bytes_of, digest, open_checkpoint
 
 
 def checkpoint_path(model_path: str | os.PathLike[str]) -> Path:
@@ -25,7 +25,8 @@ def checkpoint_path(model_path: str | os.PathLike[str]) -> Path:
     return Path(model_path).with_suffix(".checkpoint.safetensors")
 
 
-def _array(value: Any) -> np.ndarray:
+def as_array(value: Any) -> np.ndarray:
+    """An array or tensor as a contiguous array in this machine's byte order, not copied if it is one."""
     if tensors.is_torch(value):
         value = value.detach().cpu().contiguous()
         if str(value.dtype) == "torch.bfloat16":
@@ -36,7 +37,7 @@ def _array(value: Any) -> np.ndarray:
             return array
         value = value.numpy()
     array = np.asarray(value)
-    return array if array.flags.c_contiguous else np.ascontiguousarray(array).reshape(array.shape)
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
 
 
 def save_checkpoint(
@@ -54,11 +55,15 @@ def save_checkpoint(
 
     Raises:
         OutputExistsError, OutputPathError: as in `convgrad_export.files.write_atomically`; also when the disk is full.
+        DTypeError: complex numbers, texts or objects.
     """
     from safetensors.numpy import save
 
     target = check_output(path, overwrite=overwrite)
-    arrays = {name: _array(value) for name, value in state.items()}
+    arrays = {name: as_array(value) for name, value in state.items()}
+    for name, array in arrays.items():
+        if array.dtype not in DTYPES.values():
+            raise DTypeError(f"{name} is {array.dtype}, which a checkpoint does not hold")
     checksum = digest(arrays.items(), lambda name: bytes_of(arrays[name]))
     header = {**(metadata or {}), "format": FORMAT, "sha256": checksum}
     return write_atomically(target, _in_order(save(arrays, metadata=header)), overwrite=overwrite)

@@ -22,7 +22,7 @@ import numpy as np
 from ..errors import ModelFileError
 
 FORMAT = "convgrad_export.training 1"
-_DTYPES: dict[str, Any] = {
+DTYPES: dict[str, Any] = {
     "BOOL": np.bool_,
     "U8": np.uint8,
     "I8": np.int8,
@@ -67,8 +67,11 @@ class CheckpointFile:
         array = np.empty(tensor.shape, tensor.dtype)
         content = bytes_of(array)
         self._stream.seek(tensor.offset)
-        if self._stream.readinto(content) != content.nbytes:  # type: ignore[attr-defined]  # an unbuffered file has it
-            raise ModelFileError(f"checkpoint {self._stream.name} became shorter while it was read")
+        while content:
+            read = self._stream.readinto(content)  # type: ignore[attr-defined]  # an unbuffered file has it
+            if not read:
+                raise ModelFileError(f"checkpoint {self._stream.name} became shorter while it was read")
+            content = content[read:]  # Linux reads less than 2 GiB at a time
         return array
 
 
@@ -125,7 +128,7 @@ def _layout(source: Path, stream: BinaryIO) -> tuple[dict[str, StoredTensor], di
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         tensors = {
             name: StoredTensor(
-                np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+                np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
             )
             for name, entry in entries.items()
         }

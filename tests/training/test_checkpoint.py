@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from safetensors.numpy import load
 
+import convgrad_export as cg
 from convgrad_export.training.checkpoint import read_checkpoint, save_checkpoint
 
 
@@ -27,3 +32,27 @@ def test_tensors_stay_aligned_behind_the_header(tmp_path: Path) -> None:
         file = save_checkpoint(tmp_path / f"{length}.safetensors", {"w": np.ones(2)}, metadata={"text": "é" * length})
         assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
         np.testing.assert_array_equal(read_checkpoint(file)[0]["w"], np.ones(2))
+
+
+def test_a_tensor_that_the_system_reads_in_parts_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux gives less than 2 GiB for one call."""
+
+    class Reluctant(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            return super().readinto(memoryview(buffer)[:100])
+
+    file = save_checkpoint(tmp_path / "w.safetensors", {"w": np.arange(1000.0)})
+    monkeypatch.setattr(Path, "open", lambda self, *_, **__: Reluctant(self))
+    np.testing.assert_array_equal(read_checkpoint(file)[0]["w"], np.arange(1000.0))
+
+
+def test_any_byte_order_is_taken(tmp_path: Path) -> None:
+    file = save_checkpoint(tmp_path / "w.safetensors", {"w": np.arange(3, dtype=">f4")})
+    np.testing.assert_array_equal(read_checkpoint(file)[0]["w"], np.arange(3, dtype=np.float32), strict=True)
+
+
+@pytest.mark.parametrize("value", [torch.ones(2, dtype=torch.complex64), np.array(["a"]), np.array([object()])])
+def test_what_could_not_be_read_again_is_not_written(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(cg.DTypeError, match=r"w is .* which a checkpoint does not hold"):
+        save_checkpoint(tmp_path / "w.safetensors", {"w": value})
+    assert not list(tmp_path.iterdir())
