@@ -8,6 +8,7 @@ twice: a step reads one set and writes the other, then they change places. Nothi
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import check_threads
 from ..errors import ArgumentTypeError, DTypeError, GeometryError, NonFiniteLossError, ProviderError
 from ..runtime import tensors
 from ..runtime.model_source import model_source
 from ..runtime.providers import Providers, is_cpu_alone, is_onnxruntime_error, onnxruntime, resolve
-from .checkpoint import check_matches, checkpoint_path, save_checkpoint
+from .checkpoint import as_array, check_matches, checkpoint_path, save_checkpoint
 from .checkpoint_file import open_checkpoint
 from .chunks import chunk_updates, fixed_shapes
 from .phase_session import STATE_SUFFIX, PhaseSession
@@ -63,6 +65,7 @@ class TrainingSession:
         blocked_layout: bool = True,
     ) -> None:
         self._ort = onnxruntime()
+        check_threads(threads)
         source = model_source(model)
         wanted = resolve(providers)
         self._device = "cuda" if wanted[0][0].startswith("CUDA") else "cpu"
@@ -80,8 +83,8 @@ class TrainingSession:
         self._carried = frozenset(cut.carried if cut else ())
         self._in_place = cut.in_place if cut else frozenset()
         self._metadata = training_metadata(self._phases[0].metadata)
-        self.learning_rate = float(self._metadata["learning_rate"] if learning_rate is None else learning_rate)
-        self.seed = seed
+        self.learning_rate = _rate(self._metadata["learning_rate"] if learning_rate is None else learning_rate)
+        self.seed = _seed(seed)
         self.stop_on_non_finite = stop_on_non_finite
         inputs = {name: value for phase in self._phases for name, value in phase.inputs.items()}
         self._inputs = {name: value for name, value in inputs.items() if name not in self._carried}
@@ -115,7 +118,7 @@ class TrainingSession:
             aliases = self._metadata["aliases"]
             ordered = sorted(checkpoint.items(), key=lambda item: item[0] not in aliases)
             arrays = {aliases.get(name, name): tensors.view(value, name) for name, value in ordered}
-            values = {name: _as_numpy(view) for name, view in arrays.items()}
+            values = {name: as_array(view.owner) for name, view in arrays.items()}
             if self._current and self._lost is None:
                 values = {**self.state(), **values}
             self._take_over("given as a mapping", values, values.__getitem__)
@@ -196,14 +199,18 @@ class TrainingSession:
 
         Raises:
             ArgumentTypeError, DTypeError, GeometryError: a batch of another form, dtype or shape, or with values that
-                an operator refuses (a label outside the classes); the state stays.
+                an operator refuses (a label outside the classes); a learning rate that is no number. The state stays.
             NonFiniteLossError: with the step's number; the state stays.
         """
+        rate, seed = _rate(self.learning_rate if learning_rate is None else learning_rate), _seed(self.seed)
         if len(batch) > len(self.batch_names):
             raise ArgumentTypeError(
                 f"step got {len(batch)} arrays, expected {len(self.batch_names)}: {self.batch_names}"
             )
-        given = {**dict(zip(self.batch_names, batch, strict=False)), **named}
+        given = dict(zip(self.batch_names, batch, strict=False))
+        if twice := [name for name in given if name in named]:
+            raise ArgumentTypeError(f"step got {', '.join(twice)} twice, by position and by name")
+        given.update(named)
         if set(given) != set(self.batch_names):
             missing, unknown = set(self.batch_names) - set(given), set(given) - set(self.batch_names)
             raise ArgumentTypeError(
@@ -214,7 +221,7 @@ class TrainingSession:
         sizes: dict[str, tuple[int, str]] = {}
         for name, view in views.items():
             self._check(name, view, sizes)
-        settings = {"learning_rate": self.learning_rate if learning_rate is None else learning_rate, "seed": self.seed}
+        settings = {"learning_rate": rate, "seed": seed}
         wanted = self._returned | self._carried
         try:
             made = self._phases[0].run(views, settings, self._current, self._next, wanted)
@@ -264,6 +271,8 @@ class TrainingSession:
         if len(value.shape) != len(expected.shape):
             raise GeometryError(f"{name} has shape {value.shape}, expected {shape}")
         for want, got in zip(expected.shape, value.shape, strict=True):
+            if want is None:  # no size and no name
+                continue
             size, other = (want, name) if isinstance(want, int) else sizes.setdefault(want, (got, name))
             if size != got:
                 raise GeometryError(
@@ -271,5 +280,18 @@ class TrainingSession:
                 )
 
 
-def _as_numpy(view: tensors.TensorView) -> Any:
-    return view.owner.numpy() if tensors.is_torch(view.owner) else view.owner
+def _rate(value: Any) -> float:
+    """A learning rate; with not-a-number the state would be lost in a step whose loss is still finite."""
+    try:
+        rate = float(value)
+    except (TypeError, ValueError):
+        rate = math.nan
+    if not math.isfinite(rate) or isinstance(value, str):
+        raise ArgumentTypeError(f"learning_rate is {value!r}, expected a finite number")
+    return rate
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not -(2**63) <= int(value) < 2**63:
+        raise ArgumentTypeError(f"seed is {value!r}, expected a 64-bit integer")
+    return int(value)

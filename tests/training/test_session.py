@@ -261,6 +261,54 @@ def test_models_that_are_no_training_step_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 0}, "threads is 0"),
+        ({"threads": "2"}, "threads is '2'"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan, expected a finite number"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'"),
+        ({"seed": 1.5}, "seed is 1.5, expected a 64-bit integer"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(step_file: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(cg.ArgumentTypeError, match=message):
+        cg.TrainingSession(step_file, **options)
+
+
+def test_a_learning_rate_that_is_no_number_leaves_the_state(step_file: Path) -> None:
+    session = cg.TrainingSession(step_file)
+    before = session.state()
+    for rate in (float("nan"), float("inf"), "fast"):
+        with pytest.raises(cg.ArgumentTypeError, match="learning_rate is"):
+            session.step(*arrays(1)[0], learning_rate=rate)  # type: ignore[arg-type]
+    for name, value in session.state().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_an_array_given_twice_is_refused(step_file: Path) -> None:
+    x, y = arrays(1)[0]
+    with pytest.raises(cg.ArgumentTypeError, match="step got target twice"):
+        cg.TrainingSession(step_file).step(x, y, target=y)
+
+
+def test_a_state_in_bfloat16_is_refused_by_name(step_file: Path) -> None:
+    session = cg.TrainingSession(step_file)
+    with pytest.raises(cg.ModelFileError, match=r"2\.weight: is bfloat16 \(5, 24\), expected float32"):
+        session.load(with_dropout().bfloat16().state_dict())
+
+
+def test_sizes_without_a_name_are_any(step_file: Path) -> None:
+    model = onnx.load(step_file)
+    for value in model.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param"):
+                dim.ClearField("dim_param")
+    session = cg.TrainingSession(model, load_checkpoint(step_file.with_suffix(".checkpoint.safetensors")))
+    assert session.step(*arrays(1)[0])["loss"] == cg.TrainingSession(step_file).step(*arrays(1)[0])["loss"]
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[]", r"is \[\], expected a JSON object"),
