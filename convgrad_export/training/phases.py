@@ -88,8 +88,9 @@ def split(model: Any, trained: Collection[str], state: Collection[str], updated:
     carried = tuple(name for node in early for name in node.output if name and name in read_late)
     first = [name for name in outputs if name not in made_late]
     hidden = tuple(name for name in carried if name not in first)
+    batch = {value.name for value in graph.input}.difference(state, [_RATE])  # read or not: the caller gives all of it
     return Phases(
-        _part(model, early, [*first, *hidden]),
+        _part(model, early, [*first, *hidden], batch),
         _part(model, update, [name for name in outputs if name in made_late]),
         carried,
         hidden,
@@ -156,8 +157,12 @@ def _ancestors(nodes: Sequence[Any], producer: Mapping[str, int], start: int) ->
     return found
 
 
-def _part(model: Any, nodes: Sequence[Any], outputs: Sequence[str]) -> Any:
-    """The model with these nodes alone: its own inputs and constants as far as they are read, and these outputs."""
+def _part(model: Any, nodes: Sequence[Any], outputs: Sequence[str], inputs: Collection[str] = ()) -> Any:
+    """The model with these nodes alone: these outputs, and of its own inputs and constants those that are read.
+
+    Args:
+        inputs: names of those that are there all the same.
+    """
     import onnx
 
     read = {name for node in nodes for name in reads(node)}.union(outputs)
@@ -169,6 +174,6 @@ def _part(model: Any, nodes: Sequence[Any], outputs: Sequence[str]) -> Any:
     graph.name = model.graph.name
     graph.node.extend(nodes)
     graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in read)
-    graph.input.extend(value for value in model.graph.input if value.name in read)
+    graph.input.extend(value for value in model.graph.input if value.name in read or value.name in inputs)
     graph.output.extend(known.get(name, onnx.ValueInfoProto(name=name)) for name in outputs)
     return part

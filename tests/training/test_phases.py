@@ -205,6 +205,23 @@ def test_what_may_be_overwritten(lines: list[str], expected: set[str]) -> None:
     assert phases.in_place == expected
 
 
+def test_an_argument_that_nothing_reads_stays_an_argument() -> None:
+    class Unread(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = small_network(torch.float32)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.scores(x)
+
+    x, y = batches(1, torch.float32)[0]
+    report = cg.export_training_step(Unread(), "cross_entropy", "adam", (x, torch.ones(3), y))
+    for in_place in (False, True):
+        session = cg.TrainingSession(report.model, report.state, in_place=in_place)
+        assert session.batch_names == ("x", "mask", "target")
+        assert np.isfinite(session.step(x, torch.ones(3), y)["loss"])
+
+
 def test_the_gradient_alone_is_carried() -> None:
     phases = cut("h = Relu(g)", "s = Mul(h h)", "u = Mul(s learning_rate)", "m_ = Add(m u)", "w_ = Sub(w m_)")
     assert phases is not None
