@@ -25,7 +25,9 @@ def train(
     data: Annotated[
         Path | None, typer.Option(help="An .npz with x and y (and x_test, y_test); by default scikit-learn's digits.")
     ] = None,
-    loss: Annotated[str, typer.Option(help="cross_entropy, bce_with_logits, mse, l1, huber or nll.")] = "cross_entropy",
+    loss: Annotated[
+        str, typer.Option(help="cross_entropy, bce_with_logits, mse, l1, huber, smooth_l1 or nll.")
+    ] = "cross_entropy",
     optimizer: Annotated[str, typer.Option(help="sgd, adam, adamw or rmsprop.")] = "adamw",
     learning_rate: Annotated[float, typer.Option(help="A runtime input of the exported step.")] = 2e-3,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 15,

@@ -33,7 +33,8 @@ class Dataset:
 def read_dataset(path: str | os.PathLike[str], test_share: float = 0.2) -> Dataset:
     """A dataset from an ``.npz`` file with ``x`` and ``y``, and optionally ``x_test`` and ``y_test``.
 
-    Without the last two, every n-th sample is for testing. float64 inputs become float32, integer targets int64.
+    Without the last two, every n-th sample is for testing. float64 becomes float32, integers int64; no other array is
+    looked at.
 
     Raises:
         ModelFileError: no readable npz, missing arrays, pickled objects, no numbers, values that are not finite, or
@@ -42,7 +43,7 @@ def read_dataset(path: str | os.PathLike[str], test_share: float = 0.2) -> Datas
     source, arrays = Path(path), read_arrays(path)
     if missing := [name for name in ("x", "y") if name not in arrays]:
         raise ModelFileError(f"data {source} holds {sorted(arrays)}, expected x and y; missing: {', '.join(missing)}")
-    arrays = {name: _plain(array) for name, array in arrays.items()}
+    arrays = {name: _plain(array) for name, array in arrays.items() if name in ("x", "y", "x_test", "y_test")}
     for name, array in arrays.items():
         if array.ndim == 0 or array.dtype.kind not in "fi":
             raise ModelFileError(
@@ -63,8 +64,8 @@ def read_dataset(path: str | os.PathLike[str], test_share: float = 0.2) -> Datas
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.float64:
-        return array.astype(np.float32)
+    if array.dtype.kind == "f":  # from any byte order
+        return array.astype(np.float16 if array.dtype.itemsize == 2 else np.float32, copy=False)
     if array.dtype.kind in "iub":
         return array.astype(np.int64)
     return array

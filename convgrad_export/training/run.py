@@ -234,7 +234,8 @@ class _Evaluator:
         self._module = copy.deepcopy(module).eval()
         self._data = data
         self._threads = settings.threads
-        self.has_classes = settings.loss in ("cross_entropy", "nll") and len(data.test_targets) > 0
+        labelled = settings.loss in ("cross_entropy", "nll") and data.test_targets.dtype.kind == "i"
+        self.has_classes = labelled and len(data.test_targets) > 0
 
     def _loaded(self, state: dict[str, np.ndarray]) -> torch.nn.Module:
         self._module.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()}, strict=False)

@@ -46,6 +46,11 @@ class Line(nn.Module):
         return self.layers(x)
 
 
+class Scores(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(16, 2))
+
+
 def own_data(path: Path, **arrays: np.ndarray) -> Path:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 2, 8)).astype(np.float32)
@@ -62,6 +67,18 @@ def test_a_network_and_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFi
     assert "within the bound" in text
     assert main([*arguments, "--loss", "mse"]) == 2  # the files exist
     assert "exists already" in capsys.readouterr().err
+
+
+def test_probabilities_as_targets_have_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And other arrays of the file stay out of it, and the byte order is any."""
+    rng = np.random.default_rng(0)
+    y = rng.random((60, 1)).astype(">f8")
+    data = own_data(tmp_path / "data.npz", y=np.concatenate([y, 1 - y], 1), classes=np.array(["cat", "dog"]))
+    arguments = ["train", "-o", str(tmp_path / "out"), "--module", f"{__name__}:Scores", "--data", str(data)]
+    assert main([*arguments, "--epochs", "2", "--batch-size", "8", "--compare", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["accuracy"] is None
+    assert report["within_bound"]
 
 
 @pytest.mark.parametrize(
