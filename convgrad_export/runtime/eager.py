@@ -1,7 +1,8 @@
 """Drop-in replacements for torch.nn.grad and `aten::convolution_backward`, run by onnxruntime.
 
 Each call looks up a session for its geometry in a bounded cache; the batch is dynamic in it, so a new batch size costs
-nothing. torch tensors or numpy arrays go in, the same kind comes out.
+nothing. torch tensors or numpy arrays go in, the same kind comes out. A tracer (torch.export, make_fx) records
+`aten::convolution_backward` (`by_torch.py`).
 """
 
 from __future__ import annotations
@@ -225,9 +226,9 @@ def convolution_backward(
         output_padding=output_padding,
     )
     mask = as_mask(output_mask)
-    if bias_sizes is not None and (mask[2] or tuple(bias_sizes) != (0,)):
+    if bias_sizes is not None:
         given = as_shape(bias_sizes, "bias_sizes")
-        if given != (geometry.out_channels,):
+        if given != (geometry.out_channels,) and (mask[2] or given != (0,)):
             raise GeometryError(
                 f"bias_sizes is {given}, expected ({geometry.out_channels},): one for each output channel"
             )
@@ -268,6 +269,10 @@ def compute(
 ) -> dict[str, Any]:
     """The gradients of one checked convolution, by name."""
     grad_output = operands["grad_output"]
+    if tensors.is_torch(grad_output) and not all(map(tensors.is_readable, operands.values())):
+        from .by_torch import gradients_by_torch
+
+        return gradients_by_torch(geometry, gradients, operands)
     if providers is None and tensors.is_torch(grad_output) and grad_output.device.type == "cuda":
         providers = CudaOptions(device_id=grad_output.device.index or 0)
     wanted = resolve(providers)
@@ -304,10 +309,7 @@ def _check_operands(operands: dict[str, Any]) -> None:
     for name, value in operands.items():
         if not tensors.is_torch(value) and not tensors.is_array(value):
             raise ArgumentTypeError(f"{name} is a {type(value).__name__}, expected a torch tensor or a numpy array")
-        if isinstance(value, np.ma.MaskedArray):
-            raise ArgumentTypeError(f"{name} is a masked array, expected a plain one: call .filled() first")
-        if tensors.is_torch(value) and value.is_nested:
-            raise ArgumentTypeError(f"{name} is a nested tensor, expected a dense one: call .to_padded_tensor() first")
+        tensors.check_dense(value, name)
     if len({tensors.is_torch(value) for value in operands.values()}) > 1:
         kinds = ", ".join(f"{name} is a {type(value).__name__}" for name, value in operands.items())
         raise ArgumentTypeError(f"{kinds}: expected all torch tensors or all numpy arrays")

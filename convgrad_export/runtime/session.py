@@ -136,6 +136,7 @@ class GradientSession:
         Raises:
             ArgumentTypeError: a missing, unknown or mixed kind of input, or an unknown output name.
             DTypeError: an input of another element type than the model's. GeometryError: an input of another shape.
+            DeviceError: a tensor neither on the CPU nor on CUDA.
         """
         if isinstance(inputs, Mapping):
             if input_feed is not None:
@@ -154,12 +155,14 @@ class GradientSession:
         unknown = [name for name in names if name not in self._output_names]
         if unknown:
             raise ArgumentTypeError(f"run: unknown outputs {unknown}, the model has {self._output_names}")
-        return self._run(names, input_feed)
+        values = self._run(list(dict.fromkeys(names)), input_feed)  # a binding holds each output once
+        found = dict(zip(dict.fromkeys(names), values, strict=True))
+        return [found[name] for name in names]
 
     def _run(self, names: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
         if set(feeds) != set(self._inputs):
             missing = sorted(set(self._inputs) - set(feeds)) or "none"
-            unknown = sorted(set(feeds) - set(self._inputs)) or "none"
+            unknown = sorted(set(feeds) - set(self._inputs), key=str) or "none"
             raise ArgumentTypeError(
                 f"the model takes the inputs {list(self._inputs)}; missing: {missing}, unknown: {unknown}"
             )

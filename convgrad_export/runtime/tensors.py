@@ -6,6 +6,7 @@ torch is used only when the caller hands over a torch tensor, so it is never imp
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentTypeError, DTypeError
+from ..errors import ArgumentTypeError, DeviceError, DTypeError
 
 # onnxruntime's names in session metadata, TensorProto code, and numpy's name for the same type.
 _TYPES = {
@@ -55,6 +56,43 @@ def is_transformed(value: Any) -> bool:
     return bool(sys.modules["torch"]._C._functorch.is_functorch_wrapped_tensor(value))
 
 
+def is_readable(value: Any) -> bool:
+    """Whether a torch tensor's elements lie in its memory, and no tracer records what is done with them.
+
+    The tensors of torch.export and FakeTensorMode are subclasses without data, those of torch's older vmap (behind
+    `is_grads_batched` and `vectorize=True`) stand for several; make_fx and torch.jit.trace follow real ones.
+    """
+    torch = sys.modules["torch"]
+    return (
+        type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and not torch._is_functional_tensor(value)
+        and not torch._C._functorch.is_legacy_batchedtensor(value)
+        and torch._C._get_tracing_state() is None
+        and all(torch._C._get_dispatch_mode(key) is None for key in _tracers())
+    )
+
+
+@functools.cache
+def _tracers() -> tuple[Any, ...]:
+    return tuple(sys.modules["torch"]._C._TorchDispatchModeKey.__members__.values())
+
+
+def check_dense(value: Any, name: str) -> None:
+    """Refuse arrays and tensors that are more than their elements in memory.
+
+    Raises:
+        ArgumentTypeError: a masked array; a nested, sparse or quantized tensor.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        raise ArgumentTypeError(f"{name} is a masked array, expected a plain one: call .filled() first")
+    if not is_torch(value):
+        return
+    if value.is_nested:
+        raise ArgumentTypeError(f"{name} is a nested tensor, expected a dense one: call .to_padded_tensor() first")
+    if value.layout != sys.modules["torch"].strided or value.is_quantized:
+        raise ArgumentTypeError(f"{name} is a {value.layout} tensor, expected a dense, unquantized one")
+
+
 def is_array(value: Any) -> bool:
     return isinstance(value, np.ndarray | np.generic)
 
@@ -68,17 +106,24 @@ def view(value: Any, name: str) -> TensorView:
     """`value` as a TensorView; copied only if it is not contiguous.
 
     Raises:
-        ArgumentTypeError: neither an array nor a tensor, or a sparse or quantized tensor, or one that a transform of
-            torch.func put in a real one's place.
+        ArgumentTypeError: neither an array nor a tensor, one that `check_dense` refuses, or one that a transform of
+            torch.func or a tracer put in a real one's place. DeviceError: not on the CPU or on CUDA.
     """
+    check_dense(value, name)
     if is_torch(value):
         if is_transformed(value):
             raise ArgumentTypeError(
                 f"{name} is a tensor inside a transform of torch.func (vmap, grad, jvp), expected a plain one: a "
                 "session has no derivative; convgrad_export's conv*d_input, conv*d_weight and convolution_backward have"
             )
-        if value.layout != sys.modules["torch"].strided or value.is_quantized:
-            raise ArgumentTypeError(f"{name} is a {value.layout} tensor, expected a dense, unquantized one")
+        if not is_readable(value):
+            raise ArgumentTypeError(
+                f"{name} is a tensor of a tracer (torch.export, make_fx, FakeTensorMode), or of a subclass that wraps "
+                "others, expected a plain one: a session is no operator of PyTorch; convgrad_export's conv*d_input, "
+                "conv*d_weight and convolution_backward can be traced"
+            )
+        if value.device.type not in ("cpu", "cuda"):
+            raise DeviceError(f"{name} is on {value.device}, expected cpu or cuda: onnxruntime reads no other memory")
         # A tensor may be the negative of what its memory holds, to be computed when it is read.
         dense = value.detach().resolve_neg().contiguous()
         device = dense.device

@@ -289,6 +289,8 @@ def test_bias_sizes_and_masks_are_checked() -> None:
     attributes = (1, 0, 1, False, 0, 1)
     with pytest.raises(cg.GeometryError, match=r"bias_sizes is \(3,\), expected \(4,\)"):
         cg.convolution_backward(*operands, [3], *attributes, [True, True, True])
+    with pytest.raises(cg.ArgumentTypeError, match="bias_sizes is 4"):
+        cg.convolution_backward(*operands, 4, *attributes, [True, True, False])
     with pytest.raises(cg.GeometryError, match="three booleans"):
         cg.convolution_backward(*operands, None, *attributes, [True, True])
     with pytest.raises(cg.ArgumentTypeError, match="output_mask is None"):

@@ -143,6 +143,7 @@ def test_settings_of_another_kind_are_refused(arguments: dict, message: str) -> 
 def test_output_names_are_a_list_and_none_of_them_are_all() -> None:
     session = cg.GradientSession(MODEL)
     assert np.array_equal(session.run([], feeds())[0], session.run(None, feeds())[0])
+    assert len(session.run(["grad_input", "grad_input"], feeds())) == 2
     with pytest.raises(cg.ArgumentTypeError, match="'grad_input', expected a list of output names"):
         session.run("grad_input", feeds())
     with pytest.raises(cg.ArgumentTypeError, match="expected a list of output names"):
@@ -184,6 +185,7 @@ def test_malformed_providers_are_refused(given) -> None:
     [
         ({"weight": None}, cg.ArgumentTypeError, r"missing: \['weight'\], unknown: none"),
         ({"extra": np.ones(1)}, cg.ArgumentTypeError, r"unknown: \['extra'\]"),
+        ({"extra": np.ones(1), 3: np.ones(1)}, cg.ArgumentTypeError, r"unknown: \[3, 'extra'\]"),
         ({"weight": np.ones((4, 3, 3, 3))}, cg.DTypeError, r"input weight is float64, expected float32"),
         ({"weight": np.ones((4, 3, 3), np.float32)}, cg.GeometryError, r"input weight has shape \(4, 3, 3\)"),
         ({"weight": np.ones((4, 3, 3, 5), np.float32)}, cg.GeometryError, r"expected \(4, 3, 3, 3\)"),
