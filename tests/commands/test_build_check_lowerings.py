@@ -42,6 +42,14 @@ def test_every_dtype_and_a_folder_are_checked(dtype: str, tmp_path: Path, capsys
     assert "2 models, 8 checks, 0 failed" in capsys.readouterr().out
 
 
+def test_a_transposed_convolution_with_uneven_padding_is_checked(tmp_path: Path) -> None:
+    path = str(tmp_path / "transposed.onnx")
+    shapes = ["--input-shape", "2,4,5,6", "--weight-shape", "4,3,3,3", "--stride", "2", "--transposed"]
+    ends = ["--padding", "0:1,2:0", "--output-padding", "1"]
+    assert main(["build", "convolution_backward", *shapes, *ends, "-o", path]) == 0
+    assert main(["check", path]) == 0
+
+
 def test_a_dynamic_model_without_sizes_is_checked(tmp_path: Path) -> None:
     path = str(tmp_path / "dynamic.onnx")
     dynamic = ["--dynamic", "batch,channels,space,kernel", "--keep-function"]
