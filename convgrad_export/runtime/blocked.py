@@ -30,7 +30,7 @@ from ..geometry import ConvGeometry
 from .convolution_entries import FORWARD, INPUT, METADATA, WEIGHT, ConvolutionEntry, from_text, one_to_one
 from .formula import intact
 from .graph_nodes import put_nodes, reads
-from .model_source import loaded
+from .model_source import external_locations, loaded
 from .providers import CPU, onnxruntime
 
 DOMAIN = "com.microsoft.nchwc"
@@ -49,7 +49,7 @@ def put_blocked_layout(model: Any) -> bool:
     """
     text = next((entry.value for entry in model.metadata_props if entry.key == METADATA), None)
     entries = from_text(text)
-    if not entries or any(tensor.external_data for tensor in model.graph.initializer):
+    if not entries or external_locations(model):  # as bytes it would take them from the current folder
         return False
     block = block_size()
     if block is None:

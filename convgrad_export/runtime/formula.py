@@ -76,12 +76,15 @@ def constant_digest(dtype: int, shape: Sequence[int], content: bytes) -> bytes |
 
 
 def tensor_digest(tensor: Any) -> bytes | None:
-    """The same of a TensorProto; None where its values lie in another file, or are strings."""
+    """The same of a TensorProto; None where its values lie in another file, are strings, or do not fit its sizes."""
     from onnx import numpy_helper
 
     if tensor.external_data or tensor.data_type == _STRING:
         return None
-    content = tensor.raw_data if tensor.HasField("raw_data") else numpy_helper.to_array(tensor).tobytes()
+    try:
+        content = tensor.raw_data if tensor.HasField("raw_data") else numpy_helper.to_array(tensor).tobytes()
+    except (ValueError, TypeError, KeyError):  # a damaged file: onnxruntime says what is wrong with it
+        return None
     return constant_digest(tensor.data_type, tensor.dims, content)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -184,6 +185,40 @@ def test_a_result_without_an_end_is_no_formula() -> None:
                 node.input[0] = read
         model.graph.node.insert(0, helper.make_node("Neg", ["loop"], ["loop"]))
         assert_left_alone(model)
+
+
+@pytest.mark.parametrize("change", [{"data_type": 99}, {"data_type": 0}, {"dims": [77]}])
+def test_damaged_constants_are_for_onnxruntime_to_refuse(change: dict[str, Any]) -> None:
+    model = layer()
+    for tensor in model.graph.initializer:
+        tensor.ClearField("raw_data")
+        tensor.MergeFrom(TensorProto(**change))
+    with pytest.raises(cg.ModelFileError):
+        cg.GradientSession(model)
+
+
+@pytest.mark.parametrize("blocked_layout", [True, False])
+def test_data_of_attributes_comes_from_the_models_folder(
+    blocked_layout: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from that of the process, where another file may have the name."""
+    model = layer()
+    model.graph.node.append(helper.make_node("Constant", [], ["scale"], value=TensorProto()))
+    tensor = model.graph.node[-1].attribute[0].t
+    tensor.MergeFrom(TensorProto(dims=[1000], data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL))
+    tensor.external_data.add(key="location", value="data.bin")
+    for value, folder in ((2, tmp_path / "model"), (3, tmp_path / "elsewhere")):
+        folder.mkdir()
+        (folder / "data.bin").write_bytes(np.full(1000, value, np.float32).tobytes())
+    model.graph.node.append(helper.make_node("ReduceMax", ["scale"], ["most"], keepdims=0))
+    model.graph.node.append(helper.make_node("Mul", ["grad_input", "most"], ["scaled"]))
+    model.graph.value_info.add().CopyFrom(model.graph.output[0])
+    model.graph.output[0].name = "scaled"
+    (tmp_path / "model" / "model.onnx").write_bytes(model.SerializeToString())
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    session = cg.GradientSession(tmp_path / "model" / "model.onnx", blocked_layout=blocked_layout)
+    expected = 2 * plain(layer(), feeds(layer()))[0]
+    np.testing.assert_array_equal(session.run(None, feeds(layer()))[0], expected)
 
 
 def test_metadata_nested_too_deep_is_no_entry() -> None:
