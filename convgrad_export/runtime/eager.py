@@ -255,7 +255,11 @@ def _is_differentiated(value: Any) -> bool:
     torch = sys.modules["torch"]
     if (value.requires_grad and torch.is_grad_enabled()) or tensors.is_transformed(value):
         return True
-    return torch.autograd.forward_ad.unpack_dual(value).tangent is not None if _in_dual_level() else False
+    if not _in_dual_level():
+        return False
+    # torch's older vmap cannot be asked for a tangent
+    batched = torch._C._functorch.is_legacy_batchedtensor(value)
+    return batched or torch.autograd.forward_ad.unpack_dual(value).tangent is not None
 
 
 def _in_dual_level() -> bool:

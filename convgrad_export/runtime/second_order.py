@@ -57,6 +57,8 @@ class _ConvolutionBackward(torch.autograd.Function):
         ctx.geometry, ctx.gradients, ctx.lowering, ctx.providers, *operands = inputs
         ctx.save_for_backward(*operands)
         ctx.save_for_forward(*operands)
+        # A result that nothing depends on has no cotangent: zeros would cost convolutions, and times infinity be NaN.
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor, ...]:
@@ -100,12 +102,12 @@ class _ConvolutionBackward(torch.autograd.Function):
         return stacked, (0,) * len(stacked)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         from .eager import differentiable
 
         geometry: ConvGeometry = ctx.geometry
         input, weight, grad_output = ctx.saved_tensors
-        seeds = dict(zip(ctx.gradients, cotangents, strict=True))
+        seeds = {name: seed for name, seed in zip(ctx.gradients, cotangents, strict=True) if seed is not None}
         need_input, need_weight, need_grad_output = ctx.needs_input_grad[4:]
         d_input = d_weight = d_grad_output = None
 
@@ -117,7 +119,7 @@ class _ConvolutionBackward(torch.autograd.Function):
             d_input = gradient("input", {"weight": seeds["weight"], "grad_output": grad_output})
         if need_weight and "input" in seeds:
             d_weight = gradient("weight", {"input": seeds["input"], "grad_output": grad_output})
-        if need_grad_output:
+        if need_grad_output and seeds:
             terms = []
             if "input" in seeds:
                 terms.append(_forward(geometry, seeds["input"], weight))

@@ -159,6 +159,15 @@ def test_second_derivatives_of_a_transposed_convolution_with_uneven_padding(
         torch.testing.assert_close(*second)
 
 
+def test_a_gradient_that_nothing_depends_on_has_no_part_in_second_derivatives() -> None:
+    """An infinity in the input is in the weight's gradient; the input's does not know of it."""
+    x, w, g = torch.randn(1, 2, 6), torch.randn(3, 2, 3, requires_grad=True), torch.randn(1, 3, 4, requires_grad=True)
+    x[0, 0, 0] = torch.inf
+    grad_input, _, _ = cg.convolution_backward(g, x, w, [3], 1, 0, 1, False, 0, 1, [True, True, True])
+    for found in torch.autograd.grad(grad_input.square().sum(), (w, g)):
+        assert found.isfinite().all()
+
+
 def derivatives_of(f: Callable[..., torch.Tensor], x: torch.Tensor, g: torch.Tensor) -> list[torch.Tensor]:
     """Of a function that is linear in both: along ones in forward mode, by torch.func, and for each sample."""
     with forward_ad.dual_level():

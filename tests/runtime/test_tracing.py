@@ -76,13 +76,14 @@ def test_a_module_that_calls_a_drop_in_is_exported(tmp_path: Path) -> None:
     torch.testing.assert_close(found, module(other).detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_batched_derivatives_of_torchs_older_vmap() -> None:
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_batched_derivatives_of_torchs_older_vmap(strategy: str) -> None:
     def loss(function: Callable[..., torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda w: function((1, 2, 5), w, torch.ones(1, 2, 4, dtype=torch.float64)).pow(3).sum()
 
     w = torch.randn(2, 2, 2, dtype=torch.float64)
     found, wanted = (
-        torch.autograd.functional.hessian(loss(f), w, vectorize=True)
+        torch.autograd.functional.hessian(loss(f), w, vectorize=True, outer_jacobian_strategy=strategy)
         for f in (cg.conv1d_input, torch.nn.grad.conv1d_input)
     )
     torch.testing.assert_close(found, wanted)
