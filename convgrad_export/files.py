@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import struct
 import tempfile
 import zipfile
@@ -56,6 +57,8 @@ def written_file(path: Path) -> Path:
 def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = False) -> Path:
     """Write `data` to a temporary file beside `path`, then rename it: readers see the old file or the new one.
 
+    A file that is replaced hands its permissions on.
+
     Raises:
         OutputExistsError, OutputPathError: as `check_output`, or the folder cannot be written or the disk is full; the
             previous file is still there then.
@@ -69,7 +72,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        grant(temporary, 0o666)
+        _permit(temporary, file)
         temporary.replace(file)
     except BaseException as error:  # Ctrl-C too
         if temporary is not None:
@@ -108,6 +111,14 @@ def grant(path: Path, mode: int) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(mode & ~mask)
+
+
+def _permit(temporary: Path, file: Path) -> None:
+    """Give a temporary file the permissions of the file that it will replace, those of any new file without one."""
+    if file.exists():
+        temporary.chmod(stat.S_IMODE(file.stat().st_mode))
+    else:
+        grant(temporary, 0o666)
 
 
 def digest(root: Path, paths: Iterable[Path]) -> str:
@@ -159,7 +170,10 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     with temporary_folder(folder) as temporary:
         yield temporary
         for path in sorted(temporary.iterdir()):
-            path.replace(written_file(Path(folder) / path.name))
+            target = written_file(Path(folder) / path.name)
+            if path.is_file():
+                _permit(path, target)
+            path.replace(target)
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

@@ -48,6 +48,18 @@ def test_a_link_stays_and_its_file_is_written(exists: bool, tmp_path: Path) -> N
     assert file.read_bytes() == b"newer"
 
 
+def test_a_file_that_only_its_owner_reads_stays_so(tmp_path: Path) -> None:
+    for name, mode in (("private", 0o600), ("shared", 0o664)):
+        path = tmp_path / name
+        path.write_bytes(b"old")
+        path.chmod(mode)
+        files.write_atomically(path, b"new", overwrite=True)
+        assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"new", mode)
+        with files.staged(tmp_path) as folder:
+            (folder / name).write_bytes(b"newer")
+        assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"newer", mode)
+
+
 def test_links_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
     (tmp_path / "lost").symlink_to(tmp_path / "no" / "file")
     with pytest.raises(cg.OutputPathError, match=r"the folder .*no does not exist"):
