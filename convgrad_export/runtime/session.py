@@ -6,6 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, overload
 
@@ -187,7 +188,9 @@ class GradientSession:
         if device != "cpu":
             binding.synchronize_outputs()
         convert = tensors.to_torch if as_torch else tensors.to_numpy
-        return [convert(value) for value in binding.get_outputs()]
+        results = [convert(value) for value in binding.get_outputs()]
+        # onnxruntime hands out an input that is an output in the caller's memory.
+        return [deepcopy(r) if name in self._inputs else r for name, r in zip(names, results, strict=True)]
 
     def _check(self, name: str, value: tensors.TensorView, sizes: dict[str, tuple[int, str]]) -> int:
         """TensorProto code of an input, once its type and shape are checked; `sizes` collects the symbolic ones."""

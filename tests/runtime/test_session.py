@@ -73,6 +73,18 @@ def test_results_outlive_the_session() -> None:
     assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("as_torch", [True, False])
+def test_an_output_that_is_an_input_has_memory_of_its_own(as_torch: bool) -> None:
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [3])
+    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [3])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "g", [value], [result, value])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    given = torch.ones(3) if as_torch else np.ones(3, np.float32)
+    found = cg.GradientSession(model).run({"x": given})
+    found["x"][:] = 7
+    assert given.tolist() == [1, 1, 1]
+
+
 def test_bfloat16_arrays_go_through_numpy() -> None:
     model = cg.build_model("conv1d_input", input_shape=(1, 1, 4), weight_shape=(1, 1, 2), dtype="bfloat16")
     ones = {"weight": np.ones((1, 1, 2), ml_dtypes.bfloat16), "grad_output": np.ones((1, 1, 3), ml_dtypes.bfloat16)}
