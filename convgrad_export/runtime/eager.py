@@ -42,7 +42,7 @@ _INPUT_DOC = """torch.nn.grad.conv{rank}d_input on onnxruntime: the gradient wit
     Returns:
         Shape `input_size`, dtype and device of `grad_output`; a torch tensor or a numpy array, as the arguments.
         Differentiable like torch.nn.grad's, in reverse and forward mode and under torch.func's transforms; under
-        `torch.vmap` sample by sample.
+        `torch.vmap` sample by sample. Traced (torch.export, make_fx), it is `aten::convolution_backward`.
 
     Raises:
         GeometryError, ArgumentTypeError, DTypeError, DeviceError, UnsupportedLoweringError, ProviderError.
@@ -59,7 +59,7 @@ _WEIGHT_DOC = """torch.nn.grad.conv{rank}d_weight on onnxruntime: the gradient w
     Returns:
         Shape `weight_size`, dtype and device of `grad_output`; a torch tensor or a numpy array, as the arguments.
         Differentiable like torch.nn.grad's, in reverse and forward mode and under torch.func's transforms; under
-        `torch.vmap` sample by sample.
+        `torch.vmap` sample by sample. Traced (torch.export, make_fx), it is `aten::convolution_backward`.
 
     Raises:
         GeometryError, ArgumentTypeError, DTypeError, DeviceError, UnsupportedLoweringError, ProviderError.
