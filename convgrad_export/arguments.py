@@ -91,7 +91,9 @@ def as_groups(value: Any) -> int:
 
 
 def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if isinstance(value, Sequence):
+        return not isinstance(value, str | bytes)
+    return hasattr(value, "__array_interface__") and value.ndim > 0  # a numpy array
 
 
 def as_shape(value: Any, name: str, *, allow_name: bool = False) -> tuple[Any, ...]:

@@ -95,6 +95,16 @@ def test_length_1_sequences_stand_for_every_axis_as_in_torch() -> None:
     assert short == ConvGeometry.from_forward((2, 4, 9, 9), (4, 4, 3, 3), 2, 1, 1)
 
 
+def test_numpy_arrays_are_sequences() -> None:
+    """As they are for torch.nn.grad."""
+    shapes, pads = ((2, 4, 9, 8), (6, 4, 3, 2)), ((1, 0), (0, 2))
+    given = ConvGeometry.from_forward(*shapes, np.array([2, 1]), np.array(pads), np.array([1, 2]))
+    assert given == ConvGeometry.from_forward(*shapes, (2, 1), pads, (1, 2))
+    assert all(type(amount) is int for pair in given.pads for amount in pair)
+    with pytest.raises(GeometryError, match="stride is"):
+        ConvGeometry.from_forward(*shapes, np.array([1, 2, 3]))
+
+
 def test_numpy_integers_are_integers() -> None:
     geometry = ConvGeometry.from_forward(np.array([2, 4, 9]), (4, 4, np.int64(3)), np.int32(2))
     assert geometry.output_shape == (2, 4, 4)
