@@ -125,7 +125,7 @@ def _read(path: Path) -> list[AtenMeasurement]:
         if document["format"] != _FORMAT or document["version"] != _VERSION:
             raise ValueError(f"format {document['format']!r} version {document['version']!r}")
         return [AtenMeasurement(**entry) for entry in document["measurements"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelFileError(
             f"{path} holds no measurements of ATen lowerings ({error}): remove it, or set {ENVIRONMENT_VARIABLE}"
         ) from error

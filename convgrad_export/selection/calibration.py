@@ -105,7 +105,7 @@ def _read(path: Path) -> dict[str, Any]:
             for key in ("one", "two")
         )
         sound = sound and isinstance(content["machine"], dict)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise TuningCacheError(f"{path} is not an intact cost calibration: delete it, and it is measured again")

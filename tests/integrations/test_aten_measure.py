@@ -74,8 +74,9 @@ def test_later_measurements_replace_earlier_ones_and_change_the_digest(own_file:
     assert [path.name for path in own_file.parent.iterdir()] == [own_file.name]
 
 
-def test_a_foreign_file_is_named() -> None:
-    records.own_path().write_text("{}")
+@pytest.mark.parametrize("text", ["{}", "[" * 100_000])
+def test_a_foreign_file_is_named(text: str) -> None:
+    records.own_path().write_text(text)
     with pytest.raises(cg.ModelFileError, match=r"measurements.json holds no measurements.*CONVGRAD_ATEN_MEASUREMENTS"):
         records.winner("weight", DENSE, "float32", "GPU A")
 

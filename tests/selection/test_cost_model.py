@@ -167,7 +167,9 @@ def test_a_machine_that_is_slower_at_one_kind_of_work_is_seen(monkeypatch: pytes
         assert factor == pytest.approx(3.0, rel=0.2) if key == "transposed" else factor == pytest.approx(1.0, rel=0.01)
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"format": "convgrad cost calibration", "one": {}, "two": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[" * 100_000, '{"format": "convgrad cost calibration", "one": {}, "two": {}}']
+)
 def test_a_damaged_calibration_is_refused(text: str, own_file: Path) -> None:
     own_file.write_text(text)
     with pytest.raises(cg.TuningCacheError, match="delete it, and it is measured again"):
