@@ -58,6 +58,18 @@ def check_error_factor(max_error_factor: Any) -> float:
     )
 
 
+def check_workspace(max_workspace: Any) -> int | None:
+    """A limit in bytes, or None for none.
+
+    Raises:
+        ArgumentTypeError: anything but an integer, 0 or above.
+    """
+    number = isinstance(max_workspace, numbers.Integral) and not isinstance(max_workspace, bool)
+    if max_workspace is None or (number and max_workspace >= 0):
+        return None if max_workspace is None else int(max_workspace)
+    raise ArgumentTypeError(f"max_workspace is {max_workspace!r}, expected a number of bytes, or None for no limit")
+
+
 def check_threads(threads: Any) -> int | None:
     """A number of threads, or None for several.
 

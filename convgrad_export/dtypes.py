@@ -28,8 +28,8 @@ def name_of(dtype: Any, argument: str = "dtype") -> str:
     """
     if isinstance(dtype, str):
         text = dtype
-    elif str(dtype).startswith("torch."):
-        text = str(dtype)
+    elif dtype is None or str(dtype).startswith("torch."):
+        text = str(dtype)  # numpy takes None for float64
     else:
         try:
             text = np.dtype(dtype).name

@@ -61,6 +61,10 @@ def test_convolution_backward_has_one_output_for_each_gradient_in_the_mask(mask:
         ("conv2d_input", {"lowering": "quick"}, cg.UnsupportedLoweringError, "no such lowering"),
         ("conv2d_input", {"opset_version": 99}, cg.UnsupportedLoweringError, "opset_version is 99"),
         ("conv2d_input", {"opset_version": "18"}, cg.ArgumentTypeError, "opset_version is '18'"),
+        ("conv2d_input", {"lowering": None}, cg.ArgumentTypeError, "lowering is None"),
+        ("conv2d_input", {"max_workspace": "1"}, cg.ArgumentTypeError, "max_workspace is '1'"),
+        ("conv2d_input", {"max_workspace": float("nan")}, cg.ArgumentTypeError, "max_workspace is nan"),
+        ("conv2d_input", {"dtype": None}, cg.DTypeError, "dtype is None"),
         ("conv2d_input", {"dtype": "complex64"}, cg.DTypeError, "dtype is complex64"),
         ("conv2d_input", {"output_padding": 1}, cg.GeometryError, "output_padding is .*expected 0"),
         (

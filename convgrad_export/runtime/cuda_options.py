@@ -94,8 +94,8 @@ class CudaOptions:
         """
         own = {name: value for name, value in options.items() if name in _FIELDS}
         others = {name: value for name, value in options.items() if name not in _FIELDS}
-        others = {**own.pop("other", {}), **others}
-        return cls(**own, other=others)
+        given = own.pop("other", {})
+        return cls(**own, other={**given, **others} if isinstance(given, Mapping) else given)
 
     def provider_options(self) -> dict[str, str]:
         """The options in onnxruntime's form: text by name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..arguments import check_workspace
 from ..errors import ArgumentTypeError, UnsupportedLoweringError
 from ..geometry import ConvGeometry
 from ..lowering import CPU, CUDA, LOWERINGS, Lowering, by_name, candidates
@@ -65,8 +66,12 @@ def choose(
 
     Raises:
         UnsupportedLoweringError: the named lowering is unknown, does not apply, or exceeds `max_workspace`, or none
-            is left. GeometryError: `max_workspace` with an open batch. TuningCacheError: as `tuned.tuned_name`.
+            is left. ArgumentTypeError: a lowering that is no string, a limit that is no number of bytes.
+            GeometryError: `max_workspace` with an open batch. TuningCacheError: as `tuned.tuned_name`.
     """
+    if not isinstance(lowering, str):
+        raise ArgumentTypeError(f"lowering is {lowering!r} ({type(lowering).__name__}), expected a string")
+    max_workspace = check_workspace(max_workspace)
     if not max_error_factor >= DIRECT:  # NaN too
         raise UnsupportedLoweringError(
             f"max_error_factor is {max_error_factor}, expected at least {DIRECT}: no form is better than the direct one"

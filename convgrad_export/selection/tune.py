@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import dtypes
+from ..arguments import as_int, check_error_factor, check_threads, check_workspace
 from ..errors import ArgumentTypeError, GeometryError, UnsupportedLoweringError
 from ..geometry import ConvGeometry
 from ..lowering import CPU, CUDA
@@ -140,8 +141,10 @@ def tune(
     if provider not in _PROVIDERS:
         raise UnsupportedLoweringError(f"provider is {provider!r}, expected one of: {', '.join(_PROVIDERS)}")
     onnxruntime_with(_PROVIDERS[provider])
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise ArgumentTypeError(f"threads is {threads!r}, expected a positive integer or None")
+    check_threads(threads)
+    check_error_factor(max_error_factor)
+    check_workspace(max_workspace)
+    as_int(seed, "seed", minimum=0)
     if not isinstance(budget, int | float) or isinstance(budget, bool) or not budget > 0:
         raise ArgumentTypeError(f"budget is {budget!r}, expected a positive number of seconds")
     path = store.cache_path(cache)
@@ -220,6 +223,8 @@ def _example(module: Any, input_shape: Sequence[int] | None) -> Any:
 
 
 def _gradients(gradients: Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(gradients, Iterable):
+        raise ArgumentTypeError(f"gradients is {gradients!r}, expected 'input', 'weight' or both")
     given = (gradients,) if isinstance(gradients, str) else tuple(gradients)
     if not given or any(name not in BOTH for name in given):
         raise GeometryError(f"gradients is {given}, expected 'input', 'weight' or both")
