@@ -153,13 +153,13 @@ def _geometry(metadata: dict[str, str], session: GradientSession, batch: int, pa
         if "input_shape" not in arguments:
             arguments |= _sizes(metadata["convgrad.op"], arguments, session)
         geometry = ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
-    except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
         raise ModelFileError(f"{path}: convgrad.geometry is damaged: {error}") from error
     rank = operator(metadata["convgrad.op"]).rank
     if rank not in (None, geometry.rank):
         raise ModelFileError(f"{path}: convgrad.op is {metadata['convgrad.op']}, of a convolution in {geometry.rank}d")
     fixed = any(
-        value.name in ("input", "grad_output") and isinstance(value.shape[0], int)
+        value.name in ("input", "grad_output") and value.shape and isinstance(value.shape[0], int)
         for value in session.inference_session.get_inputs()
     )
     return geometry if fixed else geometry.with_batch(batch)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .. import dtypes
 from ..errors import ArgumentTypeError, CaptureError, GeometryError, ModelFileError
 from ..files import model_files
 from ..geometry import ConvGeometry
@@ -81,25 +83,24 @@ def _model_layer(file: Path) -> LayerToTune | None:
         if "input_shape" not in arguments:
             return None
         geometry = ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
+        op, dtype = operator(metadata["convgrad.op"]), dtypes.name_of(metadata["convgrad.dtype"], "convgrad.dtype")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ModelFileError(f"{file}: its convgrad.geometry is damaged: {error}") from error
-    gradients = tuple(name for name in operator(metadata["convgrad.op"]).gradients if name in BOTH)
-    return LayerToTune(file.stem, geometry, gradients, metadata["convgrad.dtype"])
+        raise ModelFileError(f"{file}: its metadata is damaged: {error}") from error
+    return LayerToTune(file.stem, geometry, tuple(name for name in op.gradients if name in BOTH), dtype)
 
 
 def module_layers(module: Any, args: Sequence[Any]) -> list[LayerToTune]:
     """The convolutions that one forward call of a torch module runs, wherever in its code they are called.
 
     Args:
-        module: a `torch.nn.Module`, run once without gradients. args: its positional arguments.
+        module: a `torch.nn.Module`, run once without gradients; its buffers (running statistics, say) and PyTorch's
+            random numbers are afterwards what they were. args: its positional arguments.
 
     Raises:
         CaptureError: the forward call fails. GeometryError: it runs no convolution.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
-
-    from .. import dtypes
 
     found: list[LayerToTune] = []
     path: list[str] = []
@@ -112,12 +113,19 @@ def module_layers(module: Any, args: Sequence[Any]) -> list[LayerToTune]:
 
     hooks = []
     for name, child in module.named_modules():
+        if isinstance(child, torch.jit.ScriptModule):
+            continue  # takes no hooks: its convolutions go by the module that holds it
         hooks.append(child.register_forward_pre_hook(lambda *_, name=name: path.append(name)))
         hooks.append(child.register_forward_hook(lambda *_: path.pop() and None))
-    # BatchNorm in training mode and dropout: the caller's statistics and random numbers stay as they are.
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if not torch.nn.parameter.is_lazy(buffer)]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), Record():
+        # In inference mode a mode sees functions (conv2d), not the operator behind them.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.random.fork_rng(range(torch.cuda.device_count())),
+            _kept_buffers(module),
+            Record(),
+        ):
             module(*args)
     except Exception as error:  # the user's own code can raise anything
         shapes = ", ".join(str(tuple(value.shape)) for value in args if hasattr(value, "shape"))
@@ -127,12 +135,29 @@ def module_layers(module: Any, args: Sequence[Any]) -> list[LayerToTune]:
     finally:
         for hook in hooks:
             hook.remove()
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
     if not found:
         raise GeometryError(f"{type(module).__name__} runs no convolution: there is nothing to tune")
     return merged(found)
+
+
+@contextlib.contextmanager
+def _kept_buffers(module: Any) -> Iterator[None]:
+    """Buffers that a forward pass in training mode moves have their values again afterwards."""
+    from torch.nn.parameter import is_lazy
+
+    before = [
+        (owner, name, buffer, buffer.detach().clone())
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+        if not is_lazy(buffer)
+    ]
+    try:
+        yield
+    finally:
+        for owner, name, buffer, value in before:
+            buffer.copy_(value)
+            if getattr(owner, name) is not buffer:  # replaced, not changed in place
+                setattr(owner, name, buffer)
 
 
 def _call_layer(name: str, args: Sequence[Any], dtype: str) -> LayerToTune:

@@ -20,6 +20,7 @@ from convgrad_export.geometry import ConvGeometry
 from convgrad_export.lowering import LOWERINGS, catalogue
 from convgrad_export.selection import autotune, cache, graph_walk, timing, tuned
 from convgrad_export.selection.autotune import TuningSettings, tune_gradient
+from convgrad_export.selection.layers import module_layers
 from convgrad_export.selection.policy import choose
 from tests.cases import CASES, ConvCase
 
@@ -288,16 +289,38 @@ def test_a_model_of_someone_else_is_refused_with_advice(tmp_path: Path) -> None:
         cg.tune(path)
 
 
-def test_tuning_leaves_the_module_and_the_random_numbers_as_they_were(own_cache: Path) -> None:
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Dropout())
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    cg.tune(net, input_shape=(2, 3, 6, 6), budget=0.5, threads=1)
-    assert torch.equal(torch.rand(3), expected)
-    for name, value in net.state_dict().items():
-        assert torch.equal(value, before[name]), name
+class Training(torch.nn.Module):
+    """All that a forward pass in training mode moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Dropout())
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = self.calls + 1
+        return self.layers(x)
+
+
+def test_a_module_and_the_random_numbers_are_left_as_they_were() -> None:
+    module = Training()
+    before, drawn = {name: value.clone() for name, value in module.state_dict().items()}, torch.get_rng_state()
+    for shape in ((2, 3, 8, 8), (2, 3, 2, 2)):  # in the second the forward pass fails half-way
+        try:
+            module_layers(module, (torch.ones(shape),))
+        except cg.CaptureError:
+            assert shape[-1] == 2
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_scripted_modules_and_inference_mode_hide_no_convolution() -> None:
+    plain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))
+    expected = module_layers(plain, (torch.ones(1, 3, 6, 6),))
+    with torch.inference_mode():
+        assert module_layers(plain, (torch.ones(1, 3, 6, 6),)) == expected
+    (scripted,) = module_layers(torch.jit.script(plain), (torch.ones(1, 3, 6, 6),))
+    assert (scripted.name, scripted.geometry) == ("convolution", expected[0].geometry)
 
 
 def test_a_folder_may_hold_a_repository_of_a_server(tmp_path: Path) -> None:
@@ -311,13 +334,14 @@ def test_a_folder_may_hold_a_repository_of_a_server(tmp_path: Path) -> None:
     assert [entry.layer for entry in report.gradients] == ["ours"]
 
 
-def test_metadata_of_endless_nesting_is_damaged(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "value"), [("geometry", "[" * 100_000), ("dtype", "int8"), ("op", "conv2d")])
+def test_a_model_with_damaged_metadata_is_refused(key: str, value: str, tmp_path: Path) -> None:
     model = cg.build_model("conv2d_weight", input_shape=(2, 3, 6, 6), weight_shape=(4, 3, 3, 3))
     for item in model.metadata_props:
-        item.value = "[" * 100_000 if item.key == "convgrad.geometry" else item.value
-    onnx.save(model, tmp_path / "nested.onnx")
-    with pytest.raises(cg.ModelFileError, match="geometry is damaged"):
-        cg.tune(tmp_path / "nested.onnx")
+        item.value = value if item.key == f"convgrad.{key}" else item.value
+    onnx.save(model, tmp_path / "damaged.onnx")
+    with pytest.raises(cg.ModelFileError, match="its metadata is damaged"):
+        cg.tune(tmp_path / "damaged.onnx")
 
 
 def test_the_choice_for_the_thread_count_is_measured_first() -> None:
