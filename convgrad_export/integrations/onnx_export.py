@@ -29,6 +29,7 @@ from convgrad_export.integrations.program import CapturedProgram
 from convgrad_export.integrations.report import ExportReport, describe, weight_bytes
 from convgrad_export.integrations.scalars import cotangent_product, example_cotangent, scalar_of
 from convgrad_export.integrations.translation import translate
+from convgrad_export.integrations.verification import run_once
 from convgrad_export.integrations.verification import verify as run_verification
 from convgrad_export.lowering import CPU, CUDA
 from convgrad_export.runtime.session import GradientSession
@@ -347,21 +348,28 @@ def _verify(program: CapturedProgram, report: ExportReport, settings: _Settings)
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         }
     )
-    if random:
-        report.notes.append(f"not verified: the model draws random numbers ({', '.join(random)})")
-        return
-    if weight_bytes(report.model) < _PROTOBUF_LIMIT:
-        result = run_verification(report.model, program, samples=settings.samples)
-    else:
-        # onnxruntime reads models of this size from files only, and so does the checker.
-        with tempfile.TemporaryDirectory(dir=report.path.parent if report.path is not None else None) as folder:
-            path = Path(folder) / "model.onnx"
-            saving.save(report.model, path, external_data=True)
-            onnx.checker.check_model(str(path), full_check=True)
-            own = GradientSession(path, blocked_layout=False)  # what the file says, for any runtime
-            result = run_verification(report.model, program, samples=settings.samples, session=lambda _: own)
+    with _session_maker(report) as session:
+        if random:
+            run_once(report.model, program, session=session)
+            report.notes.append(f"not verified: the model draws random numbers ({', '.join(random)})")
+            return
+        result = run_verification(report.model, program, samples=settings.samples, session=session)
     report.errors, report.verified_sizes = result.errors, result.sizes
     report.notes += result.notes
+
+
+@contextlib.contextmanager
+def _session_maker(report: ExportReport) -> Iterator[Callable[[ir.Model], Any] | None]:
+    """None where a model can be run from memory: onnxruntime and the checker read larger ones from files only."""
+    if weight_bytes(report.model) < _PROTOBUF_LIMIT:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(dir=report.path.parent if report.path is not None else None) as folder:
+        path = Path(folder) / "model.onnx"
+        saving.save(report.model, path, external_data=True)
+        onnx.checker.check_model(str(path), full_check=True)
+        own = GradientSession(path, blocked_layout=False)  # what the file says, for any runtime
+        yield lambda _: own
 
 
 def _rename(model: ir.Model, settings: _Settings, report: ExportReport) -> None:

@@ -13,6 +13,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset18 as op
 
+from convgrad_export.integrations import random_translations
+
 # Logged at every model, about nothing that its author could change.
 _HINTS = {
     "torch.onnx._internal.exporter._registration": "torchvision is not installed",
@@ -41,6 +43,8 @@ def registry() -> Any:
     result.register_op(aten.scalar_tensor.default, _scalar_tensor)
     result.register_op(aten.max_pool2d_with_indices.default, _max_pool_with_indices(2))
     result.register_op(aten.max_pool3d_with_indices.default, _max_pool_with_indices(3))
+    for target, function in random_translations.TABLE.items():
+        result.register_op(target, function)
     normalization = aten._native_batch_norm_legit_no_training.default
     result.register_op(normalization, _batch_norm_inference(result.get_decomps(normalization)[0].onnx_function))
     return result

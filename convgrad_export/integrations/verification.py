@@ -185,6 +185,37 @@ def other_sizes(
     return Verification(errors, sizes_run, notes)
 
 
+def run_once(model: ir.Model, program: CapturedProgram, *, session: Callable[[ir.Model], Any] | None = None) -> None:
+    """For a model with random numbers, whose values say nothing: it runs on the example, with eager's shapes.
+
+    Raises:
+        VerificationError: onnxruntime refuses the model or the input, or an output has another shape than eager's.
+    """
+    from convgrad_export.runtime.session import GradientSession
+
+    runner = GradientSession(model, blocked_layout=False) if session is None else session(model)
+    inputs = {spec.name: spec.value.detach() for spec in program.inputs if spec.kind == "user"}
+    with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it is
+        expected = run_eagerly(program, inputs, torch.float64).outputs
+    actual = _actual(runner, inputs)
+    for spec in program.outputs:
+        _check_shape(spec.name, actual[spec.name].shape, expected[spec.name].shape)
+
+
+def _actual(runner: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    try:
+        results = runner.run({name: _numpy(inputs[name]) for name in runner.input_names})
+    except Exception as refused:
+        shapes = {name: tuple(value.shape) for name, value in inputs.items()}
+        raise VerificationError(f"the exported model fails on inputs {shapes} that eager takes: {refused}") from refused
+    return {name: np.asarray(value) for name, value in results.items()}
+
+
+def _check_shape(name: str, got: Sequence[int], wanted: Sequence[int]) -> None:
+    if tuple(got) != tuple(wanted):
+        raise VerificationError(f"output {name!r} has shape {tuple(got)}, eager gives {tuple(wanted)}")
+
+
 def compare(runner: Any, program: CapturedProgram, inputs: Mapping[str, torch.Tensor]) -> dict[str, OutputError]:
     """One run beside eager.
 
@@ -194,17 +225,11 @@ def compare(runner: Any, program: CapturedProgram, inputs: Mapping[str, torch.Te
     exact = run_eagerly(program, inputs, torch.float64)
     truth = {name: value.double() for name, value in exact.outputs.items()}
     precision = precision_of(program) if exact.refusal is None else _in_own_types(precision_of(program))
-    try:
-        actual = runner.run({name: _numpy(inputs[name]) for name in runner.input_names})
-    except Exception as refused:
-        shapes = {name: tuple(value.shape) for name, value in inputs.items()}
-        raise VerificationError(f"the exported model fails on inputs {shapes} that eager takes: {refused}") from refused
+    actual = _actual(runner, inputs)
     values: dict[str, torch.Tensor] = {}
     for spec in program.outputs:
-        values[spec.name] = torch.from_numpy(np.asarray(actual[spec.name]).astype(np.float64))
-        if values[spec.name].shape != truth[spec.name].shape:
-            got, wanted = tuple(values[spec.name].shape), tuple(truth[spec.name].shape)
-            raise VerificationError(f"output {spec.name!r} has shape {got}, eager gives {wanted}")
+        _check_shape(spec.name, actual[spec.name].shape, truth[spec.name].shape)
+        values[spec.name] = torch.from_numpy(actual[spec.name].astype(np.float64))
     runs: list[dict[str, float]] = []
     errors: dict[str, OutputError] = {}
     plain: dict[str, float] | None = None
