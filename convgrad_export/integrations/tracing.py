@@ -32,6 +32,7 @@ from torch.nn.utils import stateless
 
 from convgrad_export.errors import CaptureError, ConstantGradientError, ConvGradError, DynamicShapeError
 from convgrad_export.integrations.differentiable import DifferentiableReplacements
+from convgrad_export.integrations.module_attributes import kept_attributes
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
 from convgrad_export.integrations.slice_sums import slice_sums
 
@@ -99,12 +100,13 @@ def swapped_tensors(
 ) -> Iterator[None]:
     """Put `tensors` (by first name) in place of the module's own, tied names included.
 
-    Buffers that the forward assigns anew (`self.count = self.count + 1`) are found in `tensors` afterwards.
+    Buffers that the forward assigns anew (`self.count = self.count + 1`) are found in `tensors` afterwards. Other
+    attributes of the module are as they were.
     """
     spread = {name: tensors[s.name] for s in state if s.name in tensors for name in s.names}
     before = dict(spread)
     # Undone in reverse order: a submodule with two names is swapped twice, and the first swap found its own tensors.
-    with stateless._reparametrize_module(module, spread, stack_weights=True):
+    with kept_attributes(module), stateless._reparametrize_module(module, spread, stack_weights=True):
         yield
     for spec in state:
         if spec.name not in tensors:

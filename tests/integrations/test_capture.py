@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -310,6 +311,61 @@ def test_an_argument_changed_in_place_is_a_copy() -> None:
     program = capture(Doubles(), (x,))
     assert torch.equal(x, image())
     torch.testing.assert_close(program.run(image())["output"], 12 * image() ** 2)
+
+
+class ChangesItsArgument(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(0.5).div_(0.25)
+        return torch.relu_(self.head(x.sigmoid_()))
+
+
+@pytest.mark.parametrize("wrt", ["inputs", "parameters"])
+@pytest.mark.parametrize("asks", [False, True])
+def test_gradients_past_an_argument_changed_in_place(wrt: str, asks: bool) -> None:
+    module, x = ChangesItsArgument(), torch.rand(2, 4).requires_grad_(asks)
+    report = cg.export_gradient(module, (x,), wrt=wrt)
+    assert report.verified
+    leaf = torch.rand(2, 4).requires_grad_()
+    module(leaf.clone()).sum().backward()
+    expected = {"x.grad": leaf.grad} if wrt == "inputs" else {"head.weight.grad": module.head.weight.grad}
+    actual = cg.GradientSession(report.model).run({"x": leaf.detach()})
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value)
+
+
+class Remembers(nn.Module):
+    """Keeps a table for the next call, its last activation, and a list and a dict of what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.table, self.seen, self.by_size = nn.Conv1d(3, 4, 3), None, [], {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None or self.table.shape[0] < x.shape[-1]:
+            self.table = torch.arange(x.shape[-1], dtype=x.dtype).cos()
+        if x.shape[1] not in self.by_size:
+            self.by_size[x.shape[1]] = torch.ones(x.shape[1], 1, dtype=x.dtype)
+        self.last = self.conv(x * self.table[: x.shape[-1]] * self.by_size[x.shape[1]])
+        self.seen.append(self.last)
+        return self.last
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("export", [cg.export, cg.export_gradient])
+def test_what_a_forward_keeps_is_neither_the_traces_nor_the_verifications(export: Any, verify: bool) -> None:
+    module, x = Remembers(), torch.randn(1, 3, 8)
+    export(module, (x,), verify=verify)
+    assert (module.table, module.seen, module.by_size, hasattr(module, "last")) == (None, [], {}, False)
+    expected = module(x)
+    table = module.table
+    assert export(module, (x,), verify=verify).verified is verify
+    assert module.table is table
+    assert [id(value) for value in module.seen] == [id(expected)]
+    assert module.last is expected
 
 
 def test_nested_outputs_are_named_by_their_path() -> None:
