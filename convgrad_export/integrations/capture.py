@@ -154,12 +154,14 @@ def capture_gradients(
         }
         tensors = {s.name: leaves.get(s.name, values[s.name]) for s in state if s.kind == "parameter"}
         tensors.update({s.name: values[s.name].clone() for s in state if s.kind == "buffer"})
+        # A forward may change its arguments in place; the gradient is that of what was passed.
+        given = {s.name: leaves.get(s.name, values[s.name]).clone() for s in user}
         activations = [name for name, kind in targets.items() if kind == "activation"]
         products: list[torch.Tensor] = []
         # Differentiated inside, too: a checkpointed part of the module is called again by its backward pass.
         with swapped_tensors(module, state, tensors):
             with _recorded(module, activations) as recorded:
-                result = arguments.call(module, {**values, **leaves})
+                result = arguments.call(module, given)
             spec_holder[:] = [pytree.tree_structure(result)]
             scalar = _scalar(value, result, [values[s.name] for s in labels])
             wanted = [recorded[name] if kind == "activation" else leaves[name] for name, kind in targets.items()]
