@@ -14,7 +14,9 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - copy: the translation does not broadcast.
 - full, full_like, scalar_tensor, clamp, hardtanh, arange, addcmul, addcdiv, addmv, addbmm, sinc: the translation rounds
   a float64 value to float32.
-- mv: onnxruntime is wrong for a transposed matrix times a vector.
+- mv, addmv: onnxruntime is wrong for a transposed matrix times a vector.
+- log1p, expm1, logaddexp, logaddexp2, logcumsumexp: right for a part of the arguments (`exact_decompositions.py`).
+- scatter_reduce: the translation of "mean" overwrites.
 - convolution in float64: onnxruntime's CPU provider has no kernel.
 - pooling, padding and weight_norm backward: no translation, or none for every size.
 - softmax along an inner axis, max pooling backward of windows side by side: right, but slow.
@@ -30,6 +32,7 @@ import torch
 from torch import Tensor
 
 from convgrad_export.integrations import (
+    exact_decompositions,
     float64_decompositions,
     max_pooling_decompositions,
     normalization_decompositions,
@@ -245,6 +248,13 @@ def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
     return torch.mm(matrix, vector.unsqueeze(1)).squeeze(1)
 
 
+def matrix_vector_sum(x: Tensor, matrix: Tensor, vector: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    """As `matrix_vector`."""
+    product = torch.mv(matrix, vector)
+    product = product if alpha == 1 else product * alpha
+    return product if beta == 0 else product + (x if beta == 1 else x * beta)
+
+
 _PYTORCH_IS_RIGHT = (aten.nll_loss_forward.default,)
 
 
@@ -256,6 +266,7 @@ OWN: Table = {
     aten.hardsigmoid_backward.default: hardsigmoid_backward,
     aten.leaky_relu_backward.default: leaky_relu_backward,
     aten.mv.default: matrix_vector,
+    aten.addmv.default: matrix_vector_sum,
     aten.as_strided.default: as_strided,
     aten.as_strided_scatter.default: as_strided_scatter,
     aten.sum.default: sum_all,
@@ -269,6 +280,7 @@ OWN: Table = {
     aten.unfold_backward.default: unfold_backward,
     aten._trilinear.default: trilinear,
     aten.rrelu_with_noise_functional.default: rrelu_with_noise_functional,
+    **exact_decompositions.TABLE,
     **normalization_decompositions.TABLE,
     **pooling_decompositions.TABLE,
     **max_pooling_decompositions.TABLE,

@@ -132,12 +132,6 @@ def addcdiv(x: Tensor, numerator: Tensor, denominator: Tensor, *, value: Any = 1
     return x + numerator / denominator * value if _needs_float64(x.dtype, value) else NotImplemented
 
 
-def addmv(x: Tensor, matrix: Tensor, vector: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    if not _needs_float64(x.dtype, beta, alpha):
-        return NotImplemented
-    return x * beta + torch.mv(matrix, vector) * alpha
-
-
 def addbmm(x: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
     if not _needs_float64(x.dtype, beta, alpha):
         return NotImplemented
@@ -181,7 +175,6 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.hardtanh.default: hardtanh,
     aten.addcmul.default: addcmul,
     aten.addcdiv.default: addcdiv,
-    aten.addmv.default: addmv,
     aten.addbmm.default: addbmm,
     aten.sinc.default: sinc,
     aten.special_sinc.default: sinc,

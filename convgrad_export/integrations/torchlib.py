@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,12 @@ def registry() -> Any:
     result.register_op(aten.max_pool3d_with_indices.default, _max_pool_with_indices(3))
     for target, function in random_translations.TABLE.items():
         result.register_op(target, function)
+    for division in (aten.div.Tensor_mode, aten.div.Scalar_mode):
+        entries = result.functions[division.name()]
+        # no custom entries: those of float64 calls are still to be wrapped
+        result.functions[division.name()] = [
+            dataclasses.replace(entry, onnx_function=_rounded_division(entry.onnx_function)) for entry in entries
+        ]
     normalization = aten._native_batch_norm_legit_no_training.default
     result.register_op(normalization, _batch_norm_inference(result.get_decomps(normalization)[0].onnx_function))
     return result
@@ -72,6 +79,20 @@ def _reduce_prod(x: Any, dims: Sequence[int] | None = None, output_dtype: Any = 
         return op.ReduceProd(x, keepdims=0)
     axes: Any = op.Constant(value_ints=[int(d) for d in dims])
     return op.ReduceProd(x, axes, keepdims=0)
+
+
+def _rounded_division(otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """Integers divided as integers; torch.onnx's translation divides them in float32."""
+
+    @functools.wraps(otherwise, updated=())
+    def division(self: Any, other: Any, rounding_mode: str | None = None) -> Any:
+        whole = isinstance(other, int) or other.dtype.is_integer()
+        if rounding_mode is None or not self.dtype.is_integer() or not whole:
+            return otherwise(self, other, rounding_mode=rounding_mode)
+        # Div rounds towards zero; the remainder has the divisor's sign, without it the quotient is whole.
+        return op.Div(self if rounding_mode == "trunc" else op.Sub(self, op.Mod(self, other)), other)
+
+    return division
 
 
 def _size(x: Any) -> Any:

@@ -1,0 +1,105 @@
+"""Functions whose translation by torch.onnx is right for a part of their arguments only.
+
+log(exp(a) + exp(b)) overflows at 89, and log(1 + x) has no digit left at 1e-8. Verification compares at values like the
+example's, and the torch.compile backend compares nothing, so these have to be right by themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def log1p(x: Tensor) -> Tensor:
+    """log(u) for the rounded u = 1 + x, and to first order what the rounding took away."""
+    if not x.dtype.is_floating_point:
+        return NotImplemented
+    near = x.clamp(-1.0, 1.0)  # beyond, the logarithm alone is exact, and infinities have no rest
+    rounded = near + 1.0
+    return torch.log(x + 1.0) + (near - (rounded - 1.0)) / rounded.clamp(min=0.5)
+
+
+def expm1(x: Tensor) -> Tensor:
+    """tanh(x/2) (exp(x) + 1), in which nothing cancels."""
+    return torch.tanh(x * 0.5) * (torch.exp(x) + 1.0) if x.dtype.is_floating_point else NotImplemented
+
+
+def _larger_and_distance(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The distance of equal infinities is 0."""
+    return torch.maximum(x, y), torch.where(x == y, 0.0, (x - y).abs())
+
+
+def logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    """The larger one, plus what the other adds to it."""
+    larger, distance = _larger_and_distance(x, y)
+    return larger + torch.log1p(torch.exp(-distance))
+
+
+def logaddexp2(x: Tensor, y: Tensor) -> Tensor:
+    larger, distance = _larger_and_distance(x, y)
+    return larger + torch.log1p(torch.exp(distance * -math.log(2))) / math.log(2)
+
+
+def logcumsumexp(x: Tensor, dim: int) -> Tensor:
+    """Each element with the one before it, then with the one two before it, four, eight (Hillis and Steele, 1986)."""
+    if x.dim() == 0:
+        return x.clone()
+    size, behind = x.shape[dim], x.dim() - 1 - dim % x.dim()
+    if not isinstance(size, int):
+        return NotImplemented
+    shift = 1
+    while shift < size:
+        earlier = aten.constant_pad_nd(x.narrow(dim, 0, size - shift), [0, 0] * behind + [shift, 0], -math.inf)
+        x, shift = torch.logaddexp(x, earlier), 2 * shift
+    return x
+
+
+def _read_part(source: Tensor, index: Tensor) -> Tensor:
+    """The part of `source` that a scatter reads: PyTorch takes one that is larger than the index."""
+    for axis, (size, needed) in enumerate(zip(source.shape, index.shape, strict=True)):
+        if isinstance(size, int) and isinstance(needed, int) and size > needed:
+            source = source.narrow(axis, 0, needed)
+    return source
+
+
+def scatter(x: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
+    part = _read_part(src, index)
+    return NotImplemented if part is src else aten.scatter.src(x, dim, index, part)
+
+
+def scatter_add(x: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
+    part = _read_part(src, index)
+    return NotImplemented if part is src else aten.scatter_add.default(x, dim, index, part)
+
+
+def scatter_reduce(
+    x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    """A mean as sums over counts; ONNX has no such reduction, and torch.onnx writes "none"."""
+    part = _read_part(src, index)
+    if reduce != "mean":
+        options = {"include_self": include_self}
+        return NotImplemented if part is src else aten.scatter_reduce.two(x, dim, index, part, reduce, **options)
+    start, count = (x, torch.ones_like(x)) if include_self else (x.scatter(dim, index, 0), torch.zeros_like(x))
+    total = start.scatter_add(dim, index, part)
+    count = count.scatter_add(dim, index, torch.ones_like(part)).clamp(min=1)  # where nothing came, x itself
+    return total / count if x.dtype.is_floating_point else torch.floor_divide(total, count)
+
+
+TABLE: dict[Any, Callable[..., Any]] = {
+    aten.log1p.default: log1p,
+    aten.expm1.default: expm1,
+    aten.special_expm1.default: expm1,
+    aten.logaddexp.default: logaddexp,
+    aten.logaddexp2.default: logaddexp2,
+    aten.logcumsumexp.default: logcumsumexp,
+    aten.scatter.src: scatter,
+    aten.scatter_add.default: scatter_add,
+    aten.scatter_reduce.two: scatter_reduce,
+}

@@ -1,0 +1,99 @@
+"""Functions at arguments far from the example's, where torch.onnx's own translations overflow, cancel or round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import convgrad_export as cg
+
+from .gradient_modules import Apply
+
+INF = math.inf
+TINY = [1e-9, -1e-9, 1e-5, 0.0, -0.3, 0.7, 20.0, INF]
+WIDE = [-200.0, 0.0, 200.0, -INF, INF]
+LARGE = [2**31 - 2, 2**53 + 1, -7, 50331650, 0]
+CASES: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
+    "log1p": (torch.log1p, [*TINY, -1.0]),
+    "expm1": (torch.expm1, [*TINY, -30.0, -INF]),
+    "logaddexp": (lambda x: torch.logaddexp(x, x.flip(0) * 0.5), WIDE),
+    "logaddexp-equal": (lambda x: torch.logaddexp(x, x), WIDE),
+    "logaddexp2": (lambda x: torch.logaddexp2(x, x.flip(0) * 0.5), WIDE),
+    "logcumsumexp": (lambda x: torch.logcumsumexp(x, 0), [-200.0, -150.0, 0.0, 5.0, 200.0, 3.0]),
+    "logcumsumexp-gradient": (
+        lambda x: torch.func.grad(lambda v: torch.logcumsumexp(v, 0).sum())(x),
+        [-200.0, -150.0, 0.0, 5.0, 200.0, 3.0],
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_values_far_from_the_examples(name: str, dtype: torch.dtype) -> None:
+    function, values = CASES[name]
+    x = torch.tensor(values, dtype=dtype)
+    report = cg.export(Apply(function), (torch.linspace(0.1, 0.9, len(values), dtype=dtype),))
+    (actual,) = cg.GradientSession(report.model).run({"input": x}).values()
+    torch.testing.assert_close(actual, function(x), rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0.0)
+
+
+@pytest.mark.parametrize("rounding", ["floor", "trunc"])
+def test_integers_that_float32_does_not_hold_are_divided_as_integers(rounding: str) -> None:
+    def divided(x: Tensor) -> Tensor:
+        by_number = torch.div(x, 128, rounding_mode=rounding)
+        return torch.stack([by_number, torch.div(x, torch.full_like(x, -3), rounding_mode=rounding)])
+
+    report = cg.export(Apply(divided), (torch.arange(len(LARGE)),))
+    x = torch.tensor(LARGE)
+    (actual,) = cg.GradientSession(report.model).run({"input": x}).values()
+    assert torch.equal(actual, divided(x))
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+def test_a_scattered_mean_and_its_gradient(include_self: bool) -> None:
+    index = torch.tensor([0, 2, 2, 2, 0])
+
+    def mean(x: Tensor) -> Tensor:
+        return x.scatter_reduce(0, index, x[:5].sin(), "mean", include_self=include_self)
+
+    assert cg.export(Apply(mean), (torch.randn(6),)).verified
+    assert cg.export_gradient(Apply(mean), (torch.randn(6),), of=lambda y: y.square().sum()).verified
+    module = Apply(lambda x: x.scatter_reduce(0, index, x * 3, "mean", include_self=include_self))
+    assert cg.export(module, (torch.arange(6) - 2,)).verified
+
+
+@pytest.mark.parametrize("reduce", ["sum", "prod", "amax", "add", "set"])
+def test_a_scatter_reads_the_part_of_its_source_that_the_index_names(reduce: str) -> None:
+    index = torch.tensor([[0, 2, 1], [1, 0, 2]])
+
+    def scattered(x: Tensor) -> Tensor:
+        if reduce == "set":
+            return x.scatter(1, index, x.sin())
+        if reduce == "add":
+            return x.scatter_add(1, index, x.sin())
+        return x.scatter_reduce(1, index, x.sin(), reduce)
+
+    assert cg.export(Apply(scattered), (torch.randn(4, 5),)).verified  # PyTorch itself has no gradient of this
+
+
+def test_a_matrix_that_is_transposed_times_a_vector_plus_another() -> None:
+    function = lambda x: torch.addmv(x.sum(0), x.t(), x[:, 0], beta=0.5, alpha=2)  # noqa: E731
+    assert cg.export_gradient(Apply(function), (torch.randn(3, 5),), return_outputs=True).verified
+
+
+def test_the_compile_backend_is_right_there_too() -> None:
+    def function(x: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        mean = x.scatter_reduce(0, index, x, "mean")
+        return (
+            torch.logaddexp(x, x + 1),
+            torch.log1p(x * 1e-9),
+            mean,
+            torch.div(index + 2**31, 3, rounding_mode="floor"),
+        )
+
+    x, index = torch.tensor([-200.0, 1.0, 200.0]), torch.tensor([0, 0, 2])
+    torch.testing.assert_close(torch.compile(function, backend="convgrad_ort")(x, index), function(x, index))
