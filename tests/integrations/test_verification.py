@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from convgrad_export.integrations.capture import capture, capture_gradients
 from convgrad_export.integrations.program import GraphInput
 from convgrad_export.integrations.rounding import RandomRounding
 
-from .gradient_modules import FORMS, image
+from .gradient_modules import FORMS, Apply, image
 
 
 class Answers:
@@ -286,3 +287,19 @@ def test_fresh_labels_and_masks_keep_the_examples_values() -> None:
     for example in (torch.tensor([1, 4, 4, 9]), torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.tensor([True, False, True])):
         fresh = verification._fresh(GraphInput("y", "user", example), (50,), np.random.default_rng(0))
         assert set(fresh.tolist()) == set(example.tolist())
+
+
+def test_infinities_that_both_have_are_equal_and_others_are_not() -> None:
+    mask = torch.tensor([True, False, True, False])
+    masked = Apply(lambda x: x.masked_fill(mask, -math.inf))
+    report = cg.export(masked, (torch.randn(3, 4),))
+    assert report.errors["output"].maximum < 1e-6
+    program = capture(masked, (torch.randn(3, 4),))
+
+    def wrong(value: float) -> Answers:
+        return Answers(program, lambda outputs: outputs["output"].__setitem__((0, 0), value))
+
+    for value in (math.inf, math.nan, -1e30):
+        with pytest.raises(cg.VerificationError, match="output"):
+            verification.compare(wrong(value), program, {"input": torch.randn(3, 4)})
+    assert verification.compare(wrong(-math.inf), program, {"input": torch.randn(3, 4)})["output"].within
