@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -269,8 +270,17 @@ def _check(settings: _Settings) -> None:
     samples = settings.samples
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ArgumentTypeError(f"samples is {samples!r}, expected a number of inputs to compare, at least 1")
+    for what, names in (("input_names", settings.input_names), ("output_names", settings.output_names)):
+        if names is not None:
+            _check_names(what, names)
     if not str(settings.provider).endswith("ExecutionProvider"):
         raise ProviderError(f"provider is {settings.provider!r}, expected an onnxruntime name like {CPU!r} or {CUDA!r}")
+
+
+def _check_names(what: str, names: Any) -> None:
+    listed = isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names)
+    if not listed or len(set(names)) != len(names):
+        raise ArgumentTypeError(f"{what} is {names!r:.80}, expected a list of different names")
 
 
 def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> ExportReport:
@@ -373,22 +383,49 @@ def _session_maker(report: ExportReport) -> Iterator[Callable[[ir.Model], Any] |
 
 
 def _rename(model: ir.Model, settings: _Settings, report: ExportReport) -> None:
+    """Give inputs and outputs the caller's names; a value inside that has one of them already gets another.
+
+    Raises:
+        ArgumentTypeError: The wrong number of names, or one that something else of the model keeps.
+    """
+    renamed: dict[ir.Value, str] = {}
     for what, values, names in (
         ("input_names", model.graph.inputs, settings.input_names),
         ("output_names", model.graph.outputs, settings.output_names),
     ):
         if names is None:
             continue
-        if len(names) != len(values) or len(set(names)) != len(names):
+        if len(names) != len(values):
             raise ArgumentTypeError(
                 f"{what} is {list(names)}, expected {len(values)} different names for {[v.name for v in values]}"
             )
-        renamed = {str(value.name): name for value, name in zip(values, names, strict=True)}
-        for value, name in zip(values, names, strict=True):
-            value.name = name
-        rename_in_metadata(model, renamed)
-        report.errors = {renamed.get(name, name): error for name, error in report.errors.items()}
+        renamed.update(zip(values, names, strict=True))
+    if not renamed:
+        return
+    kept = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
+    taken = Counter(renamed.get(value, str(value.name)) for value in kept)
+    if twice := [name for name in renamed.values() if taken[name] > 1]:
+        raise ArgumentTypeError(
+            f"input_names and output_names give {', '.join(map(repr, twice))}, which another input or output, or a "
+            "parameter of the model, is called as well"
+        )
+    for value in (value for node in model.graph for value in node.outputs):
+        if value not in renamed and value.name in taken and not value.is_graph_output():
+            renamed[value] = _free_name(f"{value.name}_inner", model, taken)
+    names_before = {str(value.name): name for value, name in renamed.items()}
+    for value, name in renamed.items():
+        value.name = name
+    rename_in_metadata(model, names_before)
+    report.errors = {names_before.get(name, name): error for name, error in report.errors.items()}
     report.inputs, report.outputs = describe(model)["inputs"], describe(model)["outputs"]
+
+
+def _free_name(wanted: str, model: ir.Model, taken: Counter[str]) -> str:
+    used = {value.name for node in model.graph for value in node.outputs}
+    while wanted in used or wanted in taken:
+        wanted += "_"
+    taken[wanted] += 1
+    return wanted
 
 
 @contextlib.contextmanager

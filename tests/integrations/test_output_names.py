@@ -94,3 +94,40 @@ def test_an_output_with_the_name_of_the_value_an_activation_or_a_gradient_is_tol
     )
     names = ["value", "output.value", "output.conv", "output.x.grad", "output.x", "conv", "x.grad", "conv.grad"]
     assert list(report.outputs) == list(report.errors) == names
+
+
+def _renamed(**names: list[str]) -> cg.ExportReport:
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+    report = cg.export(module, (image(),), **names)
+    session = cg.GradientSession(report.model)
+    (actual,) = session.run({session.input_names[0]: image()}).values()
+    torch.testing.assert_close(actual, module(image()).detach(), rtol=1e-4, atol=1e-5)
+    return report
+
+
+def test_a_new_name_that_a_value_inside_has_goes_to_the_input_or_output() -> None:
+    inside = [value.name for node in _renamed().model.graph for value in node.outputs][:2]
+    report = _renamed(input_names=[inside[0]], output_names=[inside[1]])
+    assert (list(report.inputs), list(report.outputs)) == ([inside[0]], [inside[1]])
+    assert (list(report.errors), len(list(report.model.graph))) == ([inside[1]], 3)
+    swapped = _renamed(input_names=["output"], output_names=["input"])
+    assert (list(swapped.inputs), list(swapped.outputs)) == (["output"], ["input"])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"input_names": ["0.weight"]},
+        {"output_names": ["2.bias"]},
+        {"output_names": ["input"]},
+        {"input_names": ["output"]},
+        {"input_names": ["same"], "output_names": ["same"]},
+        {"input_names": [""]},
+        {"input_names": [3]},
+        {"output_names": "y"},
+    ],
+    ids=str,
+)
+def test_new_names_that_something_else_has_are_refused(names: dict[str, list[str]]) -> None:
+    with pytest.raises(cg.ArgumentTypeError, match=next(iter(names))):
+        _renamed(**names)
