@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence, Set
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +23,8 @@ class CallArguments:
     """`module(*args, **kwargs)`, with each tensor known by a name and replaceable.
 
     A tensor passed for the forward parameter `x` is called "x"; tensors nested in a list, tuple or dict passed for `x`
-    are "x_0", "x_1" or "x_<key>", and so are those in a class that is registered with pytree. Values that are no
+    are "x_0", "x_1" or "x_<key>", and so are those in a class that is registered with pytree. Where two tensors would
+    have one name (an argument "x_0" beside a list "x"), "_2" is put behind that of a nested one. Values that are no
     tensors stay as they are.
 
     Raises:
@@ -44,11 +46,14 @@ class CallArguments:
         self._arguments = _bind(module, self._args, self._kwargs)
         self._names: dict[str, tuple[str, ...]] = {}
         self.examples: dict[str, torch.Tensor] = {}
+        plain = {argument for argument, value in self._arguments.items() if isinstance(value, torch.Tensor)}
         for argument, value in self._arguments.items():
             names = []
             for path, leaf in pytree.tree_flatten_with_path(value)[0]:
                 if isinstance(leaf, torch.Tensor):
                     name = "_".join([argument, *(key_text(key) for key in path)])
+                    if path:
+                        name = _free(name, {*self.examples, *plain})
                     check_strided(name, leaf)
                     self.examples[name] = leaf
                     names.append(name)
@@ -64,7 +69,7 @@ class CallArguments:
         taken = {name for other in others for name in other.names}
         specs = []
         for name, tensor in self.examples.items():
-            free = f"{name}_input" if name in taken else name
+            free = _free(f"{name}_input", {*taken, *self.examples}) if name in taken else name
             self._renamed[name] = free
             specs.append(GraphInput(free, "user", tensor, dynamic=dims[name]))
         return tuple(specs)
@@ -109,7 +114,8 @@ class CallArguments:
         for argument, value in self._arguments.items():
             given.update({name: by_argument.get(name) for name in self._names[argument]})
             if by_argument.get(argument) is not None:
-                given.update(_by_tensor(argument, argument, value, by_argument[argument]))
+                entries = [entry for _, entry in _by_tensor(argument, argument, value, by_argument[argument])]
+                given.update(zip(self._names[argument], entries, strict=True))
         return {name: _dimension_names(name, tensor, given[name]) for name, tensor in self.examples.items()}
 
 
@@ -119,6 +125,12 @@ def check_module(module: Any) -> None:
         raise ArgumentTypeError(
             f"module is {module!r:.80}, expected a torch.nn.Module instance; wrap a function in a module's forward"
         )
+
+
+def _free(name: str, taken: Set[str]) -> str:
+    """The name itself, or with the first number behind it that makes it another."""
+    numbered = (name if number == 1 else f"{name}_{number}" for number in itertools.count(1))
+    return next(candidate for candidate in numbered if candidate not in taken)
 
 
 def _by_tensor(name: str, place: str, value: Any, spec: Any) -> Iterator[tuple[str, Any]]:
@@ -195,10 +207,16 @@ def _held(value: Any, place: str, seen: set[int]) -> Iterator[str]:
         parts = [(f"{place}[{index}]", part) for index, part in enumerate(value)]
     else:
         fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
-        named = {**getattr(value, "__dict__", {}), **{f.name: getattr(value, f.name, None) for f in fields}}
+        slots = [name for kind in type(value).__mro__ for name in _listed(getattr(kind, "__slots__", ()))]
+        names = [*slots, *(f.name for f in fields)]
+        named = {**getattr(value, "__dict__", {}), **{name: getattr(value, name, None) for name in names}}
         parts = [(f"{place}.{name}", part) for name, part in named.items()]
     for name, part in parts:
         yield from _held(part, name, seen)
+
+
+def _listed(slots: str | Iterable[str]) -> list[str]:
+    return [slots] if isinstance(slots, str) else list(slots)
 
 
 def named_tensors(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import convgrad_export as cg
 from convgrad_export.errors import ArgumentTypeError
+from convgrad_export.integrations.arguments import CallArguments
 from convgrad_export.integrations.capture import capture
 
 
@@ -173,3 +174,39 @@ def test_one_tensor_may_stand_for_the_values_arguments_and_a_set_for_wrt() -> No
     )
     assert list(report.inputs) == ["input", "y"]
     assert list(report.outputs) == ["value", "weight.grad"]
+
+
+class Weighted(nn.Module):
+    """A list beside an argument that is called as its element would be; `weight` is a parameter, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Any, x_0: Tensor, weight: Tensor, weight_input: Tensor) -> Tensor:
+        return x[0] * 2 + x_0 * 3 + weight * self.weight + weight_input * 5
+
+
+def test_two_tensors_never_become_one_input() -> None:
+    args = ([torch.randn(2)], torch.randn(2), torch.randn(2), torch.randn(2))
+    shapes = ([{0: "n"}], {0: "n"}, None, None)
+    module = Weighted()
+    report = cg.export(module, args)
+    assert list(report.inputs) == ["x_0_2", "x_0", "weight_input_2", "weight_input"]
+    feed = dict(zip(report.inputs, (args[0][0], *args[1:]), strict=True))
+    torch.testing.assert_close(cg.GradientSession(report.model).run(feed)["output"], module(*args).detach())
+    specs = CallArguments(module, args, None).inputs((), shapes)
+    assert [spec.dynamic for spec in specs] == [{0: "n"}, {0: "n"}, {}, {}]
+    nested = CallArguments(nn.Identity(), ({"a_b": torch.ones(1), "a": {"b": torch.ones(2)}},), None)
+    assert list(nested.examples) == ["input_a_b", "input_a_b_2"]
+
+
+def test_a_tensor_in_a_slot_is_seen() -> None:
+    class Slotted:
+        __slots__ = ("kept",)
+
+        def __init__(self) -> None:
+            self.kept = torch.ones(2)
+
+    with pytest.raises(ArgumentTypeError, match=r"input\.kept"):
+        CallArguments(nn.Identity(), (Slotted(),), None)
