@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from convgrad_export.errors import ArgumentTypeError
@@ -14,8 +15,8 @@ from convgrad_export.integrations.capture import capture
 def scalar_of(of: int | str | Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor] | None:
     if of is None or of == "sum":
         return None
-    if isinstance(of, int) and not isinstance(of, bool):
-        index = of
+    if isinstance(of, (int, np.integer)) and not isinstance(of, bool):
+        index = int(of)
 
         def class_score(output: torch.Tensor) -> torch.Tensor:
             if (
@@ -47,9 +48,16 @@ def example_cotangent(
     value = node.args[0][program.outputs.index(outputs[0])].meta["val"]
     sizes: list[int] = []
     dynamic: dict[int, str] = {}
+    # The trace's own hints are not the example's sizes: it reads 0 and 1 as 2.
+    known = {
+        program.dimensions[label]: spec.value.shape[axis]
+        for spec in program.inputs
+        for axis, label in spec.dynamic.items()
+        if program.dimensions[label].is_Symbol
+    }
     for axis, size in enumerate(value.shape):
         if isinstance(size, torch.SymInt):
-            sizes.append(int(size.node.hint))
+            sizes.append(int(size.node.expr.subs(known)))
             dynamic[axis] = program.symbol_names.get(str(size.node.expr), f"output_dim_{axis}")
         else:
             sizes.append(int(size))

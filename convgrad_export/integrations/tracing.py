@@ -118,6 +118,7 @@ def swapped_tensors(
 
 
 def _fake_inputs(inputs: Sequence[GraphInput], mode: FakeTensorMode) -> list[torch.Tensor]:
+    _refuse_two_sizes(inputs)
     fakes: list[torch.Tensor] = []
     first_of: dict[str, Any] = {}  # SymInt
     for spec in inputs:
@@ -134,16 +135,23 @@ def _fake_inputs(inputs: Sequence[GraphInput], mode: FakeTensorMode) -> list[tor
         for axis, label in spec.dynamic.items():
             size: Any = fake.shape[axis]
             if label in first_of:
-                if spec.value.shape[axis] != first_of[label].node.hint and spec.value.shape[axis] > 1:
-                    raise DynamicShapeError(
-                        f"dimension {label!r} is {spec.value.shape[axis]} in {spec.name!r} and "
-                        f"{first_of[label].node.hint} in another input: one name is one size"
-                    )
                 torch._check(size == first_of[label])
             else:
                 first_of[label] = size
         fakes.append(fake)
     return fakes
+
+
+def _refuse_two_sizes(inputs: Sequence[GraphInput]) -> None:
+    found: dict[str, tuple[int, str]] = {}
+    for spec in inputs:
+        for axis, label in spec.dynamic.items():
+            size, first = found.setdefault(label, (spec.value.shape[axis], spec.name))
+            if spec.value.shape[axis] != size:
+                raise DynamicShapeError(
+                    f"dimension {label!r} is {spec.value.shape[axis]} in {spec.name!r} and {size} in {first!r}: one "
+                    "name is one size"
+                )
 
 
 def _with_general_sizes(example: torch.Tensor, dynamic: Mapping[int, str]) -> torch.Tensor:

@@ -175,7 +175,8 @@ def other_sizes(
     errors: dict[str, OutputError] = {}
     sizes_run: list[dict[str, int]] = []
     notes: list[str] = []
-    for label in [name for name in example_sizes(users) if name not in _dependent(program)]:
+    names = [name for name in example_sizes(users) if name not in _dependent(program)]
+    for label in {program.dimensions[name]: name for name in names}.values():
         run = _second_size(program, users, label, random, judge, others or {})
         if run is None:
             notes.append(f"no second size of dimension {label!r} was found that eager PyTorch accepts")
@@ -333,8 +334,10 @@ def _second_size(
     old, dependent = example[label], _dependent(program)
     candidates = [old + 1, old + 2, old + 3, old + 4, 2 * old, old + 8, old + 16, old + 32, 3 * old, old // 2]
     ruled_out_tried = False
+    # Another name of the same size, where the forward adds one input to the other.
+    same = [name for name, expression in program.dimensions.items() if expression == program.dimensions[label]]
     for size in dict.fromkeys(c for c in candidates if c >= 1 and c != old):
-        sizes = {**example, label: size}
+        sizes = {**example, **dict.fromkeys(same, size)}
         for name, expression in dependent.items():
             sizes[name] = int(_substituted(program, expression, sizes))
         broken = _broken_constraint(program, sizes)

@@ -52,3 +52,30 @@ STATISTICS: dict[str, tuple[Callable[[Tensor], Tensor], dict[int, str]]] = {
 def test_statistics_over_a_dynamic_axis(name: str, dtype: torch.dtype) -> None:
     function, dimensions = STATISTICS[name]
     exported(Apply(function), image(4, 3, 6, 6, dtype=dtype), dimensions)
+
+
+class Product(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * y
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (0, 4), (3, 4)])
+def test_a_cotangent_has_the_examples_sizes_at_one_and_none(shape: tuple[int, int]) -> None:
+    module = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    report = cg.export_gradient(module, (torch.randn(shape),), of="vjp", dynamic_shapes={"input": {0: "batch"}})
+    assert report.verified
+    assert report.inputs["cotangent"] == ["batch", 3]
+
+
+@pytest.mark.parametrize("names", [("a", "b"), (torch.export.Dim.AUTO, torch.export.Dim.AUTO)], ids=["names", "auto"])
+def test_two_names_of_one_size_are_verified_at_another(names: tuple[Any, Any]) -> None:
+    shapes = ({0: names[0]}, {0: names[1]})
+    report = cg.export(Product(), (torch.randn(3, 2), torch.randn(3, 2)), dynamic_shapes=shapes)
+    assert [set(sizes.values()) for sizes in report.verified_sizes] == [{3}, {4}]
+
+
+@pytest.mark.parametrize("sizes", [(4, 1), (1, 4), (1, 2), (3, 2)])
+def test_one_name_is_one_size_in_the_examples(sizes: tuple[int, int]) -> None:
+    x, y = (torch.randn(size, 2) for size in sizes)
+    with pytest.raises(cg.DynamicShapeError, match=f"'n' is {sizes[1]} in 'y' and {sizes[0]} in 'x'"):
+        cg.export(Product(), (x, y), dynamic_shapes=({0: "n"}, {0: "n"}))
