@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 
 from convgrad_export.emit.onnx import ir_version
-from convgrad_export.errors import DTypeError, UnsupportedOperatorError
+from convgrad_export.errors import ConvGradError, DTypeError, UnsupportedOperatorError
 from convgrad_export.integrations import torchlib
 from convgrad_export.integrations.convolution_marks import insert_marks
 from convgrad_export.integrations.convolution_translation import (
@@ -137,7 +137,12 @@ def translate(
                 graph, model, graph_like=model.graph, owned_graphs={}, lower="at_conversion", registry=registry
             )
     except _errors.ConversionError as error:
-        raise UnsupportedOperatorError(f"{_root_cause(error)}. Nothing was written.") from error
+        cause = _root_cause(error)
+        if isinstance(cause, ConvGradError):  # a lowering that does not apply, say, and no operator that is missing
+            raise type(cause)(f"{cause}. Nothing was written.") from error
+        node = str(error).partition("See the stack trace")[0].strip()
+        described = f"{node} {type(cause).__name__}: {cause}".replace("\n", " ")
+        raise UnsupportedOperatorError(f"{described}. Nothing was written.") from error
     _name_inputs(program, model, values, as_inputs)
     _name_outputs(program, model, values)
     _name_dimensions(program, model)
@@ -161,13 +166,10 @@ def _refuse_bfloat16_parameters(program: CapturedProgram, as_inputs: Callable[[G
         )
 
 
-def _root_cause(error: BaseException) -> str:
-    causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    node = str(error).partition("See the stack trace")[0].strip()
-    reason = causes[-1]
-    return f"{node} {type(reason).__name__}: {reason}".replace("\n", " ")
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def refuse_untranslatable(program: CapturedProgram, is_registered: Callable[[Any], bool]) -> None:
