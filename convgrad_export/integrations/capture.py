@@ -176,7 +176,7 @@ def capture_gradients(
             if hessian_vector:
                 products = _hessian_vector_products(wanted, grads, [values[s.name] for s in vectors])
         taken = {name for s in (*state, *user, *labels, *vectors) for name in s.names}
-        value_name = "value" if "value" not in taken else "scalar_value"
+        value_name = "value" if "value" not in {*taken, *activations} else "scalar_value"
         outputs = [TracedOutput(GraphOutput(value_name, "value"), scalar)]
         if return_outputs:
             others = (*activations, *(f"{name}.{what}" for name in targets for what in ("grad", "hvp")))

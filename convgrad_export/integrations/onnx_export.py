@@ -234,6 +234,12 @@ def export_gradient(
         target,
     )
     _check(settings)
+    given = isinstance(of_args, torch.Tensor) or len(of_args) > 0
+    if not callable(of) and (given or of_arg_names is not None or of_dynamic_shapes is not None):
+        raise ArgumentTypeError(
+            f"of is {of!r:.80}, which takes no further tensors: of_args, of_arg_names and of_dynamic_shapes are for a "
+            "function"
+        )
     table = {**onnx_decompositions(opset_version), **(decompositions or {})}
 
     def captured() -> CapturedProgram:

@@ -139,6 +139,9 @@ def test_unwritable_places_are_found_first(tmp_path: Path) -> None:
         ({"of": "best"}, "of is 'best'"),
         ({"of": 1.5}, "of is 1.5"),
         ({"of": lambda out: out}, "one element"),
+        ({"of": "vjp", "of_args": (image(),)}, "of is 'vjp'"),
+        ({"of_args": torch.ones(())}, "of is None"),
+        ({"of": 1, "of_arg_names": ["labels"]}, "of is 1"),
         ({"wrt": ["layer4"]}, "layer4"),
         ({"input_names": ["a", "b"]}, "1 different names"),
         ({"dynamic_shapes": {"input": {7: "n"}}}, "dimension 7"),
@@ -366,6 +369,8 @@ def test_named_lowering_is_used_and_reported() -> None:
     assert report.to_dict()["lowerings"][0]["lowering"] == "weight.swapped_conv"
     with pytest.raises(cg.UnsupportedLoweringError, match="none of"):
         cg.export_gradient(module, (image(),), lowering="weight.magic")
+    with pytest.raises(cg.UnsupportedLoweringError, match=r"winograd4.*Nothing was written"):
+        cg.export_gradient(nn.Conv2d(3, 4, 3, 2), (image(),), lowering="input.winograd4")
 
 
 def test_the_module_is_left_as_it_was(head: Head) -> None:

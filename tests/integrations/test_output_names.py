@@ -96,6 +96,13 @@ def test_an_output_with_the_name_of_the_value_an_activation_or_a_gradient_is_tol
     assert list(report.outputs) == list(report.errors) == names
 
 
+def test_the_value_is_told_apart_from_an_activation_of_that_name() -> None:
+    module = nn.ModuleDict({"value": nn.Conv2d(3, 3, 1)})
+    module.forward = lambda x: module["value"](x).square()  # type: ignore[assignment]
+    report = cg.export_gradient(module, (image(),), wrt=["value"])
+    assert list(report.outputs) == list(report.errors) == ["scalar_value", "value", "value.grad"]
+
+
 def _renamed(**names: list[str]) -> cg.ExportReport:
     module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
     report = cg.export(module, (image(),), **names)
