@@ -164,10 +164,16 @@ def hypotenuse(x: Tensor, y: Tensor) -> Tensor:
 
 def median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     """Values and positions of the lower median, from a sort."""
+    if x.dim() == 0:
+        return x.clone(), torch.zeros([], dtype=torch.int64, device=x.device)
     values, positions = torch.sort(x, dim=dim)
     middle = (x.shape[dim] - 1) // 2
     values, positions = values.narrow(dim, middle, 1), positions.narrow(dim, middle, 1)
     return (values, positions) if keepdim else (values.squeeze(dim), positions.squeeze(dim))
+
+
+def median_of_all(x: Tensor) -> Tensor:
+    return median(x.reshape([-1]), 0)[0]
 
 
 def diagonal_scatter(x: Tensor, source: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
@@ -250,6 +256,8 @@ def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:
 
 def matrix_vector_sum(x: Tensor, matrix: Tensor, vector: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
     """As `matrix_vector`."""
+    if not x.dtype.is_floating_point:
+        return NotImplemented  # the factors are integers there
     product = torch.mv(matrix, vector)
     product = product if alpha == 1 else product * alpha
     return product if beta == 0 else product + (x if beta == 1 else x * beta)
@@ -275,6 +283,7 @@ OWN: Table = {
     aten.max.dim: maximum_along,
     aten.hypot.default: hypotenuse,
     aten.median.dim: median,
+    aten.median.default: median_of_all,
     aten.diagonal_backward.default: diagonal_backward,
     aten.diagonal_scatter.default: diagonal_scatter,
     aten.unfold_backward.default: unfold_backward,

@@ -68,14 +68,31 @@ def _read_part(source: Tensor, index: Tensor) -> Tensor:
     return source
 
 
-def scatter(x: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
-    part = _read_part(src, index)
-    return NotImplemented if part is src else aten.scatter.src(x, dim, index, part)
+def _scatter(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The rest of what PyTorch takes and ONNX does not: a source that is larger, and numbers without an axis."""
+
+    def scatter(x: Tensor, dim: int, index: Tensor, src: Any) -> Tensor:
+        if x.dim() == 0:
+            part = src.reshape([1]) if isinstance(src, Tensor) else src
+            return operator(x.reshape([1]), 0, index.reshape([1]), part).reshape([])
+        part = _read_part(src, index) if isinstance(src, Tensor) else src
+        return NotImplemented if part is src else operator(x, dim, index, part)
+
+    return scatter
 
 
-def scatter_add(x: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
-    part = _read_part(src, index)
-    return NotImplemented if part is src else aten.scatter_add.default(x, dim, index, part)
+def signbit(x: Tensor) -> Tensor:
+    """Negative zeros count."""
+    negative = x < 0
+    return negative | ((x == 0) & (1 / x < 0)) if x.dtype.is_floating_point else negative
+
+
+def copysign(x: Tensor, y: Tensor | float) -> Tensor:
+    if not isinstance(y, Tensor):
+        y = torch.full_like(x, y)
+    if not (x.dtype.is_floating_point and y.dtype.is_floating_point):
+        return NotImplemented
+    return torch.where(signbit(y), -x.abs(), x.abs())
 
 
 def scatter_reduce(
@@ -99,7 +116,11 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.logaddexp.default: logaddexp,
     aten.logaddexp2.default: logaddexp2,
     aten.logcumsumexp.default: logcumsumexp,
-    aten.scatter.src: scatter,
-    aten.scatter_add.default: scatter_add,
+    aten.signbit.default: signbit,
+    aten.copysign.Tensor: copysign,
+    aten.copysign.Scalar: copysign,
+    aten.scatter.src: _scatter(aten.scatter.src),
+    aten.scatter.value: _scatter(aten.scatter.value),
+    aten.scatter_add.default: _scatter(aten.scatter_add.default),
     aten.scatter_reduce.two: scatter_reduce,
 }

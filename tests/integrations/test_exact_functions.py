@@ -97,3 +97,26 @@ def test_the_compile_backend_is_right_there_too() -> None:
 
     x, index = torch.tensor([-200.0, 1.0, 200.0]), torch.tensor([0, 0, 2])
     torch.testing.assert_close(torch.compile(function, backend="convgrad_ort")(x, index), function(x, index))
+
+
+NO_AXIS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": lambda x: x.sum().max(0)[0] * x,
+    "median": lambda x: x.sum().median(0)[0] * x.median(),
+    "scatter": lambda x: x.sum().scatter(0, torch.tensor(0), x.mean()) * x,
+    "scatter-number": lambda x: x.sum().scatter(0, torch.tensor(0), 2.0) * x,
+    "scatter-add": lambda x: x.sum().scatter_add(0, torch.tensor(0), x.mean()) * x,
+    "copysign": lambda x: torch.copysign(x, x.sin() - 0.2) + torch.copysign(x, -1.0),
+}
+
+
+@pytest.mark.parametrize("name", NO_AXIS)
+def test_numbers_without_an_axis(name: str) -> None:
+    of = lambda output: output.square().sum()  # noqa: E731
+    assert cg.export_gradient(Apply(NO_AXIS[name]), (torch.randn(5),), of=of, return_outputs=True).verified
+
+
+def test_the_sign_of_zero_is_copied() -> None:
+    x = torch.tensor([1.0, -2.0, 3.0, 0.0])
+    report = cg.export(Apply(lambda x: torch.copysign(torch.ones_like(x), x)), (x,))
+    (actual,) = cg.GradientSession(report.model).run({"input": torch.tensor([0.0, -0.0, INF, -INF])}).values()
+    assert actual.tolist() == [1.0, -1.0, 1.0, -1.0]
