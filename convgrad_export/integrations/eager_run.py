@@ -122,7 +122,8 @@ def _run(
         if spec.kind == "constant":
             continue  # the function holds these itself
         tensor = inputs[spec.name].clone() if spec.kind == "user" else spec.value
-        tensor = tensor.detach() if tensor.is_floating_point() else tensor.detach().clone()
+        kept = tensor.is_floating_point() and not tensor.is_inference()  # autograd refuses an inference tensor itself
+        tensor = tensor.detach() if kept else tensor.detach().clone()
         if dtype is not None and tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize:
             tensor = tensor.to(dtype)
         values[spec.name] = perturbed(tensor, amount, 1000 * seed + index).requires_grad_(spec.value.requires_grad)

@@ -20,6 +20,7 @@ from convgrad_export.integrations.opset_downgrade import downgrade
 from convgrad_export.integrations.scalar_rank import raise_scalar_ranks
 
 BASE_OPSET, MIN_OPSET, MAX_OPSET = 18, 13, 23
+CONSTANT = "convgrad_constant"  # in the `meta` of an initializer that is neither parameter nor buffer
 _SHARED_CONSTANT_BYTES = 65536
 _LARGEST_FOLDED = 4096
 
@@ -43,7 +44,7 @@ def finish(model: ir.Model, *, opset: int = BASE_OPSET) -> ir.Model:
 
     promised = [output.name for output in model.graph.outputs]
     # Parameters keep their names and stay what they are: a folded Transpose would be a nameless copy.
-    parameters = {name for name in model.graph.initializers if not name.startswith("constant_")}
+    parameters = {name for name, value in model.graph.initializers.items() if CONSTANT not in value.meta}
     ir.passes.Sequential(
         passes.InlinePass(),
         _constant_folding.FoldConstantsPass(

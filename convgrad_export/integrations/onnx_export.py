@@ -292,7 +292,8 @@ def _check_names(what: str, names: Any) -> None:
 def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> ExportReport:
     path = None if settings.path is None else saving.check_path(settings.path, settings.overwrite)
     seconds: dict[str, float] = {}
-    with _steps(settings.progress, seconds) as step:
+    # Under the caller's torch.inference_mode there would be no gradients.
+    with _steps(settings.progress, seconds) as step, torch.inference_mode(False):
         step("capture")
         program = captured()
         widened = _has_bfloat16(program) and widen_half(program.graph_module)

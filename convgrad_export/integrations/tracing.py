@@ -16,7 +16,7 @@ import contextlib
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -83,12 +83,13 @@ def trace_function(
 
         recorded = _record(flat, fakes, mode)
         recorded.graph.eliminate_dead_code()
-        constants = _lift_constants(recorded)
+        taken = {name for spec in inputs for name in spec.names}
+        constants = _lift_constants(recorded, taken)
         _refuse_constant_outputs(recorded, specs, inputs)
         constant_fakes = [mode.from_tensor(c.value, static_shapes=True) for c in constants]
         functional = _functionalize(recorded, [*fakes, *constant_fakes], mode, decompositions)
         # Decompositions bring constants of their own (index tables).
-        constants += _lift_constants(functional, first=len(constants))
+        constants += _lift_constants(functional, taken, first=len(constants))
         slice_sums(functional.graph)
     dimensions = _check_dynamic(inputs, fakes, shape_env)
     return _program(functional, [*inputs, *constants], specs, dimensions, shape_env, function)
@@ -123,6 +124,8 @@ def _fake_inputs(inputs: Sequence[GraphInput], mode: FakeTensorMode) -> list[tor
     first_of: dict[str, Any] = {}  # SymInt
     for spec in inputs:
         example = spec.value
+        if example.is_inference():  # made under torch.inference_mode: autograd takes a copy only
+            example = example.detach().clone().requires_grad_(example.requires_grad)
         if spec.kind == "user":
             # One tensor has one fake. The same tensor given twice, or held by the module too, is still another input.
             example = example.detach().requires_grad_(example.requires_grad)
@@ -232,8 +235,13 @@ def _module_paths() -> Iterator[None]:
             handle.remove()
 
 
-def _lift_constants(recorded: torch.fx.GraphModule, first: int = 0) -> list[GraphInput]:
-    """Turn tensors that the function closed over from attributes of the graph into placeholders at its end."""
+def _lift_constants(recorded: torch.fx.GraphModule, taken: Set[str], first: int = 0) -> list[GraphInput]:
+    """Turn tensors that the function closed over from attributes of the graph into placeholders at its end.
+
+    Args:
+        taken: the names of the other inputs.
+        first: the number of the first one.
+    """
     placeholders = [node for node in recorded.graph.nodes if node.op == "placeholder"]
     lifted: dict[str, tuple[GraphInput, torch.fx.Node]] = {}
     for node in [node for node in recorded.graph.nodes if node.op == "get_attr"]:
@@ -242,6 +250,8 @@ def _lift_constants(recorded: torch.fx.GraphModule, first: int = 0) -> list[Grap
             continue
         if node.target not in lifted:
             name = f"constant_{first + len(lifted)}"
+            while name in taken:
+                name += "_"
             with recorded.graph.inserting_after(placeholders[-1] if placeholders else None):
                 placeholder = recorded.graph.placeholder(name)
             placeholders.append(placeholder)

@@ -25,7 +25,7 @@ from convgrad_export.integrations.convolution_translation import (
     LoweringChoice,
     convolution_translation,
 )
-from convgrad_export.integrations.finishing import copied
+from convgrad_export.integrations.finishing import CONSTANT, copied
 from convgrad_export.integrations.float64_constants import keep_in_float64
 from convgrad_export.integrations.half_widening import lacks_float16, widen_half
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
@@ -244,6 +244,8 @@ def _name_inputs(
         if as_inputs(spec):
             model.graph.inputs.append(value)
             continue
+        if spec.kind == "constant":
+            value.meta[CONSTANT] = True
         value.const_value = tensor_of(spec.value, spec.name)
         model.graph.initializers[spec.name] = value
 

@@ -463,3 +463,31 @@ def test_every_node_knows_its_module() -> None:
     assert by_target["aten.convolution.default"] == "conv"
     assert by_target["aten.convolution_backward.default"] == "conv"
     assert by_target["aten.native_batch_norm_backward.default"] == "norm"
+
+
+class Constants(nn.Module):
+    """Parameters with the names that lifted constants get; two of them equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant_0, self.constant_1 = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+
+    def forward(self, constant_2: Tensor) -> Tensor:
+        return constant_2 * self.constant_0 + self.constant_1 * CLOSED_OVER * constant_2.sin()
+
+
+CLOSED_OVER = torch.tensor([1.0, 2.0, 5.0])
+
+
+def test_parameters_that_are_called_constant_stay_themselves() -> None:
+    report = cg.export(Constants(), (torch.randn(2, 3),))
+    assert report.verified
+    assert {"constant_0", "constant_1"} <= set(report.model.graph.initializers)
+    assert list(report.inputs) == ["constant_2"]
+
+
+def test_tensors_and_modules_made_in_inference_mode_are_differentiated() -> None:
+    with torch.inference_mode():
+        module, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh()), image()
+        assert cg.export_gradient(module, (x,), wrt=["inputs", "parameters"]).verified
+    assert cg.export_gradient(module, (x,), wrt=["inputs", "parameters"]).verified
