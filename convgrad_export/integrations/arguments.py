@@ -183,14 +183,29 @@ def _refuse_hidden(argument: str, leaf: Any) -> None:
     place = next(_held(leaf, argument, set()), None)
     if place is None:
         return
-    kind = type(leaf)
-    register = "torch.utils._pytree.register_pytree_node"
-    if dataclasses.is_dataclass(leaf):
-        register = f"torch.export.register_dataclass({kind.__name__})"
     raise ArgumentTypeError(
-        f"argument {argument} holds a {kind.__name__} with a tensor in it ({place}), which would be a constant of the "
-        f"model. Register the class ({register}), or pass its tensors as arguments, alone or in tuples, lists and dicts"
+        f"argument {argument} holds a {type(leaf).__name__} with a tensor in it ({place}), which would be a constant "
+        f"of the model: {_registration(leaf)}, or pass its tensors as arguments, alone or in tuples, lists and dicts"
     )
+
+
+def refuse_hidden_output(leaf: Any) -> None:
+    """Refuse an object with a tensor in it that a forward returns: the tensor would be left out of the model.
+
+    Raises:
+        ArgumentTypeError: naming the class and how to register it.
+    """
+    if next(_held(leaf, "output", set()), None) is not None:
+        raise ArgumentTypeError(
+            f"the forward returns a {type(leaf).__name__} with a tensor in it, which would be left out of the model: "
+            f"{_registration(leaf)}, or return its tensors, alone or in tuples, lists and dicts"
+        )
+
+
+def _registration(leaf: Any) -> str:
+    if dataclasses.is_dataclass(leaf):
+        return f"register the class (torch.export.register_dataclass({type(leaf).__name__}))"
+    return "register the class (torch.utils._pytree.register_pytree_node)"
 
 
 def _held(value: Any, place: str, seen: set[int]) -> Iterator[str]:

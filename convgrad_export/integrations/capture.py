@@ -29,7 +29,14 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from convgrad_export.errors import ArgumentTypeError, ConstantGradientError
-from convgrad_export.integrations.arguments import CallArguments, DynamicShapes, key_text, named_tensors, wrt_names
+from convgrad_export.integrations.arguments import (
+    CallArguments,
+    DynamicShapes,
+    key_text,
+    named_tensors,
+    refuse_hidden_output,
+    wrt_names,
+)
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
 from convgrad_export.integrations.tracing import Decompositions, swapped_tensors, trace_function
 
@@ -244,6 +251,7 @@ def named_outputs(result: Any, taken: Iterable[str], names: Sequence[str] | None
     outputs = []
     for name, tensor in zip(names if names is not None else flat_output_names(result, flat), flat, strict=True):
         if not isinstance(tensor, torch.Tensor):
+            refuse_hidden_output(tensor)
             continue
         while name in used:
             name = f"output.{name}"

@@ -210,3 +210,16 @@ def test_a_tensor_in_a_slot_is_seen() -> None:
 
     with pytest.raises(ArgumentTypeError, match=r"input\.kept"):
         CallArguments(nn.Identity(), (Slotted(),), None)
+
+
+def test_a_tensor_in_an_object_among_the_outputs_is_not_left_out() -> None:
+    @dataclasses.dataclass
+    class Outcome:
+        auxiliary: Tensor
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Outcome]:
+            return x * 2, Outcome(x + 1)
+
+    with pytest.raises(ArgumentTypeError, match=r"returns a Outcome.*register_dataclass\(Outcome\)"):
+        cg.export(Two(), (torch.ones(2),))
