@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -212,20 +213,24 @@ def _module_paths() -> Iterator[None]:
     """While active, every recorded node carries the names of the modules that are being called."""
     names: dict[int, str] = {}
     calls: list[str] = []
+    here = threading.get_ident()  # the hooks see every module's calls, those of another thread too
 
     def publish() -> None:
         meta = fx_traceback.current_meta
         meta["nn_module_stack"] = {str(i): (path, torch.nn.Module) for i, path in enumerate(calls)}
 
     def enter(module: torch.nn.Module, _args: Any) -> None:
+        if threading.get_ident() != here:
+            return
         if not calls:
             names.update({id(m): name for name, m in module.named_modules()})
         calls.append(names.get(id(module), type(module).__name__))
         publish()
 
     def leave(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
-        calls.pop()
-        publish()
+        if threading.get_ident() == here and calls:
+            calls.pop()
+            publish()
 
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:

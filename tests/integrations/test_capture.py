@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -491,3 +492,31 @@ def test_tensors_and_modules_made_in_inference_mode_are_differentiated() -> None
         module, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh()), image()
         assert cg.export_gradient(module, (x,), wrt=["inputs", "parameters"]).verified
     assert cg.export_gradient(module, (x,), wrt=["inputs", "parameters"]).verified
+
+
+def test_another_threads_modules_run_on_during_a_trace() -> None:
+    started, traced, failures = threading.Event(), threading.Event(), []
+
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            started.set()
+            traced.wait(30)
+            return x
+
+    def serve() -> None:
+        try:
+            nn.Sequential(Waits(), nn.Identity())(torch.ones(2))
+        except BaseException as error:  # the test's own thread reports it
+            failures.append(error)
+
+    class Meanwhile(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            traced.set()
+            thread.join(30)
+            return x * 2
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert started.wait(30)
+    capture(Meanwhile(), (image(),))
+    assert failures == []
