@@ -47,11 +47,12 @@ def save(
     data = _data_path(path)
     with temporary_folder(path.parent) as folder:
         ir.save(model, folder / path.name, external_data=data.name if external else None)
-        if (folder / data.name).exists():
+        written = (folder / data.name).exists()
+        if written:
             os.replace(folder / data.name, data)
-        elif data.exists():
-            data.unlink()  # of the model that is overwritten
         os.replace(folder / path.name, path)
+        if not written and data.exists():
+            data.unlink()  # of the model that is gone now, and not before
     files = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
     return {"weights": weights, "graph": files - weights, "files": files}
 

@@ -77,6 +77,24 @@ def test_external_data_and_overwriting(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["big.onnx"]
 
 
+def test_an_overwriting_that_fails_leaves_the_old_model_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, path = nn.Conv2d(3, 4, 3), tmp_path / "m.onnx"
+    cg.export_gradient(module, (image(),), path, external_data=True)
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(cg.OutputPathError, match="no space left"):
+            cg.export_gradient(module, (image(),), path, external_data=False, overwrite=True)
+    assert cg.GradientSession(path).run({"input": image()})["input.grad"].shape == image().shape
+    cg.export_gradient(module, (image(),), path, external_data=False, overwrite=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+
+
 def test_links_are_written_through_with_their_weights(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     link = tmp_path / "model.onnx"
