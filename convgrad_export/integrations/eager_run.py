@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convgrad_export.errors import ConvGradError, VerificationError
+from convgrad_export.integrations.compiled_modules import as_written
 from convgrad_export.integrations.program import CapturedProgram
 
 _BITS = (torch.ops.aten.view.dtype,)  # another type for the same bytes: no cast
@@ -128,7 +129,8 @@ def _run(
             tensor = tensor.to(dtype)
         values[spec.name] = perturbed(tensor, amount, 1000 * seed + index).requires_grad_(spec.value.requires_grad)
     casts = contextlib.nullcontext() if dtype is None else WidenedCasts(dtype)
-    with computing_in(dtype or torch.get_default_dtype(), onednn=False), torch.enable_grad(), casts:
+    default = dtype or torch.get_default_dtype()
+    with as_written(), computing_in(default, onednn=False), torch.enable_grad(), casts:
         outputs = program.function(values)
     return {output.spec.name: output.tensor.detach() for output in outputs}
 

@@ -32,6 +32,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils import stateless
 
 from convgrad_export.errors import CaptureError, ConstantGradientError, ConvGradError, DynamicShapeError
+from convgrad_export.integrations.compiled_modules import as_written
 from convgrad_export.integrations.differentiable import DifferentiableReplacements
 from convgrad_export.integrations.module_attributes import kept_attributes
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
@@ -173,6 +174,7 @@ def _record(
     """First pass: what the function calls, with the calling module and the user's line on every node."""
     try:
         with (
+            as_written(),
             _without_onednn(),  # an LSTM would be one oneDNN operator, which has no ONNX form
             mode,
             enable_python_dispatcher(),

@@ -520,3 +520,13 @@ def test_another_threads_modules_run_on_during_a_trace() -> None:
     assert started.wait(30)
     capture(Meanwhile(), (image(),))
     assert failures == []
+
+
+def test_a_compiled_module_or_part_is_exported_as_it_is_written() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh())
+    plain = cg.export_gradient(module, (image(),), wrt="parameters")
+    compiled = cg.export_gradient(torch.compile(module), (image(),), wrt="parameters")
+    module[0] = torch.compile(module[0])
+    part = cg.export_gradient(module, (image(),), wrt="parameters")
+    assert compiled.operators == part.operators == plain.operators
+    assert "0._orig_mod.weight.grad" in part.outputs  # as in module.named_parameters()
