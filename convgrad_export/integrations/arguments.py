@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -88,6 +89,20 @@ class CallArguments:
         keywords = list(self._arguments)[positional:]
         return module(*bound[:positional], **dict(zip(keywords, bound[positional:], strict=True)))
 
+    def _spread(self, dynamic_shapes: Mapping[str, Any]) -> dict[str, Any]:
+        """With the entries of `*args` (a sequence) and `**kwargs` (a dict), as torch.export takes them, one by one."""
+        result = dict(dynamic_shapes)
+        with contextlib.suppress(TypeError, ValueError):
+            for parameter in inspect.signature(self._module.forward).parameters.values():
+                entry = None if parameter.name in self._arguments else result.get(parameter.name)
+                if parameter.kind is inspect.Parameter.VAR_POSITIONAL and isinstance(entry, (list, tuple)):
+                    del result[parameter.name]
+                    result.update({f"{parameter.name}_{i}": one for i, one in enumerate(entry)})
+                elif parameter.kind is inspect.Parameter.VAR_KEYWORD and isinstance(entry, Mapping):
+                    del result[parameter.name]
+                    result.update(entry)
+        return result
+
     def _public(self, name: str) -> str:
         return self._renamed.get(name, name)
 
@@ -95,7 +110,7 @@ class CallArguments:
         if dynamic_shapes is None:
             return {name: {} for name in self.examples}
         if isinstance(dynamic_shapes, Mapping):
-            by_argument = dict(dynamic_shapes)
+            by_argument = self._spread(dynamic_shapes)
             if unknown := [name for name in by_argument if name not in self._arguments and name not in self.examples]:
                 raise ArgumentTypeError(
                     f"dynamic_shapes names {', '.join(map(repr, unknown))}; arguments: {', '.join(self._arguments)}"

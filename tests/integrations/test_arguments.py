@@ -223,3 +223,25 @@ def test_a_tensor_in_an_object_among_the_outputs_is_not_left_out() -> None:
 
     with pytest.raises(ArgumentTypeError, match=r"returns a Outcome.*register_dataclass\(Outcome\)"):
         cg.export(Two(), (torch.ones(2),))
+
+
+class Variadic(nn.Module):
+    def forward(self, *xs: Tensor, **named: Tensor) -> Tensor:
+        return xs[0] + xs[1] * named["k"]
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"xs": ({0: "n"}, {0: "n"}), "named": {"k": {0: "n"}}},
+        {"xs_0": {0: "n"}, "xs_1": {0: "n"}, "k": {0: "n"}},
+        ({0: "n"}, {0: "n"}, {0: "n"}),
+    ],
+    ids=["torch.export's", "by name", "in order"],
+)
+def test_dynamic_shapes_of_variadic_arguments(shapes: Any) -> None:
+    x = torch.randn(3)
+    report = cg.export(Variadic(), (x, x), kwargs={"k": x}, dynamic_shapes=shapes)
+    assert report.inputs == {"xs_0": ["n"], "xs_1": ["n"], "k": ["n"]}
+    with pytest.raises(ArgumentTypeError, match="xs_2"):
+        cg.export(Variadic(), (x, x), kwargs={"k": x}, dynamic_shapes={"xs": ({0: "n"},) * 3})
