@@ -12,8 +12,9 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import opset18 as op
+from onnxscript import opset18
 
+op: Any = opset18  # its type variables tell each kind of tensor apart, which is not known here
 aten = torch.ops.aten
 _FLOAT = ir.DataType.FLOAT
 
