@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import sys
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +19,12 @@ from convgrad_export.errors import ArgumentTypeError, ProviderError
 from convgrad_export.integrations import saving
 from convgrad_export.integrations.arguments import wrt_names
 from convgrad_export.integrations.capture import capture, capture_gradients
-from convgrad_export.integrations.convolution_marks import rename_in_metadata
 from convgrad_export.integrations.decompositions import onnx_decompositions
 from convgrad_export.integrations.finishing import BASE_OPSET, check_model, check_opset, finish
 from convgrad_export.integrations.half_widening import widen_half
 from convgrad_export.integrations.program import CapturedProgram
+from convgrad_export.integrations.progress import steps
+from convgrad_export.integrations.renaming import check_names, rename
 from convgrad_export.integrations.report import ExportReport, describe, weight_bytes
 from convgrad_export.integrations.scalars import cotangent_product, example_cotangent, scalar_of
 from convgrad_export.integrations.translation import translate
@@ -278,22 +276,16 @@ def _check(settings: _Settings) -> None:
         raise ArgumentTypeError(f"samples is {samples!r}, expected a number of inputs to compare, at least 1")
     for what, names in (("input_names", settings.input_names), ("output_names", settings.output_names)):
         if names is not None:
-            _check_names(what, names)
+            check_names(what, names)
     if not str(settings.provider).endswith("ExecutionProvider"):
         raise ProviderError(f"provider is {settings.provider!r}, expected an onnxruntime name like {CPU!r} or {CUDA!r}")
-
-
-def _check_names(what: str, names: Any) -> None:
-    listed = isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names)
-    if not listed or len(set(names)) != len(names):
-        raise ArgumentTypeError(f"{what} is {names!r:.80}, expected a list of different names")
 
 
 def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> ExportReport:
     path = None if settings.path is None else saving.check_path(settings.path, settings.overwrite)
     seconds: dict[str, float] = {}
     # Under the caller's torch.inference_mode there would be no gradients.
-    with _steps(settings.progress, seconds) as step, torch.inference_mode(False):
+    with steps(settings.progress, seconds) as step, torch.inference_mode(False):
         step("capture")
         program = captured()
         widened = _has_bfloat16(program) and widen_half(program.graph_module)
@@ -336,7 +328,7 @@ def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> Exp
         if settings.verify:
             step("verify")
             _verify(program, report, settings)
-        _rename(model, settings, report)
+        rename(model, report, settings.input_names, settings.output_names)
         if path is not None:
             step("write")
             report.sizes = saving.save(
@@ -387,77 +379,6 @@ def _session_maker(report: ExportReport) -> Iterator[Callable[[ir.Model], Any] |
         onnx.checker.check_model(str(path), full_check=True)
         own = GradientSession(path, blocked_layout=False)  # what the file says, for any runtime
         yield lambda _: own
-
-
-def _rename(model: ir.Model, settings: _Settings, report: ExportReport) -> None:
-    """Give inputs and outputs the caller's names; a value inside that has one of them already gets another.
-
-    Raises:
-        ArgumentTypeError: The wrong number of names, or one that something else of the model keeps.
-    """
-    renamed: dict[ir.Value, str] = {}
-    for what, values, names in (
-        ("input_names", model.graph.inputs, settings.input_names),
-        ("output_names", model.graph.outputs, settings.output_names),
-    ):
-        if names is None:
-            continue
-        if len(names) != len(values):
-            raise ArgumentTypeError(
-                f"{what} is {list(names)}, expected {len(values)} different names for {[v.name for v in values]}"
-            )
-        renamed.update(zip(values, names, strict=True))
-    if not renamed:
-        return
-    kept = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
-    taken = Counter(renamed.get(value, str(value.name)) for value in kept)
-    if twice := [name for name in renamed.values() if taken[name] > 1]:
-        raise ArgumentTypeError(
-            f"input_names and output_names give {', '.join(map(repr, twice))}, which another input or output, or a "
-            "parameter of the model, is called as well"
-        )
-    for value in (value for node in model.graph for value in node.outputs):
-        if value not in renamed and value.name in taken and not value.is_graph_output():
-            renamed[value] = _free_name(f"{value.name}_inner", model, taken)
-    names_before = {str(value.name): name for value, name in renamed.items()}
-    for value, name in renamed.items():
-        value.name = name
-    rename_in_metadata(model, names_before)
-    report.errors = {names_before.get(name, name): error for name, error in report.errors.items()}
-    report.inputs, report.outputs = describe(model)["inputs"], describe(model)["outputs"]
-
-
-def _free_name(wanted: str, model: ir.Model, taken: Counter[str]) -> str:
-    used = {value.name for node in model.graph for value in node.outputs}
-    while wanted in used or wanted in taken:
-        wanted += "_"
-    taken[wanted] += 1
-    return wanted
-
-
-@contextlib.contextmanager
-def _steps(progress: bool | None, seconds: dict[str, float]) -> Iterator[Callable[[str], None]]:
-    """Times each step, and names it on the terminal while it runs."""
-    from rich.console import Console
-
-    console = Console(stderr=True, quiet=not (sys.stderr.isatty() if progress is None else progress))
-    current: list[tuple[str, float]] = []
-
-    def finish_current() -> None:
-        if current:
-            name, start = current.pop()
-            seconds[name] = time.perf_counter() - start
-            console.print(f"  {name} {seconds[name]:.1f} s", style="dim")
-
-    with console.status("export") as status:
-
-        def step(name: str) -> None:
-            finish_current()
-            status.update(f"{name} ...")
-            current.append((name, time.perf_counter()))
-
-        yield step
-        finish_current()
 
 
 def _tuple(args: Sequence[Any] | torch.Tensor) -> tuple[Any, ...]:

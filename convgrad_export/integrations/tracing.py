@@ -26,14 +26,15 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import stateless
 
-from convgrad_export.errors import CaptureError, ConstantGradientError, ConvGradError, DynamicShapeError
+from convgrad_export.errors import CaptureError, ConstantGradientError, ConvGradError
 from convgrad_export.integrations.compiled_modules import as_written
 from convgrad_export.integrations.differentiable import DifferentiableReplacements
+from convgrad_export.integrations.fake_inputs import check_dynamic, fake_inputs
 from convgrad_export.integrations.module_attributes import kept_attributes
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
 from convgrad_export.integrations.slice_sums import slice_sums
@@ -74,7 +75,7 @@ def trace_function(
     # Sizes 0 and 1 of a dynamic dimension must not become special cases: an exported model also runs at batch 1.
     config: Any = torch.fx.experimental._config  # a config module: its `patch` is added at run time
     with config.patch(backed_size_oblivious=True):
-        fakes = _fake_inputs(inputs, mode)
+        fakes = fake_inputs(inputs, mode)
         specs: list[GraphOutput] = []
 
         def flat(values: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -93,7 +94,7 @@ def trace_function(
         # Decompositions bring constants of their own (index tables).
         constants += _lift_constants(functional, taken, first=len(constants))
         slice_sums(functional.graph)
-    dimensions = _check_dynamic(inputs, fakes, shape_env)
+    dimensions = check_dynamic(inputs, fakes, shape_env)
     return _program(functional, [*inputs, *constants], specs, dimensions, shape_env, function)
 
 
@@ -118,54 +119,6 @@ def swapped_tensors(
         changed = [spread[n] for n in (spec.name, *spec.aliases) if spread[n] is not before[n]]
         if changed:
             tensors[spec.name] = changed[-1]
-
-
-def _fake_inputs(inputs: Sequence[GraphInput], mode: FakeTensorMode) -> list[torch.Tensor]:
-    _refuse_two_sizes(inputs)
-    fakes: list[torch.Tensor] = []
-    first_of: dict[str, Any] = {}  # SymInt
-    for spec in inputs:
-        example = spec.value
-        if example.is_inference():  # made under torch.inference_mode: autograd takes a copy only
-            example = example.detach().clone().requires_grad_(example.requires_grad)
-        if spec.kind == "user":
-            # One tensor has one fake. The same tensor given twice, or held by the module too, is still another input.
-            example = example.detach().requires_grad_(example.requires_grad)
-        if not spec.dynamic:
-            fakes.append(mode.from_tensor(example, static_shapes=True))
-            continue
-        sizes = [DimDynamic.DYNAMIC if a in spec.dynamic else DimDynamic.STATIC for a in range(spec.value.ndim)]
-        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-        fake = mode.from_tensor(_with_general_sizes(example, spec.dynamic), symbolic_context=context)
-        for axis, label in spec.dynamic.items():
-            size: Any = fake.shape[axis]
-            if label in first_of:
-                torch._check(size == first_of[label])
-            else:
-                first_of[label] = size
-        fakes.append(fake)
-    return fakes
-
-
-def _refuse_two_sizes(inputs: Sequence[GraphInput]) -> None:
-    found: dict[str, tuple[int, str]] = {}
-    for spec in inputs:
-        for axis, label in spec.dynamic.items():
-            size, first = found.setdefault(label, (spec.value.shape[axis], spec.name))
-            if spec.value.shape[axis] != size:
-                raise DynamicShapeError(
-                    f"dimension {label!r} is {spec.value.shape[axis]} in {spec.name!r} and {size} in {first!r}: one "
-                    "name is one size"
-                )
-
-
-def _with_general_sizes(example: torch.Tensor, dynamic: Mapping[int, str]) -> torch.Tensor:
-    """The example, or zeros with 2 for a dynamic size of 0 or 1: fake tensors read no data, only sizes."""
-    shape = [max(size, 2) if axis in dynamic else size for axis, size in enumerate(example.shape)]
-    if shape == list(example.shape):
-        return example
-    general = torch.zeros(shape, dtype=example.dtype, device=example.device)
-    return general.requires_grad_(example.requires_grad)
 
 
 def _record(
@@ -328,24 +281,6 @@ class _Replay(torch.fx.Interpreter):
         if target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
             target = torch.ops.aten.reshape.default
         return super().call_function(target, args, kwargs)
-
-
-def _check_dynamic(inputs: Sequence[GraphInput], fakes: Sequence[torch.Tensor], shape_env: ShapeEnv) -> dict[str, Any]:
-    """Each dynamic dimension's name and what tracing found it to be: a symbol, or an expression of others."""
-    dimensions: dict[str, Any] = {}
-    for spec, fake in zip(inputs, fakes, strict=True):
-        for axis, label in spec.dynamic.items():
-            size = fake.shape[axis]
-            expression = size.node.expr if isinstance(size, torch.SymInt) else size
-            if not getattr(expression, "free_symbols", None):
-                guards = [str(guard.sloc) for guard in shape_env.guards if "Eq" in str(guard.expr)]
-                raise DynamicShapeError(
-                    f"dimension {axis} of {spec.name!r} was declared dynamic ({label!r}), but the forward only works "
-                    f"for size {expression}. Declare it static, or remove the place that fixes it (int() of a size, or "
-                    f"torch.func.vmap over the dimension). {guards[-1] if guards else ''}".rstrip()
-                )
-            dimensions.setdefault(label, expression)
-    return dimensions
 
 
 def _program(

@@ -20,7 +20,6 @@ random rounding moves r, divided by the rounding's size.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,21 +28,19 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from convgrad_export.errors import DynamicShapeError, VerificationError
+from convgrad_export.errors import VerificationError
 from convgrad_export.integrations.eager_run import eager, is_double, run_eagerly
-from convgrad_export.integrations.program import CapturedProgram, GraphInput
+from convgrad_export.integrations.fresh_inputs import fresh_input
+from convgrad_export.integrations.other_sizes import Verification, example_sizes, other_sizes
+from convgrad_export.integrations.program import CapturedProgram
 from convgrad_export.integrations.report import OutputError, merged
 from convgrad_export.integrations.rounding import RandomRounding
-
-Judge = Callable[[Mapping[str, torch.Tensor]], dict[str, OutputError]]
 
 SLACK = 8.0
 _SEED = 20240
 # Random runs until the judgement stands: the next stage follows where something is outside, or seems cancelled. Most
 # outputs are within 2**-16 of their norm, and then no run is needed to know that they are within the bound.
 _STAGES = (0, 1, 2, 8, 24)
-# How many values of an example are looked at for equal ones, and the part that must differ.
-_COMPARED, _MOSTLY = 4096, 0.99
 # Below this part of the terms that it sums up, a result is called cancelled.
 _CANCELLED = 2.0**-10
 
@@ -117,15 +114,6 @@ def _in_own_types(precision: Precision) -> Precision:
     return replace(precision, storage=storage, slack=precision.slack + 1, stages=precision.stages[2:])
 
 
-@dataclass(frozen=True)
-class Verification:
-    """Errors by output, and the sizes of the dynamic dimensions that were run."""
-
-    errors: dict[str, OutputError]
-    sizes: list[dict[str, int]]
-    notes: list[str]
-
-
 def verify(
     model: ir.Model,
     program: CapturedProgram,
@@ -147,43 +135,11 @@ def verify(
     errors: dict[str, OutputError] = {}
     example = example_sizes(users)
     for _ in range(max(samples, 1)):
-        fresh = {spec.name: _fresh(spec, spec.value.shape, random) for spec in users}
+        fresh = {spec.name: fresh_input(spec, spec.value.shape, random) for spec in users}
         errors = merged(errors, compare(runner, program, fresh))
     more = other_sizes(program, users, random, functools.partial(compare, runner, program))
     sizes_run = [dict(example), *more.sizes] if example else []
     return Verification(merged(errors, more.errors), sizes_run, [*more.notes, *program.notes])
-
-
-def other_sizes(
-    program: CapturedProgram,
-    users: Sequence[GraphInput],
-    random: np.random.Generator,
-    judge: Judge,
-    others: Mapping[str, torch.Tensor] | None = None,
-) -> Verification:
-    """A run for each dynamic dimension, at another size than the example's.
-
-    Args:
-        users: The inputs that have the dimensions.
-        judge: Compares the model with eager on inputs by name, as `compare` does.
-        others: Inputs of every run.
-
-    Raises:
-        VerificationError: As `judge`.
-        DynamicShapeError: The model is right at the example's size alone.
-    """
-    errors: dict[str, OutputError] = {}
-    sizes_run: list[dict[str, int]] = []
-    notes: list[str] = []
-    names = [name for name in example_sizes(users) if name not in _dependent(program)]
-    for label in {program.dimensions[name]: name for name in names}.values():
-        run = _second_size(program, users, label, random, judge, others or {})
-        if run is None:
-            notes.append(f"no second size of dimension {label!r} was found that eager PyTorch accepts")
-            continue
-        sizes, more = run
-        errors, sizes_run = merged(errors, more), [*sizes_run, sizes]
-    return Verification(errors, sizes_run, notes)
 
 
 def run_once(model: ir.Model, program: CapturedProgram, *, session: Callable[[ir.Model], Any] | None = None) -> None:
@@ -308,127 +264,3 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
 
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
-
-
-def example_sizes(users: Sequence[GraphInput]) -> dict[str, int]:
-    return {label: int(spec.value.shape[axis]) for spec in users for axis, label in spec.dynamic.items()}
-
-
-def _second_size(
-    program: CapturedProgram,
-    users: Sequence[GraphInput],
-    label: str,
-    random: np.random.Generator,
-    judge: Judge,
-    others: Mapping[str, torch.Tensor],
-) -> tuple[dict[str, int], dict[str, OutputError]] | None:
-    """The first other size of `label` that the captured constraints and eager allow, compared.
-
-    A size that eager takes and the trace's constraints rule out is run as well: where the forward branches on a size,
-    the model would silently hold one branch for all.
-
-    Raises:
-        DynamicShapeError: The model is wrong at such a size.
-    """
-    example = example_sizes(users)
-    old, dependent = example[label], _dependent(program)
-    candidates = [old + 1, old + 2, old + 3, old + 4, 2 * old, old + 8, old + 16, old + 32, 3 * old, old // 2]
-    ruled_out_tried = False
-    # Another name of the same size, where the forward adds one input to the other.
-    same = [name for name, expression in program.dimensions.items() if expression == program.dimensions[label]]
-    for size in dict.fromkeys(c for c in candidates if c >= 1 and c != old):
-        sizes = {**example, **dict.fromkeys(same, size)}
-        for name, expression in dependent.items():
-            sizes[name] = int(_substituted(program, expression, sizes))
-        broken = _broken_constraint(program, sizes)
-        if broken is not None and ruled_out_tried:
-            continue
-        fresh = {
-            s.name: _fresh(s, [sizes.get(s.dynamic.get(a, ""), n) for a, n in enumerate(s.value.shape)], random)
-            for s in users
-        } | dict(others)
-        try:
-            eager(program, fresh, torch.float64)
-        except Exception:  # whatever the user's module raises for a size that it does not take
-            continue
-        if broken is None:
-            return sizes, judge(fresh)
-        ruled_out_tried = True
-        try:
-            judge(fresh)
-        except VerificationError as wrong:
-            raise DynamicShapeError(
-                f"dimension {label!r} was declared dynamic, but at {size} the forward does something else than at the "
-                f"example's {old}: the trace holds for {broken} only. Declare the dimension static, or compute the "
-                "same for every size. Nothing was written."
-            ) from wrong
-    return None
-
-
-def _broken_constraint(program: CapturedProgram, sizes: Mapping[str, int]) -> str | None:
-    """What the sizes violate of what the trace found out about them (a U-Net's multiples of 16, say), with its line."""
-    import sympy
-
-    for guard in program.shape_env.guards:
-        if _substituted(program, guard.expr, sizes) == sympy.false:
-            return f"{_with_names(program, guard.expr)} (found at {guard.sloc})"
-    return None
-
-
-def _with_names(program: CapturedProgram, expression: Any) -> str:
-    return re.sub(r"\bs\d+\b", lambda match: program.symbol_names.get(match[0], match[0]), str(expression))
-
-
-def _substituted(program: CapturedProgram, expression: Any, sizes: Mapping[str, int]) -> Any:
-    named = {s: program.symbol_names[str(s)] for s in expression.free_symbols if str(s) in program.symbol_names}
-    return expression.subs({symbol: sizes[label] for symbol, label in named.items() if label in sizes})
-
-
-def _dependent(program: CapturedProgram) -> dict[str, Any]:
-    """Dimensions whose size follows from others (an output's height, given as a cotangent), with the expression."""
-    return {name: expression for name, expression in program.dimensions.items() if not expression.is_Symbol}
-
-
-def _fresh(spec: GraphInput, shape: Sequence[int], random: np.random.Generator) -> torch.Tensor:
-    """Values drawn from the example's own: labels stay labels, an image keeps its range, different values different.
-
-    Values that differ are drawn once each as far as they reach, since a sort or a maximum has no one gradient where two
-    are equal; floating-point ones are moved towards each other as well. Zeros get noise; another constant (a noise
-    level, say) is scaled by up to a tenth and keeps its sign.
-    """
-    example = spec.value.detach()
-    count = int(np.prod(shape))
-    values = example.reshape(-1)
-    if values.numel() == 0:
-        return torch.zeros(tuple(shape), dtype=example.dtype)
-    different = values.numel() > 1 and _differ(values)
-    if different and count <= values.numel():
-        drawn = values[torch.from_numpy(random.permutation(values.numel())[:count])]
-    else:
-        drawn = _drawn(values, count, random)
-    if different and _continuous(values):
-        part = torch.from_numpy(random.uniform(0.0, 0.25, count)).to(example.dtype)
-        drawn = drawn + part * (_drawn(values, count, random) - drawn)
-    drawn = drawn.reshape(tuple(shape)).clone()
-    if example.is_floating_point() and bool((values == values[0]).all()):
-        noise = torch.from_numpy(np.asarray(random.uniform(-1.0, 1.0, tuple(shape)))).to(example.dtype)
-        drawn = drawn * (1 + 0.1 * noise) if bool(values[0]) else drawn + 2 * noise
-    return drawn
-
-
-def _drawn(values: torch.Tensor, count: int, random: np.random.Generator) -> torch.Tensor:
-    return values[torch.from_numpy(random.integers(0, values.numel(), count))]
-
-
-def _differ(values: torch.Tensor) -> bool:
-    """Whether no two of the first values are equal, or hardly any: random float32 numbers may meet."""
-    if values.is_complex():
-        return False
-    some = values[:_COMPARED].double()
-    return some.unique().numel() >= some.numel() * _MOSTLY
-
-
-def _continuous(values: torch.Tensor) -> bool:
-    """Numbers that may be anything between the example's: neither integers nor halves, whose few values would meet."""
-    wide = values.dtype in (torch.float32, torch.float64)
-    return wide and bool(values.isfinite().all()) and not bool((values == values.round()).all())

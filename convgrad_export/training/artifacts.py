@@ -21,9 +21,10 @@ from torch import Tensor
 from ..errors import ArgumentTypeError
 from ..files import check_output, staged, write_atomically
 from ..integrations.arguments import CallArguments, named_tensors
-from ..integrations.capture import flat_output_names, named_outputs, state_inputs
+from ..integrations.capture import state_inputs
 from ..integrations.decompositions import onnx_decompositions
 from ..integrations.finishing import BASE_OPSET, check_model, finish
+from ..integrations.outputs import flat_output_names, named_outputs
 from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
 from ..integrations.tracing import swapped_tensors, trace_function
 from ..integrations.translation import translate

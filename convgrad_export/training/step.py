@@ -18,9 +18,10 @@ from ..errors import UnsupportedOperatorError
 from ..files import staged
 from ..integrations import saving
 from ..integrations.arguments import CallArguments, check_module, named_tensors
-from ..integrations.capture import named_outputs, state_inputs
+from ..integrations.capture import state_inputs
 from ..integrations.decompositions import onnx_decompositions
 from ..integrations.finishing import BASE_OPSET, check_model, check_opset, finish
+from ..integrations.outputs import named_outputs
 from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
 from ..integrations.report import ExportReport, describe
 from ..integrations.tracing import swapped_tensors, trace_function

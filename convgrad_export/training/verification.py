@@ -19,17 +19,12 @@ import onnx_ir as ir
 import torch
 
 from ..errors import VerificationError
+from ..integrations.eager_run import eager
+from ..integrations.fresh_inputs import fresh_input
+from ..integrations.other_sizes import Verification, example_sizes, other_sizes
 from ..integrations.program import CapturedProgram
 from ..integrations.report import OutputError, merged
-from ..integrations.verification import (
-    SLACK,
-    Verification,
-    _fresh,
-    eager,
-    example_sizes,
-    other_sizes,
-    precision_of,
-)
+from ..integrations.verification import SLACK, precision_of
 
 _SUFFIX = ".updated"
 
@@ -60,7 +55,7 @@ def verify_step(
         return {spec.name: settings[spec.name](spec, number) for spec in users if spec.name in settings}
 
     for number in range(steps):
-        inputs = {spec.name: _fresh(spec, spec.value.shape, random) for spec in batch} | others(number)
+        inputs = {spec.name: fresh_input(spec, spec.value.shape, random) for spec in batch} | others(number)
         actual = _run(runner, {**inputs, **current})
         errors = merged(errors, _compare(program, inputs, current, actual))
         for name, value in actual.items():

@@ -15,6 +15,7 @@ from torch.nn import functional
 import convgrad_export as cg
 from convgrad_export.integrations import verification
 from convgrad_export.integrations.capture import capture, capture_gradients
+from convgrad_export.integrations.fresh_inputs import fresh_input
 from convgrad_export.integrations.program import GraphInput
 from convgrad_export.integrations.rounding import RandomRounding
 
@@ -270,7 +271,7 @@ def test_fresh_values_bring_no_ties_that_the_example_does_not_have(function: Any
 def test_fresh_values_differ_where_the_examples_do_and_stay_in_their_range(example: Tensor) -> None:
     random = np.random.default_rng(0)
     spec = GraphInput("x", "user", example)
-    first, second = (verification._fresh(spec, (9, 8), random) for _ in range(2))
+    first, second = (fresh_input(spec, (9, 8), random) for _ in range(2))
     assert not torch.equal(first, second)
     for fresh in (first, second):
         assert fresh.unique().numel() == 72
@@ -280,12 +281,12 @@ def test_fresh_values_differ_where_the_examples_do_and_stay_in_their_range(examp
         assert torch.equal(first.unique(), example.unique())
     else:
         assert first.mean() != second.mean()
-        assert verification._fresh(spec, (40, 8), random).unique().numel() == 320
+        assert fresh_input(spec, (40, 8), random).unique().numel() == 320
 
 
 def test_fresh_labels_and_masks_keep_the_examples_values() -> None:
     for example in (torch.tensor([1, 4, 4, 9]), torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.tensor([True, False, True])):
-        fresh = verification._fresh(GraphInput("y", "user", example), (50,), np.random.default_rng(0))
+        fresh = fresh_input(GraphInput("y", "user", example), (50,), np.random.default_rng(0))
         assert set(fresh.tolist()) == set(example.tolist())
 
 

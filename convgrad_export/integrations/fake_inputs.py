@@ -1,0 +1,79 @@
+"""Fake tensors that stand for a trace's inputs, and the sizes of their dynamic dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from convgrad_export.errors import DynamicShapeError
+from convgrad_export.integrations.program import GraphInput
+
+
+def fake_inputs(inputs: Sequence[GraphInput], mode: FakeTensorMode) -> list[torch.Tensor]:
+    _refuse_two_sizes(inputs)
+    fakes: list[torch.Tensor] = []
+    first_of: dict[str, Any] = {}  # SymInt
+    for spec in inputs:
+        example = spec.value
+        if example.is_inference():  # made under torch.inference_mode: autograd takes a copy only
+            example = example.detach().clone().requires_grad_(example.requires_grad)
+        if spec.kind == "user":
+            # One tensor has one fake. The same tensor given twice, or held by the module too, is still another input.
+            example = example.detach().requires_grad_(example.requires_grad)
+        if not spec.dynamic:
+            fakes.append(mode.from_tensor(example, static_shapes=True))
+            continue
+        sizes = [DimDynamic.DYNAMIC if a in spec.dynamic else DimDynamic.STATIC for a in range(spec.value.ndim)]
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+        fake = mode.from_tensor(_with_general_sizes(example, spec.dynamic), symbolic_context=context)
+        for axis, label in spec.dynamic.items():
+            size: Any = fake.shape[axis]
+            if label in first_of:
+                torch._check(size == first_of[label])
+            else:
+                first_of[label] = size
+        fakes.append(fake)
+    return fakes
+
+
+def _refuse_two_sizes(inputs: Sequence[GraphInput]) -> None:
+    found: dict[str, tuple[int, str]] = {}
+    for spec in inputs:
+        for axis, label in spec.dynamic.items():
+            size, first = found.setdefault(label, (spec.value.shape[axis], spec.name))
+            if spec.value.shape[axis] != size:
+                raise DynamicShapeError(
+                    f"dimension {label!r} is {spec.value.shape[axis]} in {spec.name!r} and {size} in {first!r}: one "
+                    "name is one size"
+                )
+
+
+def _with_general_sizes(example: torch.Tensor, dynamic: Mapping[int, str]) -> torch.Tensor:
+    """The example, or zeros with 2 for a dynamic size of 0 or 1: fake tensors read no data, only sizes."""
+    shape = [max(size, 2) if axis in dynamic else size for axis, size in enumerate(example.shape)]
+    if shape == list(example.shape):
+        return example
+    general = torch.zeros(shape, dtype=example.dtype, device=example.device)
+    return general.requires_grad_(example.requires_grad)
+
+
+def check_dynamic(inputs: Sequence[GraphInput], fakes: Sequence[torch.Tensor], shape_env: ShapeEnv) -> dict[str, Any]:
+    """Each dynamic dimension's name and what tracing found it to be: a symbol, or an expression of others."""
+    dimensions: dict[str, Any] = {}
+    for spec, fake in zip(inputs, fakes, strict=True):
+        for axis, label in spec.dynamic.items():
+            size = fake.shape[axis]
+            expression = size.node.expr if isinstance(size, torch.SymInt) else size
+            if not getattr(expression, "free_symbols", None):
+                guards = [str(guard.sloc) for guard in shape_env.guards if "Eq" in str(guard.expr)]
+                raise DynamicShapeError(
+                    f"dimension {axis} of {spec.name!r} was declared dynamic ({label!r}), but the forward only works "
+                    f"for size {expression}. Declare it static, or remove the place that fixes it (int() of a size, or "
+                    f"torch.func.vmap over the dimension). {guards[-1] if guards else ''}".rstrip()
+                )
+            dimensions.setdefault(label, expression)
+    return dimensions

@@ -1,0 +1,58 @@
+"""Inputs like an example's, on which an exported model is compared with eager PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from convgrad_export.integrations.program import GraphInput
+
+# How many values of an example are looked at for equal ones, and the part that must differ.
+_COMPARED, _MOSTLY = 4096, 0.99
+
+
+def fresh_input(spec: GraphInput, shape: Sequence[int], random: np.random.Generator) -> torch.Tensor:
+    """Values drawn from the example's own: labels stay labels, an image keeps its range, different values different.
+
+    Values that differ are drawn once each as far as they reach, since a sort or a maximum has no one gradient where two
+    are equal; floating-point ones are moved towards each other as well. Zeros get noise; another constant (a noise
+    level, say) is scaled by up to a tenth and keeps its sign.
+    """
+    example = spec.value.detach()
+    count = int(np.prod(shape))
+    values = example.reshape(-1)
+    if values.numel() == 0:
+        return torch.zeros(tuple(shape), dtype=example.dtype)
+    different = values.numel() > 1 and _differ(values)
+    if different and count <= values.numel():
+        drawn = values[torch.from_numpy(random.permutation(values.numel())[:count])]
+    else:
+        drawn = _drawn(values, count, random)
+    if different and _continuous(values):
+        part = torch.from_numpy(random.uniform(0.0, 0.25, count)).to(example.dtype)
+        drawn = drawn + part * (_drawn(values, count, random) - drawn)
+    drawn = drawn.reshape(tuple(shape)).clone()
+    if example.is_floating_point() and bool((values == values[0]).all()):
+        noise = torch.from_numpy(np.asarray(random.uniform(-1.0, 1.0, tuple(shape)))).to(example.dtype)
+        drawn = drawn * (1 + 0.1 * noise) if bool(values[0]) else drawn + 2 * noise
+    return drawn
+
+
+def _drawn(values: torch.Tensor, count: int, random: np.random.Generator) -> torch.Tensor:
+    return values[torch.from_numpy(random.integers(0, values.numel(), count))]
+
+
+def _differ(values: torch.Tensor) -> bool:
+    """Whether no two of the first values are equal, or hardly any: random float32 numbers may meet."""
+    if values.is_complex():
+        return False
+    some = values[:_COMPARED].double()
+    return some.unique().numel() >= some.numel() * _MOSTLY
+
+
+def _continuous(values: torch.Tensor) -> bool:
+    """Numbers that may be anything between the example's: neither integers nor halves, whose few values would meet."""
+    wide = values.dtype in (torch.float32, torch.float64)
+    return wide and bool(values.isfinite().all()) and not bool((values == values.round()).all())
