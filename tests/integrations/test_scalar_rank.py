@@ -11,7 +11,7 @@ from onnx import parser
 from torch import nn
 
 import convgrad_export as cg
-from convgrad_export.integrations.finishing import finish
+from convgrad_export.integrations.finishing import CONSTANT, finish
 from convgrad_export.integrations.scalar_rank import raise_scalar_ranks
 
 from .onnx_check import session
@@ -102,6 +102,9 @@ def test_a_training_step_of_pointwise_convolutions_meets_no_scalar_of_lower_rank
 
 
 def test_finishing_shares_the_raised_constants() -> None:
-    model = finish(model_of("5,3,1,1"))
+    model = model_of("5,3,1,1")
+    for value in model.graph.initializers.values():
+        value.meta[CONSTANT] = True
+    model = finish(model)
     floats = [v.const_value for v in model.graph.initializers.values() if v.const_value.dtype == ir.DataType.FLOAT]
     assert [tuple(tensor.shape.numpy()) for tensor in floats] == [(1, 1, 1, 1)] * 2

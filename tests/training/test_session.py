@@ -176,7 +176,7 @@ except cg.OutputPathError as error:
 
 
 def test_a_process_killed_while_it_saves_leaves_a_complete_checkpoint(step_file: Path, tmp_path: Path) -> None:
-    """SIGKILL at eight moments of a loop that saves without a pause; the file loads every time."""
+    """SIGKILL at eight moments of a loop that saves without a pause, at several saves; the file loads every time."""
     path = tmp_path / "state.safetensors"
     code = f"""
 import numpy as np, convgrad_export as cg
@@ -187,12 +187,14 @@ print("saved", flush=True)
 while True:
     session.step(x, y)
     session.save({str(path)!r})
+    print("saved", flush=True)
 """
     steps = []
     for moment in range(8):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert process.stdout is not None
-        process.stdout.readline()
+        for _ in range(1 + moment):
+            process.stdout.readline()
         time.sleep(0.002 * moment)
         process.kill()
         process.wait()
