@@ -11,6 +11,7 @@ drawn more often than it should be. 48271 is the multiplier of Park, Miller and 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -21,8 +22,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ArgumentTypeError, DTypeError, GeometryError, UnsupportedOperatorError
+from . import attention
 
-Replacement = Callable[..., Tensor]
+Replacement = Callable[..., Any]
 _P = 2**31 - 1
 _MULTIPLIER = 48271
 _DRAW_MULTIPLIER = 69621  # from the same paper
@@ -216,6 +218,30 @@ def _recurrent(function: Any) -> Replacement:
     return replacement
 
 
+def _scaled_dot_product_attention(
+    mode: SeededRandomness,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if dropout_p == 0.0:
+        options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+    dropped = functools.partial(_dropout(functional.dropout), mode, p=dropout_p, training=True)
+    return attention.attention(dropped, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+
+
+def _multi_head_attention(mode: SeededRandomness, *args: Any, **kwargs: Any) -> Any:
+    with mode:
+        return attention.multi_head_attention_forward(*args, **kwargs)
+
+
 def _refuse(function: str, **given: Any) -> None:
     """Refuse options that ask for other numbers than the seed's, or for another place.
 
@@ -297,6 +323,8 @@ _REPLACEMENTS: Mapping[Any, Replacement] = {
     **{function: _dropout(function) for function in _DROPOUTS},
     torch.dropout: lambda mode, input, p, train: _dropout(functional.dropout)(mode, input, p, train),
     **{function: _recurrent(function) for function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+    functional.scaled_dot_product_attention: _scaled_dot_product_attention,
+    functional.multi_head_attention_forward: _multi_head_attention,
     torch.Tensor.bernoulli_: _bernoulli_,
     torch.bernoulli: _bernoulli,
     torch.Tensor.bernoulli: _bernoulli,

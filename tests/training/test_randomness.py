@@ -229,6 +229,77 @@ def test_dropout_between_recurrent_layers_draws_from_the_seed(kind: type, option
         torch.testing.assert_close(module.eval()(x), expected)
 
 
+class Attending(nn.Module):
+    """Attention of one of PyTorch's modules, or of its function, over what a convolution gives."""
+
+    def __init__(self, layer: Callable[[], nn.Module], call: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv1d(3, 8, 3, padding=1)
+        self.layer = layer()
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.layer, self.conv(x).transpose(1, 2)).square().sum()
+
+
+def function_of(x: Tensor, **options: Any) -> Tensor:
+    heads = x.reshape(x.shape[0], x.shape[1], 4, 2).transpose(1, 2)
+    key = heads[:, :2] if options.get("enable_gqa") else heads
+    return functional.scaled_dot_product_attention(heads, key, key, dropout_p=0.5, **options)
+
+
+MASK = torch.tensor([[True, False, True, True, False]] * 4 + [[False] * 5])  # the last row sees nothing
+ATTENTION: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Tensor]]] = {
+    "encoder": (lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.5, batch_first=True), lambda layer, x: layer(x)),
+    "causal encoder": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.5, batch_first=True),
+        lambda layer, x: layer(x, nn.Transformer.generate_square_subsequent_mask(5), is_causal=True),
+    ),
+    "weights": (lambda: nn.MultiheadAttention(8, 2, 0.5, batch_first=True), lambda layer, x: layer(x, x, x)[0]),
+    "no weights": (
+        lambda: nn.MultiheadAttention(8, 2, 0.5, batch_first=True),
+        lambda layer, x: layer(x, x, x, need_weights=False)[0],
+    ),
+    "function": (nn.Identity, lambda _, x: function_of(x)),
+    "causal": (nn.Identity, lambda _, x: function_of(x, is_causal=True, scale=0.3)),
+    "groups": (nn.Identity, lambda _, x: function_of(x, enable_gqa=True)),
+    "mask": (nn.Identity, lambda _, x: function_of(x, attn_mask=MASK)),
+    "numbers": (nn.Identity, lambda _, x: function_of(x, attn_mask=torch.linspace(-1, 1, 25).reshape(5, 5))),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_dropout_in_attention_draws_from_the_seed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = Attending(*ATTENTION[name]), torch.randn(2, 3, 5)
+    report = cg.export_training_step(module, lambda output: output, "sgd", (x,))
+    session = cg.TrainingSession(report.model, report.state, learning_rate=0.0, seed=5)
+    losses = [session.step(x)["loss"] for _ in range(3)]
+    assert len(set(losses)) == 3
+    for step, loss in enumerate(losses):
+        with mode(5, step), torch.no_grad():
+            assert module(x).item() == pytest.approx(loss, rel=1e-4)
+    # With masks of ones the written-out form is PyTorch's own without dropout.
+    monkeypatch.setattr(
+        SeededRandomness, "keep", lambda self, like, shape, probability: like.new_full(shape, probability)
+    )
+    with mode():
+        found = module(x)
+    monkeypatch.setattr(functional, "dropout", lambda input, *_, **__: input)
+    original = functional.scaled_dot_product_attention
+
+    def without_dropout(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Tensor:
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", without_dropout)
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        if isinstance(part, nn.MultiheadAttention):
+            part.dropout = 0.0
+    torch.testing.assert_close(found, module(x))
+
+
 def test_dropout_between_layers_of_packed_sequences_is_refused() -> None:
     packed = nn.utils.rnn.pack_padded_sequence(torch.ones(2, 5, 3), torch.tensor([5, 3]), batch_first=True)
     with mode(), pytest.raises(cg.UnsupportedOperatorError, match=r"packed sequences .* dropout=0\.5"):
