@@ -232,14 +232,21 @@ def markdown(rows: list[Mapping[str, Any]]) -> str:
         for name in CONTENDERS:
             shown.append(f"{cells[name]['peak_mib']:.0f}" if name in cells else "-")
         lines.append("| " + " | ".join(shown) + " |")
-    for threads in sorted({row["threads"] for row in rows}):
-        shown = [f"geometric mean, {threads} thread{'s' if threads > 1 else ''}", "", "", ""]
+    for batch, threads in sorted({(row["batch"], row["threads"]) for row in rows}):
+        group = [row for row in rows if (row["batch"], row["threads"]) == (batch, threads)]
+        shown = ["geometric mean", str(batch), str(threads), ""]
         for other in CONTENDERS[1:]:
-            found = [r for r in (ratios(row, other) for row in rows if row["threads"] == threads) if r is not None]
-            mean = math.exp(sum(map(math.log, found)) / len(found)) if found else None
-            shown.append("-" if mean is None else f"**{mean:.2f}** ({len(found)})")
-        lines.append("| " + " | ".join([*shown, *[""] * len(CONTENDERS)]) + " |")
+            found = [ratio for ratio in (ratios(row, other) for row in group) if ratio is not None]
+            shown.append(f"**{statistics.geometric_mean(found):.2f}** ({len(found)})" if found else "-")
+        memory = [ours["peak_mib"] / eager["peak_mib"] for ours, eager in map(_ours_and_eager, group) if eager]
+        shown.append(f"{statistics.geometric_mean(memory):.2f} of eager" if memory else "-")
+        lines.append("| " + " | ".join([*shown, *[""] * (len(CONTENDERS) - 1)]) + " |")
     return "\n".join(lines)
+
+
+def _ours_and_eager(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    cells = row["contenders"]
+    return cells["onnxruntime"], cells.get("eager", {})
 
 
 def main(argv: list[str] | None = None) -> int:
