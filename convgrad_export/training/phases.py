@@ -82,7 +82,11 @@ def split(model: Any, trained: Collection[str], state: Collection[str], updated:
     outputs = [value.name for value in graph.output]
     if _LOSS in made_late:
         return None  # a loss that is not finite would be seen when the state is gone
-    in_place = frozenset(n for n, new in updated.items() if new in made_late and _may_overwrite(update, n, new))
+    producer = {name: i for i, node in enumerate(update) for name in node.output}
+    readers = _readers(update)
+    in_place = frozenset(
+        n for n, new in updated.items() if new in made_late and _may_overwrite(update, producer, readers, n, new)
+    )
     if not in_place:
         return None
     carried = tuple(name for node in early for name in node.output if name and name in read_late)
@@ -109,12 +113,9 @@ def _late_nodes(graph: Any, roots: Collection[str]) -> set[int]:
             late.add(i)
             reached.update(node.output)
     kept = {value.name for value in graph.output}
-    readers: dict[str, list[int]] = {}
-    for i, node in enumerate(graph.node):
-        for name in reads(node):
-            readers.setdefault(name, []).append(i)
     if not late:
         return late
+    readers = _readers(graph.node)
     for i in range(len(graph.node) - 1, -1, -1):
         node = graph.node[i]
         if i in late or node.op_type not in ELEMENTWISE or any(name in kept for name in node.output):
@@ -125,19 +126,28 @@ def _late_nodes(graph: Any, roots: Collection[str]) -> set[int]:
     return late
 
 
-def _may_overwrite(nodes: Sequence[Any], old: str, new: str) -> bool:
+def _readers(nodes: Sequence[Any]) -> dict[str, list[int]]:
+    """Places of the nodes that read a tensor, by its name."""
+    readers: dict[str, list[int]] = {}
+    for i, node in enumerate(nodes):
+        for name in reads(node):
+            readers.setdefault(name, []).append(i)
+    return readers
+
+
+def _may_overwrite(
+    nodes: Sequence[Any], producer: Mapping[str, int], readers: Mapping[str, list[int]], old: str, new: str
+) -> bool:
     """Whether `new`'s producer comes after all readers of `old`, whatever order the nodes run in."""
-    producer = {name: i for i, node in enumerate(nodes) for name in node.output}
     writer = producer[new]
     if nodes[writer].op_type in VIEWS:
         return False
     before = _ancestors(nodes, producer, writer)
-    names = [old]
-    for i, node in enumerate(nodes):
-        if not any(name in names for name in reads(node)):
-            continue
-        if node.op_type in VIEWS:
-            names.extend(node.output)
+    names = [old]  # and views of it, which grow the list while it is read
+    for name in names:
+        names.extend(view for i in readers.get(name, ()) if nodes[i].op_type in VIEWS for view in nodes[i].output)
+    for i in {i for name in names for i in readers.get(name, ())}:
+        node = nodes[i]
         if i == writer:
             if node.op_type not in _OVERWRITING or list(node.input).count(old) != sum(n in names for n in reads(node)):
                 return False
