@@ -76,33 +76,32 @@ def _runs(sums: list[tuple[_Part, _Part, Node]]) -> list[list[tuple[_Part, _Part
 
 
 def _add_whole(graph: torch.fx.Graph, run: list[tuple[_Part, _Part, Node]], position: dict[Node, int]) -> None:
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    first = min((total for _, _, total in run), key=order.__getitem__)
+    first = min((total for _, _, total in run), key=position.__getitem__)
     with graph.inserting_before(first):
         operands = []
         for parts in ([earlier for earlier, _, _ in run], [later for _, later, _ in run]):
             whole = dataclasses.replace(parts[0], start=parts[0].start, stop=parts[-1].stop)
-            operands.append(_slice(graph, whole, first))
-        total = _call(graph, aten.add.Tensor, (*operands,), first)
-        position[total] = position[run[0][1].source]  # later than what it was made of, earlier than what follows
+            operands.append(_slice(graph, whole, first, position))
+        total = _call(graph, aten.add.Tensor, (*operands,), first, position)
         for _, part, node in run:
             piece = dataclasses.replace(
                 part, source=total, start=part.start - run[0][1].start, stop=part.stop - run[0][1].start
             )
-            node.replace_all_uses_with(_slice(graph, piece, node))
+            node.replace_all_uses_with(_slice(graph, piece, node, position))
     for _, _, node in run:
         graph.erase_node(node)
 
 
-def _slice(graph: torch.fx.Graph, part: _Part, like: Node) -> Node:
+def _slice(graph: torch.fx.Graph, part: _Part, like: Node, position: dict[Node, int]) -> Node:
     if (part.start, part.stop) == (0, part.source.meta["val"].shape[part.axis]):
         return part.source
-    return _call(graph, aten.slice.Tensor, (part.source, part.axis, part.start, part.stop), like)
+    return _call(graph, aten.slice.Tensor, (part.source, part.axis, part.start, part.stop), like, position)
 
 
-def _call(graph: torch.fx.Graph, target: Any, args: tuple[Any, ...], like: Node) -> Node:
-    """A call with the source line and module of `like`."""
+def _call(graph: torch.fx.Graph, target: Any, args: tuple[Any, ...], like: Node, position: dict[Node, int]) -> Node:
+    """A call with the source line and module of `like`, at the position of the last tensor that it is made of."""
     node = graph.call_function(target, args)
+    position[node] = max(position[argument] for argument in args if isinstance(argument, Node))
     node.meta = {key: value for key, value in like.meta.items() if key not in ("val", "tensor_meta")}
     values = [argument.meta["val"] if isinstance(argument, Node) else argument for argument in args]
     with values[0].fake_mode:

@@ -62,6 +62,18 @@ def test_slices_of_nested_concatenations_are_added_whole():
     assert count(after, aten.slice.Tensor) == 6
 
 
+def test_a_sum_that_became_a_slice_is_sliced_again():
+    """Concatenations inside concatenations: the parts of a part's gradient."""
+
+    def gradients(x, y, z):
+        a, b = x[:, :4] + y[:, :4], x[:, 4:6] + y[:, 4:6]
+        return a[:, :1] + z[:, :1], a[:, 1:3] + z[:, 1:3], b
+
+    before, after = rewritten(gradients, torch.randn(2, 6), torch.randn(2, 6), torch.randn(2, 4))
+    assert count(before, aten.add.Tensor) == 4
+    assert count(after, aten.add.Tensor) == 2
+
+
 def test_a_shifted_arrangement_keeps_its_offset():
     def gradients(x, y):
         return x[:, 4:6] + y[:, 1:3], x[:, 6:9] + y[:, 3:6]
