@@ -98,36 +98,17 @@ def reference_gradients(geometry: ConvGeometry, operands: Mapping[str, np.ndarra
         ``input``, ``weight`` and ``bias``, float64.
     """
     import torch
-    from torch.nn import functional
+
+    from .torch_convolution import forward
 
     values = {name: torch.from_numpy(np.ascontiguousarray(array, np.float64)) for name, array in operands.items()}
     input, weight = values["input"].requires_grad_(), values["weight"].requires_grad_()
     bias = torch.zeros(geometry.out_channels, dtype=torch.float64, requires_grad=True)
-    begin, extra, padded, ends = list(geometry.begin), list(geometry.output_padding), input, None
-    if any(lo != hi for lo, hi in geometry.pads):  # PyTorch pads both ends of an axis alike
-        begin, pairs = [0] * geometry.rank, geometry.pads
-        if geometry.transposed:  # there padding cuts the result, and output padding lengthens its end
-            pairs = tuple((-lo, more - hi) for (lo, hi), more in zip(pairs, extra, strict=True))
-            extra = [0] * geometry.rank
-        ends = [amount for pair in reversed(pairs) for amount in pair]
-        padded = input if geometry.transposed else functional.pad(input, ends)
     with warnings.catch_warnings():
         # torch 2.13 warns about Intel GPUs whenever oneDNN is switched off
         warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
         with torch.enable_grad(), torch.backends.mkldnn.flags(enabled=False):
-            output = torch.convolution(
-                padded,
-                weight,
-                None,
-                geometry.stride,
-                begin,
-                geometry.dilation,
-                geometry.transposed,
-                extra,
-                geometry.groups,
-            )
-            if geometry.transposed and ends is not None:
-                output = functional.pad(output, ends)
+            output = forward(geometry, input, weight)
             output = output + bias.reshape(-1, *[1] * geometry.rank)
             gradients = torch.autograd.grad(output, (input, weight, bias), values["grad_output"])
     return {name: value.numpy() for name, value in zip(("input", "weight", "bias"), gradients, strict=True)}

@@ -18,6 +18,7 @@ LAYERS = [
     ["geometry_checks"],
     ["geometry"],
     ["functions", "lowering"],
+    ["torch_convolution"],
     ["accuracy", "web_target"],
     ["emit"],
     ["selection"],

@@ -17,6 +17,7 @@ from convgrad_export.geometry import ConvGeometry
 from convgrad_export.integrations.aten_measure import agrees
 from convgrad_export.lowering import CPU, CUDA, Lowering, candidates, preferred_opset
 from convgrad_export.selection.policy import choose
+from convgrad_export.torch_convolution import last_axis_first
 
 # name: (element type, allow TF32)
 PRECISIONS: dict[str, tuple[str, bool]] = {
@@ -133,7 +134,7 @@ def _kernel(gradient: str, g: ConvGeometry, operands: Operands) -> Callable[[], 
     output_padding = list(g.output_padding) if g.transposed else [0] * g.rank
     tensors = (operands["grad_output"], operands["input"], operands["weight"])
     if any(lo != hi for lo, hi in g.pads):  # PyTorch pads such inputs first, so its kernel sees the padded one
-        widths = [amount for pair in reversed(g.pads) for amount in pair]
+        widths = last_axis_first(g.pads)
 
         def padded() -> torch.Tensor:
             data = torch.nn.functional.pad(tensors[1], widths)

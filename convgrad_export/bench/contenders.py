@@ -139,12 +139,14 @@ def torch_call(operation: str, geometry: ConvGeometry, feeds: Mapping[str, np.nd
     import torch
     from torch.nn import functional, grad
 
+    from ..torch_convolution import last_axis_first
+
     g = geometry
     data, weight = torch.from_numpy(feeds["input"]), torch.from_numpy(feeds["weight"])
     begin = list(g.begin)
     inner: tuple[Any, ...] = (...,)
     if any(lo != hi for lo, hi in g.pads):
-        data = functional.pad(data, [amount for pair in reversed(g.pads) for amount in pair])
+        data = functional.pad(data, last_axis_first(g.pads))
         inner = (..., *(slice(lo, lo + size) for (lo, _), size in zip(g.pads, g.input_size, strict=True)))
         begin = [0] * g.rank
     arguments = (list(g.stride), begin, list(g.dilation))

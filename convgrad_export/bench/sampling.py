@@ -103,15 +103,9 @@ def _members(groups: np.ndarray | None, count: int, group_count: int) -> np.ndar
 def _forward(geometry: ConvGeometry, operands: Mapping[str, np.ndarray]) -> np.ndarray:
     """The forward pass in float64, PyTorch's own kernels with oneDNN off."""
     import torch
-    from torch.nn import functional
+
+    from ..torch_convolution import forward
 
     data, weight = (torch.from_numpy(operands[name].astype(np.float64)) for name in ("input", "weight"))
-    begin = list(geometry.begin)
-    if any(lo != hi for lo, hi in geometry.pads):
-        data = functional.pad(data, [amount for pair in reversed(geometry.pads) for amount in pair])
-        begin = [0] * geometry.rank
-    g = geometry
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
-        return torch.convolution(
-            data, weight, None, g.stride, begin, g.dilation, g.transposed, g.output_padding, g.groups
-        ).numpy()
+        return forward(geometry, data, weight).numpy()

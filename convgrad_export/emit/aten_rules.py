@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .. import dtypes
+from ..torch_convolution import last_axis_first
 
 aten = torch.ops.aten
 Ints: TypeAlias = tuple[Any, ...]  # int or torch.SymInt
@@ -51,7 +52,7 @@ def Conv(
     common = [min(pair) for pair in zip(begin, end, strict=True)]
     extra = [(lo - c, hi - c) for lo, hi, c in zip(begin, end, common, strict=True)]
     if any(lo or hi for lo, hi in extra):
-        data = aten.constant_pad_nd.default(data, [side for pair in reversed(extra) for side in pair], 0.0)
+        data = aten.constant_pad_nd.default(data, last_axis_first(extra), 0.0)
     stride, dilation = list(strides or [1] * rank), list(dilations or [1] * rank)
     if isinstance(weight.shape[1], int) and weight.shape[1] == 0:
         return _empty_sum(data, weight, stride, common, dilation)
@@ -85,7 +86,7 @@ def ConvTranspose(
     result = aten.convolution.default(data, weight, None, stride, common, dilation, True, added, group)
     extra = [(c - lo, c - hi) for lo, hi, c in zip(begin, end, common, strict=True)]
     if any(lo or hi for lo, hi in extra):  # pads of a transposed convolution crop its result
-        result = aten.constant_pad_nd.default(result, [side for pair in reversed(extra) for side in pair], 0.0)
+        result = aten.constant_pad_nd.default(result, last_axis_first(extra), 0.0)
     return result
 
 

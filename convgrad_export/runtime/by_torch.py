@@ -8,11 +8,11 @@ operators that it calls. onnxruntime is no operator of PyTorch: of a run, they w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from ..geometry import ConvGeometry
+from ..torch_convolution import last_axis_first
 
 
 def gradients_by_torch(
@@ -30,9 +30,9 @@ def gradients_by_torch(
         begin, extra = [0] * g.rank, [0] * g.rank
         if g.transposed:  # padding of a transposed convolution cuts its result, output padding lengthens the end
             ends = [(lo, hi - more) for (lo, hi), more in zip(g.pads, g.output_padding, strict=True)]
-            grad = torch.nn.functional.pad(grad_output, _last_first(ends))
+            grad = torch.nn.functional.pad(grad_output, last_axis_first(ends))
         else:
-            input = torch.nn.functional.pad(input, _last_first(g.pads))
+            input = torch.nn.functional.pad(input, last_axis_first(g.pads))
     mask = [name in gradients for name in ("input", "weight", "bias")]
     found = torch.ops.aten.convolution_backward.default(
         grad, input, weight, [g.out_channels], g.stride, begin, g.dilation, g.transposed, extra, g.groups, mask
@@ -41,10 +41,5 @@ def gradients_by_torch(
     if uneven and g.transposed and "bias" in gradients:
         results["bias"] = grad_output.sum([0, *range(2, 2 + g.rank)])  # of what was lengthened, too
     elif uneven and not g.transposed and "input" in gradients:
-        results["input"] = torch.nn.functional.pad(results["input"], _last_first([(-lo, -hi) for lo, hi in g.pads]))
+        results["input"] = torch.nn.functional.pad(results["input"], last_axis_first([(-lo, -hi) for lo, hi in g.pads]))
     return {name: results[name] for name in gradients}
-
-
-def _last_first(ends: Sequence[tuple[Any, Any]]) -> list[Any]:
-    """(begin, end) of every axis as torch.nn.functional.pad takes them."""
-    return [amount for pair in reversed(ends) for amount in pair]

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ..geometry import ConvGeometry
+from ..torch_convolution import forward
 from .providers import Providers
 
 
@@ -122,26 +123,10 @@ class _ConvolutionBackward(torch.autograd.Function):
         if need_grad_output and seeds:
             terms = []
             if "input" in seeds:
-                terms.append(_forward(geometry, seeds["input"], weight))
+                terms.append(forward(geometry, seeds["input"], weight))
             if "weight" in seeds:
-                terms.append(_forward(geometry, input, seeds["weight"]))
+                terms.append(forward(geometry, input, seeds["weight"]))
             if "bias" in seeds:
                 terms.append(seeds["bias"].reshape(1, -1, *(1,) * geometry.rank).expand_as(grad_output))
             d_grad_output = sum(terms[1:], terms[0])
         return (None, None, None, None, d_input, d_weight, d_grad_output)
-
-
-def _forward(geometry: ConvGeometry, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The forward operator that the geometry describes, by torch, which pads both ends of an axis alike."""
-    g = geometry
-    begin, extra, symmetric = list(g.begin), g.output_padding, all(lo == hi for lo, hi in g.pads)
-    if not symmetric:
-        begin, extra = [0] * g.rank, (0,) * g.rank
-        if not g.transposed:
-            input = torch.nn.functional.pad(input, [amount for pair in reversed(g.pads) for amount in pair])
-    result = torch.convolution(input, weight, None, g.stride, begin, g.dilation, g.transposed, extra, g.groups)
-    if symmetric or not g.transposed:
-        return result
-    # Padding of a transposed convolution cuts its result, output padding lengthens the end.
-    ends = [(-lo, more - hi) for (lo, hi), more in zip(g.pads, g.output_padding, strict=True)]
-    return torch.nn.functional.pad(result, [amount for pair in reversed(ends) for amount in pair])

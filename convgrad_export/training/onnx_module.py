@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ModelFileError, UnsupportedOperatorError
+from ..torch_convolution import last_axis_first
 
 Attributes = Mapping[str, Any]
 _FUNCTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -39,7 +40,7 @@ def _padded(x: Tensor, begin: list[int], end: list[int], value: float = 0.0) -> 
     """`x` padded where the two sides differ, and what is left for the operator itself."""
     if begin == end:
         return x, begin
-    amounts = [amount for pair in reversed(list(zip(begin, end, strict=True))) for amount in pair]
+    amounts = last_axis_first(zip(begin, end, strict=True))
     return functional.pad(x, amounts, value=value), [0] * len(begin)
 
 

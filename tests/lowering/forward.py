@@ -13,6 +13,7 @@ from torch.nn import functional
 from convgrad_export.emit.onnx import GraphOps
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.runtime.session import GradientSession
+from convgrad_export.torch_convolution import last_axis_first
 
 from ..cases import ConvCase
 
@@ -41,7 +42,7 @@ def assert_forward_is_exact(case: ConvCase, body: Callable[..., Any], dtypes: Se
     g = case.geometry
     operands = case.operands("float64", integers=True)
     x, w = torch.from_numpy(operands["input"]), torch.from_numpy(operands["weight"])
-    padded = functional.pad(x, [side for pair in reversed(g.pads) for side in pair])
+    padded = functional.pad(x, last_axis_first(g.pads))
     convolution = (functional.conv1d, functional.conv2d, functional.conv3d)[g.rank - 1]
     expected = convolution(padded, w, None, g.stride, 0, g.dilation, g.groups).numpy()
     for dtype in dtypes:
