@@ -357,28 +357,27 @@ def _verify(program: CapturedProgram, report: ExportReport, settings: _Settings)
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         }
     )
-    with _session_maker(report) as session:
+    with _own_session(report) as runner:
         if random:
-            run_once(report.model, program, session=session)
+            run_once(runner, program)
             report.notes.append(f"not verified: the model draws random numbers ({', '.join(random)})")
             return
-        result = run_verification(report.model, program, samples=settings.samples, session=session)
+        result = run_verification(runner, program, samples=settings.samples)
     report.errors, report.verified_sizes = result.errors, result.sizes
     report.notes += result.notes
 
 
 @contextlib.contextmanager
-def _session_maker(report: ExportReport) -> Iterator[Callable[[ir.Model], Any] | None]:
-    """None where a model can be run from memory: onnxruntime and the checker read larger ones from files only."""
+def _own_session(report: ExportReport) -> Iterator[GradientSession]:
+    """A session of what the file says, for any runtime. Large models are read from files only, by the checker too."""
     if weight_bytes(report.model) < _PROTOBUF_LIMIT:
-        yield None
+        yield GradientSession(report.model, blocked_layout=False)
         return
     with tempfile.TemporaryDirectory(dir=report.path.parent if report.path is not None else None) as folder:
         path = Path(folder) / "model.onnx"
         saving.save(report.model, path, external_data=True)
         onnx.checker.check_model(str(path), full_check=True)
-        own = GradientSession(path, blocked_layout=False)  # what the file says, for any runtime
-        yield lambda _: own
+        yield GradientSession(path, blocked_layout=False)
 
 
 def _tuple(args: Sequence[Any] | torch.Tensor) -> tuple[Any, ...]:

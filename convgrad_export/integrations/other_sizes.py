@@ -33,31 +33,32 @@ def other_sizes(
     users: Sequence[GraphInput],
     random: np.random.Generator,
     judge: Judge,
+    errors: Mapping[str, OutputError],
     others: Mapping[str, torch.Tensor] | None = None,
 ) -> Verification:
-    """A run for each dynamic dimension, at another size than the example's.
+    """A run for each dynamic dimension, at another size than the example's: what there is to report with them.
 
     Args:
         users: The inputs that have the dimensions.
         judge: Compares the model with eager on inputs by name, as `compare` does.
+        errors: At the example's sizes.
         others: Inputs of every run.
 
     Raises:
         VerificationError: As `judge`.
         DynamicShapeError: The model is right at the example's size alone.
     """
-    errors: dict[str, OutputError] = {}
-    sizes_run: list[dict[str, int]] = []
-    notes: list[str] = []
-    names = [name for name in example_sizes(users) if name not in _dependent(program)]
+    worst, example, notes = dict(errors), example_sizes(users), list[str]()
+    sizes_run = [example] if example else []
+    names = [name for name in example if name not in _dependent(program)]
     for label in {program.dimensions[name]: name for name in names}.values():
         run = _second_size(program, users, label, random, judge, others or {})
         if run is None:
             notes.append(f"no second size of dimension {label!r} was found that eager PyTorch accepts")
             continue
         sizes, more = run
-        errors, sizes_run = merged(errors, more), [*sizes_run, sizes]
-    return Verification(errors, sizes_run, notes)
+        worst, sizes_run = merged(worst, more), [*sizes_run, sizes]
+    return Verification(worst, sizes_run, [*notes, *program.notes])
 
 
 def example_sizes(users: Sequence[GraphInput]) -> dict[str, int]:
@@ -89,7 +90,7 @@ def _second_size(
     for size in dict.fromkeys(c for c in candidates if c >= 1 and c != old):
         sizes = {**example, **dict.fromkeys(same, size)}
         for name, expression in dependent.items():
-            sizes[name] = int(_substituted(program, expression, sizes))
+            sizes[name] = int(substituted(program, expression, sizes))
         broken = _broken_constraint(program, sizes)
         if broken is not None and ruled_out_tried:
             continue
@@ -120,7 +121,7 @@ def _broken_constraint(program: CapturedProgram, sizes: Mapping[str, int]) -> st
     import sympy
 
     for guard in program.shape_env.guards:
-        if _substituted(program, guard.expr, sizes) == sympy.false:
+        if substituted(program, guard.expr, sizes) == sympy.false:
             return f"{_with_names(program, guard.expr)} (found at {guard.sloc})"
     return None
 
@@ -129,7 +130,8 @@ def _with_names(program: CapturedProgram, expression: Any) -> str:
     return re.sub(r"\bs\d+\b", lambda match: program.symbol_names.get(match[0], match[0]), str(expression))
 
 
-def _substituted(program: CapturedProgram, expression: Any, sizes: Mapping[str, int]) -> Any:
+def substituted(program: CapturedProgram, expression: Any, sizes: Mapping[str, int]) -> Any:
+    """An expression of the trace's symbols with the sizes of the dimensions that they stand for."""
     named = {s: program.symbol_names[str(s)] for s in expression.free_symbols if str(s) in program.symbol_names}
     return expression.subs({symbol: sizes[label] for symbol, label in named.items() if label in sizes})
 

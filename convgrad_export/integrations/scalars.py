@@ -10,6 +10,7 @@ import torch
 
 from convgrad_export.errors import ArgumentTypeError
 from convgrad_export.integrations.capture import capture
+from convgrad_export.integrations.other_sizes import example_sizes, substituted
 
 
 def scalar_of(of: int | str | Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor] | None:
@@ -49,15 +50,10 @@ def example_cotangent(
     sizes: list[int] = []
     dynamic: dict[int, str] = {}
     # The trace's own hints are not the example's sizes: it reads 0 and 1 as 2.
-    known = {
-        program.dimensions[label]: spec.value.shape[axis]
-        for spec in program.inputs
-        for axis, label in spec.dynamic.items()
-        if program.dimensions[label].is_Symbol
-    }
+    known = example_sizes(program.inputs)
     for axis, size in enumerate(value.shape):
         if isinstance(size, torch.SymInt):
-            sizes.append(int(size.node.expr.subs(known)))
+            sizes.append(int(substituted(program, size.node.expr, known)))
             dynamic[axis] = program.symbol_names.get(str(size.node.expr), f"output_dim_{axis}")
         else:
             sizes.append(int(size))

@@ -20,18 +20,17 @@ random rounding moves r, divided by the rounding's size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 
 from convgrad_export.errors import VerificationError
 from convgrad_export.integrations.eager_run import eager, is_double, run_eagerly
 from convgrad_export.integrations.fresh_inputs import fresh_input
-from convgrad_export.integrations.other_sizes import Verification, example_sizes, other_sizes
+from convgrad_export.integrations.other_sizes import Verification, other_sizes
 from convgrad_export.integrations.program import CapturedProgram
 from convgrad_export.integrations.report import OutputError, merged
 from convgrad_export.integrations.rounding import RandomRounding
@@ -114,43 +113,30 @@ def _in_own_types(precision: Precision) -> Precision:
     return replace(precision, storage=storage, slack=precision.slack + 1, stages=precision.stages[2:])
 
 
-def verify(
-    model: ir.Model,
-    program: CapturedProgram,
-    *,
-    samples: int = 3,
-    session: Callable[[ir.Model], Any] | None = None,
-) -> Verification:
+def verify(runner: Any, program: CapturedProgram, *, samples: int = 3) -> Verification:
     """Compare on `samples` fresh inputs of the example's sizes, and on further sizes of every dynamic dimension.
+
+    Args:
+        runner: A session of the model without the session's own layout: what the file says, for any runtime.
 
     Raises:
         VerificationError: An output is outside the bound, or onnxruntime refuses an input that eager takes.
     """
-    from convgrad_export.runtime.session import GradientSession
-
-    # Without the session's own layout: what the file says, for any runtime.
-    runner = GradientSession(model, blocked_layout=False) if session is None else session(model)
     users = [spec for spec in program.inputs if spec.kind == "user"]
     random = np.random.default_rng(_SEED)
     errors: dict[str, OutputError] = {}
-    example = example_sizes(users)
     for _ in range(max(samples, 1)):
         fresh = {spec.name: fresh_input(spec, spec.value.shape, random) for spec in users}
         errors = merged(errors, compare(runner, program, fresh))
-    more = other_sizes(program, users, random, functools.partial(compare, runner, program))
-    sizes_run = [dict(example), *more.sizes] if example else []
-    return Verification(merged(errors, more.errors), sizes_run, [*more.notes, *program.notes])
+    return other_sizes(program, users, random, functools.partial(compare, runner, program), errors)
 
 
-def run_once(model: ir.Model, program: CapturedProgram, *, session: Callable[[ir.Model], Any] | None = None) -> None:
+def run_once(runner: Any, program: CapturedProgram) -> None:
     """For a model with random numbers, whose values say nothing: it runs on the example, with eager's shapes.
 
     Raises:
         VerificationError: onnxruntime refuses the model or the input, or an output has another shape than eager's.
     """
-    from convgrad_export.runtime.session import GradientSession
-
-    runner = GradientSession(model, blocked_layout=False) if session is None else session(model)
     inputs = {spec.name: spec.value.detach() for spec in program.inputs if spec.kind == "user"}
     with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it is
         expected = run_eagerly(program, inputs, torch.float64).outputs

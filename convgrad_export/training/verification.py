@@ -21,7 +21,7 @@ import torch
 from ..errors import VerificationError
 from ..integrations.eager_run import eager
 from ..integrations.fresh_inputs import fresh_input
-from ..integrations.other_sizes import Verification, example_sizes, other_sizes
+from ..integrations.other_sizes import Verification, other_sizes
 from ..integrations.program import CapturedProgram
 from ..integrations.report import OutputError, merged
 from ..integrations.verification import SLACK, precision_of
@@ -65,10 +65,7 @@ def verify_step(
     def judge(inputs: Mapping[str, torch.Tensor]) -> dict[str, OutputError]:
         return _compare(program, inputs, current, _run(runner, {**inputs, **current}))
 
-    example = example_sizes(batch)
-    more = other_sizes(program, batch, random, judge, others(steps))
-    sizes = [dict(example), *more.sizes] if example else []
-    return Verification(merged(errors, more.errors), sizes, [*more.notes, *program.notes])
+    return other_sizes(program, batch, random, judge, errors, others(steps))
 
 
 def _run(runner: Any, feeds: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
