@@ -64,9 +64,10 @@ def check_workspace(max_workspace: Any) -> int | None:
     Raises:
         ArgumentTypeError: anything but an integer, 0 or above.
     """
-    number = isinstance(max_workspace, numbers.Integral) and not isinstance(max_workspace, bool)
-    if max_workspace is None or (number and max_workspace >= 0):
-        return None if max_workspace is None else int(max_workspace)
+    if max_workspace is None:
+        return None
+    if isinstance(max_workspace, numbers.Integral) and not isinstance(max_workspace, bool) and int(max_workspace) >= 0:
+        return int(max_workspace)
     raise ArgumentTypeError(f"max_workspace is {max_workspace!r}, expected a number of bytes, or None for no limit")
 
 

@@ -48,11 +48,11 @@ def flat_output_names(result: Any, flat: Sequence[Any]) -> list[str]:
     return names if len(set(names)) == len(names) else numbered
 
 
+def updated(name: str, tensor: torch.Tensor) -> TracedOutput:
+    """The new value of a tensor that is an input of the graph under its own name."""
+    return TracedOutput(GraphOutput(f"{name}.updated", "buffer", name), tensor)
+
+
 def buffer_outputs(state: Sequence[GraphInput], tensors: Mapping[str, torch.Tensor]) -> list[TracedOutput]:
     """All buffers after the call. `trace_function` drops those that turn out to be unchanged."""
-    outputs = []
-    for spec in state:
-        if spec.kind == "buffer":
-            # The buffer itself is an input under its own name.
-            outputs.append(TracedOutput(GraphOutput(f"{spec.name}.updated", "buffer", spec.name), tensors[spec.name]))
-    return outputs
+    return [updated(spec.name, tensors[spec.name]) for spec in state if spec.kind == "buffer"]

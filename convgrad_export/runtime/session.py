@@ -156,8 +156,8 @@ class GradientSession:
         unknown = [name for name in names if name not in self._output_names]
         if unknown:
             raise ArgumentTypeError(f"run: unknown outputs {unknown}, the model has {self._output_names}")
-        values = self._run(list(dict.fromkeys(names)), input_feed)  # a binding holds each output once
-        found = dict(zip(dict.fromkeys(names), values, strict=True))
+        once = list(dict.fromkeys(names))  # as a binding holds each output
+        found = dict(zip(once, self._run(once, input_feed), strict=True))
         return [found[name] for name in names]
 
     def _run(self, names: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:

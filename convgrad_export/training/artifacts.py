@@ -24,7 +24,7 @@ from ..integrations.arguments import CallArguments, named_tensors
 from ..integrations.capture import state_inputs
 from ..integrations.decompositions import onnx_decompositions
 from ..integrations.finishing import BASE_OPSET, check_model, finish
-from ..integrations.outputs import flat_output_names, named_outputs
+from ..integrations.outputs import flat_output_names, named_outputs, updated
 from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
 from ..integrations.tracing import swapped_tensors, trace_function
 from ..integrations.translation import translate
@@ -32,7 +32,7 @@ from .backward import gradients, leaves
 from .checkpoint import save_checkpoint
 from .cumulative import cumulative_averages
 from .losses import Loss, resolve_loss, scalar
-from .module_state import StandIns, refuse_held_state, refuse_shared_memory
+from .module_state import StandIns, copied_arguments, refuse_held_state, refuse_shared_memory
 from .onnx_module import OnnxModule
 from .optimizers import SGD, AdamW, ResolvedOptimizer, resolve_optimizer
 from .randomness import SeededRandomness
@@ -292,9 +292,7 @@ def _forward(
     def traced(values: Mapping[str, Tensor]) -> list[TracedOutput]:
         trained = leaves(parameters, values)
         own = StandIns(state, trained, values)
-        given = {s.name: values[s.name].detach().clone() for s in (*users, *labels)}
-        for name, tensor in given.items():
-            tensor.requires_grad_(values[name].requires_grad)
+        given = copied_arguments((*users, *labels), values)
         zero = torch.zeros((), dtype=torch.int64)
         random = SeededRandomness(values.get(SEED, zero), values.get(STEP, zero))
         with cumulative_averages(module), swapped_tensors(module, state, own.tensors), random:
@@ -311,7 +309,7 @@ def _forward(
         for name, gradient in found.items():
             before = values[f"{name}{GRADIENT}"]
             total = torch.where(values[RESET], torch.zeros_like(before), before) + gradient
-            outputs.append(TracedOutput(GraphOutput(f"{name}{GRADIENT}.updated", "buffer", f"{name}{GRADIENT}"), total))
+            outputs.append(updated(f"{name}{GRADIENT}", total))
         return outputs + own.outputs()
 
     program = trace_function(traced, specs, decompositions=onnx_decompositions(opset))
@@ -344,14 +342,12 @@ def _optimizer_program(optimizer: ResolvedOptimizer, parameters: Mapping[str, Te
 
     def traced(values: Mapping[str, Tensor]) -> list[TracedOutput]:
         step = values[STEP] + 1
-        outputs = [TracedOutput(GraphOutput(f"{STEP}.updated", "buffer", STEP), step)]
+        outputs = [updated(STEP, step)]
         with torch.no_grad():
             gradients = {name: values[f"{name}{GRADIENT}"] for name in parameters}
             for name, (new, new_state) in apply_rules(gradients, values, optimizer, step.to(torch.float64)).items():
-                outputs.append(TracedOutput(GraphOutput(f"{name}.updated", "buffer", name), new))
-                for key, tensor in new_state.items():
-                    target = f"{name}.{key}"
-                    outputs.append(TracedOutput(GraphOutput(f"{target}.updated", "buffer", target), tensor))
+                outputs.append(updated(name, new))
+                outputs += [updated(f"{name}.{key}", tensor) for key, tensor in new_state.items()]
         return outputs
 
     return trace_function(traced, specs, decompositions=onnx_decompositions(opset))

@@ -6,12 +6,13 @@ graph has inputs and outputs by name instead, so what goes past the module's nam
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from ..errors import ArgumentTypeError, UnsupportedOperatorError
-from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
+from ..integrations.outputs import updated
+from ..integrations.program import CapturedProgram, GraphInput, TracedOutput
 
 
 class StandIns:
@@ -47,11 +48,12 @@ class StandIns:
                 f"the forward assigns to .data of {', '.join(moved)}, which no trace records: change the tensor in "
                 "place under torch.no_grad() (x.copy_(new), x.mul_(m).add_(y))"
             )
-        return [
-            TracedOutput(GraphOutput(f"{name}.updated", "buffer", name), tensor.detach())
-            for name, tensor in self.tensors.items()
-            if name not in but
-        ]
+        return [updated(name, tensor.detach()) for name, tensor in self.tensors.items() if name not in but]
+
+
+def copied_arguments(specs: Iterable[GraphInput], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch by name, for a forward and a loss that may change their arguments in place; `values` stay."""
+    return {s.name: values[s.name].detach().clone().requires_grad_(values[s.name].requires_grad) for s in specs}
 
 
 def refuse_held_state(program: CapturedProgram, state: Sequence[GraphInput], trained: Collection[str]) -> None:

@@ -77,15 +77,13 @@ def split(model: Any, trained: Collection[str], state: Collection[str], updated:
         return None
     early = [node for i, node in enumerate(graph.node) if i not in late]
     update = [graph.node[i] for i in sorted(late)]
-    read_late = {name for node in update for name in reads(node)}
-    made_late = {name for node in update for name in node.output}
+    made_late = {name: i for i, node in enumerate(update) for name in node.output}
+    read_late = _readers(update)
     outputs = [value.name for value in graph.output]
     if _LOSS in made_late:
         return None  # a loss that is not finite would be seen when the state is gone
-    producer = {name: i for i, node in enumerate(update) for name in node.output}
-    readers = _readers(update)
     in_place = frozenset(
-        n for n, new in updated.items() if new in made_late and _may_overwrite(update, producer, readers, n, new)
+        n for n, new in updated.items() if new in made_late and _may_overwrite(update, made_late, read_late, n, new)
     )
     if not in_place:
         return None

@@ -190,9 +190,11 @@ def _dropout(function: Any) -> Replacement:
     return replacement
 
 
+_plain_dropout = _dropout(functional.dropout)
+
+
 def _recurrent(function: Any) -> Replacement:
     """Layer by layer, with dropout from the seed in between, which PyTorch's decomposition for traces leaves out."""
-    dropped = _dropout(functional.dropout)
 
     def replacement(
         mode: SeededRandomness, input: Tensor, hx: Any, weights: Any, bias: Any, layers: int, p: float, *options: Any
@@ -203,14 +205,14 @@ def _recurrent(function: Any) -> Replacement:
             return function(input, hx, weights, bias, layers, p, *options)
         if packed:
             _refuse("A recurrent layer of packed sequences", dropout=dropout)
-        directions, count = 2 if options[1] else 1, len(weights) // layers
+        directions, size = 2 if options[1] else 1, len(weights) // layers
         states = []
         for layer in range(layers):
             if layer:
-                input = dropped(mode, input, p, True)
+                input = _plain_dropout(mode, input, p, True)
             own = slice(layer * directions, (layer + 1) * directions)
             start = tuple(state[own] for state in hx) if isinstance(hx, tuple) else hx[own]
-            part = weights[layer * count : (layer + 1) * count]
+            part = weights[layer * size : (layer + 1) * size]
             input, *ends = function(input, start, part, bias, 1, 0.0, *options)
             states.append(ends)
         return input, *(torch.cat(ends) for ends in zip(*states, strict=True))
@@ -233,7 +235,7 @@ def _scaled_dot_product_attention(
     if dropout_p == 0.0:
         options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return functional.scaled_dot_product_attention(query, key, value, attn_mask, **options)
-    dropped = functools.partial(_dropout(functional.dropout), mode, p=dropout_p, training=True)
+    dropped = functools.partial(_plain_dropout, mode, p=dropout_p, training=True)
     return attention.attention(dropped, query, key, value, attn_mask, is_causal, scale, enable_gqa)
 
 
@@ -321,7 +323,7 @@ _DROPOUTS = (
 )
 _REPLACEMENTS: Mapping[Any, Replacement] = {
     **{function: _dropout(function) for function in _DROPOUTS},
-    torch.dropout: lambda mode, input, p, train: _dropout(functional.dropout)(mode, input, p, train),
+    torch.dropout: lambda mode, input, p, train: _plain_dropout(mode, input, p, train),
     **{function: _recurrent(function) for function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
     functional.scaled_dot_product_attention: _scaled_dot_product_attention,
     functional.multi_head_attention_forward: _multi_head_attention,

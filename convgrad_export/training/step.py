@@ -33,7 +33,7 @@ from .backward import gradients, leaves
 from .checkpoint import checkpoint_path, save_checkpoint
 from .cumulative import cumulative_averages
 from .losses import resolve_loss, scalar
-from .module_state import StandIns, refuse_held_state, refuse_shared_memory
+from .module_state import StandIns, copied_arguments, refuse_held_state, refuse_shared_memory
 from .optimizers import resolve_optimizer
 from .preparation import METADATA
 from .randomness import SeededRandomness
@@ -223,10 +223,7 @@ def _capture(
     def traced(values: Mapping[str, Tensor]) -> list[TracedOutput]:
         trained = leaves(parameters, values)
         own = StandIns(state, trained, values)
-        # A forward and a loss may change their arguments in place; the caller's stay as they are.
-        given = {s.name: values[s.name].detach().clone() for s in (*batch, *labels)}
-        for name, tensor in given.items():
-            tensor.requires_grad_(values[name].requires_grad)
+        given = copied_arguments((*batch, *labels), values)
         # the seed is no input of a step that draws nothing
         random = SeededRandomness(values.get(SEED, torch.zeros_like(values[STEP])), calls_before(values, options))
         with swapped_tensors(module, state, own.tensors), cumulative_averages(module), random:

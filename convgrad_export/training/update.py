@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConstantGradientError
+from ..integrations.outputs import updated
 from ..integrations.program import GraphInput, GraphOutput, TracedOutput
 from .losses import Loss
 from .optimizers import SGD, Adam, AdamW, ResolvedOptimizer, RMSprop, State
@@ -63,7 +64,7 @@ def update(gradients: Mapping[str, Tensor], values: Mapping[str, Tensor], option
     outputs: list[TracedOutput] = []
 
     def put(name: str, tensor: Tensor) -> None:
-        outputs.append(TracedOutput(GraphOutput(f"{name}.updated", "buffer", name), tensor))
+        outputs.append(updated(name, tensor))
 
     gradients = {name: g for name, g in gradients.items() if name in options.optimizer.rules}
     if not gradients:
@@ -87,8 +88,7 @@ def update(gradients: Mapping[str, Tensor], values: Mapping[str, Tensor], option
     step = values[STEP] + 1
     put(STEP, step if due is None else torch.where(due, step, values[STEP]))
     count = step.to(torch.float64)
-    updated = apply_rules(gradients, values, options.optimizer, count)
-    for name, (new, new_state) in updated.items():
+    for name, (new, new_state) in apply_rules(gradients, values, options.optimizer, count).items():
         put(name, new if due is None else torch.where(due, new, values[name].detach()))
         for key, tensor in new_state.items():
             put(f"{name}.{key}", tensor if due is None else torch.where(due, tensor, values[f"{name}.{key}"]))

@@ -186,6 +186,17 @@ def test_torchs_own_dropout_draws_as_the_functional_one() -> None:
     assert set(np.unique(drawn)) == {0.0, 2.0}
 
 
+def check_draws(module: nn.Module, x: Tensor, tolerance: float) -> None:
+    """An exported step of a module that returns its loss draws anew at each step, what PyTorch draws from the seed."""
+    report = cg.export_training_step(module, lambda output: output, "sgd", (x,))
+    session = cg.TrainingSession(report.model, report.state, learning_rate=0.0, seed=5)
+    losses = [session.step(x)["loss"] for _ in range(3)]
+    assert len(set(losses)) == 3
+    for step, loss in enumerate(losses):
+        with mode(5, step), torch.no_grad():
+            assert module(x).item() == pytest.approx(loss, rel=tolerance)
+
+
 class Recurrent(nn.Module):
     """The outputs and last states of a recurrent layer."""
 
@@ -212,13 +223,7 @@ class Recurrent(nn.Module):
 )
 def test_dropout_between_recurrent_layers_draws_from_the_seed(kind: type, options: dict[str, Any]) -> None:
     module, x = Recurrent(kind, **options), torch.randn(2, 5, 3)
-    report = cg.export_training_step(module, lambda output: output, "sgd", (x,))
-    session = cg.TrainingSession(report.model, report.state, learning_rate=0.0, seed=5)
-    losses = [session.step(x)["loss"] for _ in range(3)]
-    assert len(set(losses)) == 3
-    for step, loss in enumerate(losses):
-        with mode(5, step), torch.no_grad():
-            assert module(x).item() == pytest.approx(loss, rel=1e-5)
+    check_draws(module, x, 1e-5)
     module.layers.dropout = 0.0
     expected = module(x)
     module.layers.dropout = 1e-9  # no number that is drawn is as small
@@ -272,13 +277,7 @@ ATTENTION: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Tens
 @pytest.mark.parametrize("name", ATTENTION)
 def test_dropout_in_attention_draws_from_the_seed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = Attending(*ATTENTION[name]), torch.randn(2, 3, 5)
-    report = cg.export_training_step(module, lambda output: output, "sgd", (x,))
-    session = cg.TrainingSession(report.model, report.state, learning_rate=0.0, seed=5)
-    losses = [session.step(x)["loss"] for _ in range(3)]
-    assert len(set(losses)) == 3
-    for step, loss in enumerate(losses):
-        with mode(5, step), torch.no_grad():
-            assert module(x).item() == pytest.approx(loss, rel=1e-4)
+    check_draws(module, x, 1e-4)
     # With masks of ones the written-out form is PyTorch's own without dropout.
     monkeypatch.setattr(
         SeededRandomness, "keep", lambda self, like, shape, probability: like.new_full(shape, probability)
