@@ -238,15 +238,11 @@ def markdown(rows: list[Mapping[str, Any]]) -> str:
         for other in CONTENDERS[1:]:
             found = [ratio for ratio in (ratios(row, other) for row in group) if ratio is not None]
             shown.append(f"**{statistics.geometric_mean(found):.2f}** ({len(found)})" if found else "-")
-        memory = [ours["peak_mib"] / eager["peak_mib"] for ours, eager in map(_ours_and_eager, group) if eager]
+        cells = [row["contenders"] for row in group if "eager" in row["contenders"]]
+        memory = [found["onnxruntime"]["peak_mib"] / found["eager"]["peak_mib"] for found in cells]
         shown.append(f"{statistics.geometric_mean(memory):.2f} of eager" if memory else "-")
         lines.append("| " + " | ".join([*shown, *[""] * (len(CONTENDERS) - 1)]) + " |")
     return "\n".join(lines)
-
-
-def _ours_and_eager(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    cells = row["contenders"]
-    return cells["onnxruntime"], cells.get("eager", {})
 
 
 def main(argv: list[str] | None = None) -> int:
