@@ -224,7 +224,7 @@ class TrainingSession:
         settings = {"learning_rate": rate, "seed": seed}
         wanted = self._returned | self._carried
         try:
-            made = self._phases[0].run(views, settings, self._current, self._next, wanted)
+            made = self._phases[0].run(views, settings, self._current, {}, self._next, wanted)
         except Exception as error:
             if not is_onnxruntime_error(error):
                 raise
@@ -241,7 +241,7 @@ class TrainingSession:
         self._lost = f"the update of step {self.steps + 1} broke off"
         for phase in self._phases[1:]:
             try:
-                made = phase.run(views, settings, {**self._current, **made}, self._next, self._returned)
+                made = phase.run(views, settings, self._current, made, self._next, self._returned)
             except Exception as error:
                 if not is_onnxruntime_error(error):
                     raise
