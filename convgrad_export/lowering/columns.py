@@ -44,13 +44,18 @@ def _weight_rows(op: Ops, g: ConvGeometry, weight: Value) -> Value:
 
 
 def _columns(op: Ops, g: ConvGeometry, input: Value) -> Value:
-    """What each tap reads of the extended input: one Gather, whose blocks are the batch."""
+    """What each tap reads of the extended input: one Gather, whose blocks are the batch, or one sample's channels."""
     # With the batch last, what is cropped and padded are longer runs.
     data = reshape(op, _batch_last(op, input, g.in_channels, g.input_size), [g.in_channels, *g.input_size, -1])
     data = extend(op, data, g.read_windows(), g.input_size, first_axis=1, trailing=1)
     data = reshape(op, data, [g.in_channels, math.prod(g.span), -1])
     if g.taps > 1 or any(s > 1 for s in g.stride):
-        data = op.Gather(data, ints(op, positions_read(g)), axis=1)
+        picked = ints(op, positions_read(g))
+        if g.batch == 1:  # blocks of one number: with the channels last, a block is all of them
+            rows = op.Transpose(reshape(op, data, [g.in_channels, math.prod(g.span)]), perm=[1, 0])
+            data = op.Transpose(op.Gather(rows, picked, axis=0), perm=[1, 0])
+        else:
+            data = op.Gather(data, picked, axis=1)
     return reshape(op, data, [g.groups, g.in_channels_per_group * g.taps, -1])
 
 

@@ -15,6 +15,7 @@ from .depthwise_rule import whole_image_pays
 _FEW_CHANNELS = 16  # a GEMM with a side this short leaves most of its register tile empty
 # Output positions of a sample.
 _TINY_IMAGE, _ONE_THREAD_TINY_IMAGE = 64, 8  # up to here a GEMM a sample does little but read the weight
+_VECTOR = 8  # up to here a GEMM a sample fills half of a register at most
 _SMALL_IMAGE = 256  # up to here Col2Im's additions cost less than ConvTranspose's
 _SMALL_VOLUME = 64  # up to here plane by plane pays for strided 1x1x1 kernels
 _SMALL_PLANE, _ONE_THREAD_PLANE = 256, 64  # up to here a Gather of runs over the batch is faster than a Slice of rows
@@ -24,11 +25,11 @@ _RUN = 8  # samples from which on a run over the batch is worth copying as such
 _WIDE_ROW = 56  # depthwise, kernels of 5 and more: from here on taps divided between the operands beat whole rows
 _SHORT_ROW, _ONE_THREAD_SHORT_ROW = 28, 16  # depthwise: up to here the products of whole rows are worth it
 _COLUMN_IMAGE = 1024  # strided: up to here Col2Im's buffer for the whole batch is small enough
-_MEDIUM_IMAGE = 196  # the same where that GEMM's result is half as large
+_MEDIUM_IMAGE = 196  # the same where that GEMM's result is half as large, or a third at one thread
 _LARGE_IMAGE = 784  # pointwise: from here on a sample's GEMM is long enough by itself
 _COLUMNS, _ONE_THREAD_COLUMNS = 324, 64  # up to here copying the columns costs less than transposing the result
 _STRIDED_COLUMNS = 1024  # the same where a Slice would pick every other element
-_LARGE_WEIGHT, _WIDENING_WEIGHT = 1 << 21, 1 << 17  # elements; read once for the batch, not once a sample
+_LARGE_WEIGHT, _WIDENING_WEIGHT = 1 << 21, 1 << 18  # elements; read once for the batch, not once a sample
 _FEW_SAMPLES, _FEW_SAMPLES_COLUMNS = 4, 49  # the columns' Gather copies runs of one element a sample
 
 # What every plain input gradient and every weight gradient can fall back on, float64 included.
@@ -71,12 +72,16 @@ def input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) 
 
 
 def _pointwise_input_preferences(g: ConvGeometry, constant_weight: bool) -> tuple[str, ...]:
-    """Of a stride of 1: a Conv, unless one GEMM over the batch saves reading a large weight for each sample."""
+    """Of a stride of 1: a Conv, unless one GEMM over the batch saves reading a large weight for each sample.
+
+    Or unless a sample has so few positions that its own GEMM would leave most of each register empty.
+    """
     size = g.in_channels * g.out_channels
     large = size >= _LARGE_WEIGHT or (size >= _WIDENING_WEIGHT and g.out_channels > g.in_channels)
     single = isinstance(g.batch, int) and g.batch < 2
-    batched = large and not single and not constant_weight and g.groups == 1 and g.is_static
-    if batched and math.prod(g.output_size) <= _TINY_IMAGE:
+    together = not single and not constant_weight and g.groups == 1 and g.is_static
+    positions = math.prod(g.output_size)
+    if together and (positions <= _VECTOR or (large and positions <= _TINY_IMAGE)):
         return ("input.columns", "input.flipped_conv", *_ANY_INPUT)
     return ("input.flipped_conv", *_ANY_INPUT)
 
@@ -180,6 +185,8 @@ def _pointwise_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[st
     if positions >= _LARGE_IMAGE and product <= operands:
         return ("weight.sample_matmul", *_ANY_WEIGHT)
     if one_thread:
+        if positions >= _MEDIUM_IMAGE and 3 * product <= operands and _has_runs(g):
+            return ("weight.sample_matmul", *_ANY_WEIGHT)
         unit_stride = all(s == 1 for s in g.stride)
         columns = unit_stride and g.rank == 2 and _TINY_IMAGE < positions <= _COLUMNS and _has_runs(g)
         return ("weight.columns", *_ANY_WEIGHT) if columns else _ANY_WEIGHT
