@@ -71,6 +71,31 @@ def tap_slices(op: Ops, g: ConvGeometry, value: Value, first_axis: int, axes: sl
         yield slices(op, value, starts, stops, first_axis, stride)
 
 
+def taps_last(op: Ops, value: Value, shape: Sequence[int]) -> Value:
+    """(G, taps, columns, rows) as (G, rows, columns, taps).
+
+    onnxruntime copies whole blocks, or brings one axis to the end, ten times as fast as it reverses three axes.
+
+    Args:
+        shape: the four sizes of `value`.
+    """
+    groups, taps, columns, rows = shape
+    if taps > 1:
+        value = op.Transpose(reshape(op, value, shape), perm=[0, 2, 1, 3])
+    return op.Transpose(reshape(op, value, [groups, columns * taps, rows]), perm=[0, 2, 1])
+
+
+def reversed_taps(op: Ops, value: Value, shape: Sequence[int]) -> Value:
+    """(rows, taps, columns) with the taps in reverse order; a Gather copies whole columns, a Slice single elements.
+
+    Args:
+        shape: the three sizes of `value`.
+    """
+    taps = shape[1]
+    value = reshape(op, value, shape)
+    return op.Gather(value, ints(op, range(taps - 1, -1, -1)), axis=1) if taps > 1 else value
+
+
 def reverse(op: Ops, value: Value, first_axis: int, sizes: Sequence[int]) -> Value:
     """Each axis from `first_axis` on in reverse order; axes of size 1 are left alone."""
     axes = [first_axis + index for index, size in enumerate(sizes) if size > 1]

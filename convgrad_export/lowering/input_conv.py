@@ -18,6 +18,7 @@ from .blocks import (
     extend,
     reshape,
     reverse,
+    reversed_taps,
     slices,
     stack,
     transpose,
@@ -58,10 +59,21 @@ def channel_first_weight(op: Ops, g: ConvGeometry, weight: Value) -> Value:
     return reshape(op, exchanged, [g.in_channels, g.out_channels_per_group, *kernel])
 
 
+def flipped_weight(op: Ops, g: ConvGeometry, weight: Value) -> Value:
+    """(M, C/G, *K) as (C, M/G, *K), the kernel reversed."""
+    shape = [g.groups, g.out_channels_per_group, g.in_channels_per_group * g.taps]
+    if g.taps == 1 or math.prod(shape[1:]) == g.taps:  # nothing to reverse, or nothing to exchange
+        return reverse(op, channel_first_weight(op, g, weight), 2, g.kernel_size)
+    filters_last = op.Transpose(reshape(op, weight, shape), perm=[0, 2, 1])
+    backwards = reversed_taps(op, filters_last, [g.in_channels, g.taps, g.out_channels_per_group])
+    ordered = op.Transpose(backwards, perm=[0, 2, 1])
+    return reshape(op, ordered, [g.in_channels, g.out_channels_per_group, *g.kernel_size])
+
+
 def flipped_conv(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
     """Stride 1: a Conv of grad_output with the reversed kernel, padded by ``E-1-lo`` (cropped if negative)."""
     data, pads = conv_operand(op, grad_output, g.flipped_windows(), g.output_size)
-    flipped = reverse(op, channel_first_weight(op, g, weight), 2, g.kernel_size)
+    flipped = flipped_weight(op, g, weight)
     return op.Conv(data, flipped, pads=pads, dilations=list(g.dilation), group=g.groups)
 
 

@@ -15,10 +15,12 @@ from .blocks import Ops, Value, extend, pad, reshape, slices, total, transpose
 
 def matmul_taps(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
     """One GEMM for all taps; each tap's plane is spread by the stride, shifted into place and added."""
-    rank, per_group = g.rank, g.in_channels_per_group
-    grouped = reshape(op, weight, [g.groups, g.out_channels_per_group, per_group, *g.kernel_size])
-    tap_major = op.Transpose(grouped, perm=[0, *range(3, 3 + rank), 2, 1])
-    rows = reshape(op, tap_major, [g.groups, g.taps * per_group, g.out_channels_per_group])
+    per_group = g.in_channels_per_group
+    rows = op.Transpose(reshape(op, weight, [g.groups, g.out_channels_per_group, per_group * g.taps]), perm=[0, 2, 1])
+    if g.taps > 1:  # two moves of whole blocks, or of one axis, instead of one of everything
+        split = reshape(op, rows, [g.groups, per_group, g.taps, g.out_channels_per_group])
+        rows = op.Transpose(split, perm=[0, 2, 1, 3])
+        rows = reshape(op, rows, [g.groups, g.taps * per_group, g.out_channels_per_group])
     positions = math.prod(g.output_size)
     data = reshape(op, grad_output, [-1, g.groups, g.out_channels_per_group, positions])
     planes = op.MatMul(rows, data)

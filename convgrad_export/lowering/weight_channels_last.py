@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 
 from ..geometry import ConvGeometry
-from .blocks import Ops, Value, conv_operand, operand_sizes, reshape, reverse, transpose
+from .blocks import Ops, Value, conv_operand, operand_sizes, reshape, reversed_taps, transpose
 from .weight_grad import flipped_conv_why_not
 
 _CONV_AXES = 3  # spatial axes of the largest Conv that onnxruntime has fast kernels for
@@ -44,10 +44,9 @@ def channels_last_flipped_conv(op: Ops, g: ConvGeometry, grad_output: Value, inp
     data = _channels_last(op, data, g.groups, g.out_channels_per_group, sizes)
     channels = (g.in_channels, g.out_channels_per_group)
     result = _convolve(op, g, data, sizes, input, g.input_size, pads, channels)  # (C, *K, M/G), the kernel reversed
-    spatial = range(2, 2 + g.rank)
-    split = reshape(op, result, [g.groups, g.in_channels_per_group, *g.kernel_size, g.out_channels_per_group])
-    ordered = op.Transpose(split, perm=[0, 2 + g.rank, 1, *spatial])
-    return reverse(op, reshape(op, ordered, g.weight_shape), 2, g.kernel_size)
+    forwards = reversed_taps(op, result, [g.in_channels, g.taps, g.out_channels_per_group])
+    rows = reshape(op, forwards, [g.groups, g.in_channels_per_group * g.taps, g.out_channels_per_group])
+    return reshape(op, op.Transpose(rows, perm=[0, 2, 1]), g.weight_shape)
 
 
 def _convolve(

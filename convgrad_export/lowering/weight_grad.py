@@ -21,6 +21,7 @@ from .blocks import (
     reverse,
     stack,
     tap_slices,
+    taps_last,
     transpose,
 )
 
@@ -73,8 +74,7 @@ def im2col(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
     columns = reshape(op, columns, [g.groups, g.taps * g.in_channels_per_group, -1])
     # The columns go first: GEMM kernels pack the right operand, so the narrower one belongs there.
     product = op.MatMul(columns, op.Transpose(_group_rows(op, g, grad_output), perm=[0, 2, 1]))
-    split = reshape(op, product, [g.groups, *g.kernel_size, g.in_channels_per_group, g.out_channels_per_group])
-    ordered = op.Transpose(split, perm=[0, g.rank + 2, g.rank + 1, *range(1, g.rank + 1)])
+    ordered = taps_last(op, product, [g.groups, g.taps, g.in_channels_per_group, g.out_channels_per_group])
     return reshape(op, ordered, g.weight_shape)
 
 

@@ -13,44 +13,37 @@ from __future__ import annotations
 import math
 
 from ..geometry import ConvGeometry
-from .blocks import Ops, Value, extend, ints, reshape, slices, stack, tap_slices, transpose
+from .blocks import Ops, Value, extend, ints, reshape, slices, stack, tap_slices
 from .columns import positions_read, why_not
-
-_FEW_POSITIONS = 2048  # of all samples; with more of them the GEMM takes longer than the result's rearrangement
 
 
 def sample_matmul(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
     """One GEMM for each sample and tap of the last axis; the samples' products are added up."""
     positions = math.prod(g.output_size)
     grad = reshape(op, grad_output, [-1, g.groups, g.out_channels_per_group, positions])
-    filters_first = _filters_first(g)
-    products = []
-    for shifted in _shifts(op, g, input):
-        picked = shifted
-        if g.taps > 1 and (_outer_taps(g) > 1 or any(s > 1 for s in g.stride[:-1])):
-            picked = op.Gather(shifted, ints(op, positions_read(g, g.rank - 1)), axis=1)
-        columns = reshape(op, picked, [-1, g.groups, g.in_channels_per_group * _outer_taps(g), positions])
-        if filters_first:
-            product = op.MatMul(grad, op.Transpose(columns, perm=[0, 1, 3, 2]))
-        else:
-            product = op.MatMul(columns, op.Transpose(grad, perm=[0, 1, 3, 2]))
-        products.append(op.ReduceSum(product, ints(op, [0]), keepdims=1))
-    # for each tap of the last axis (1, G, C/G * outer taps, M/G), or those two the other way round
-    ordered = transpose(op, stack(op, products, axis=0), [1, 2, 3, 0] if filters_first else [1, 3, 2, 0])
-    return reshape(op, ordered, g.weight_shape)
-
-
-def _filters_first(g: ConvGeometry) -> bool:
-    """Whether grad_output is the GEMM's left operand.
-
-    The result then is in the weight's order but for the last axis, which is brought to its place ten times as fast as
-    three axes are. But onnxruntime rearranges the right operand before it multiplies, so the larger should be the left.
-    """
     columns = g.in_channels_per_group * _outer_taps(g)
-    if g.taps == 1:
-        return g.out_channels_per_group > columns
-    few = isinstance(g.batch, int) and g.batch * math.prod(g.output_size) <= _FEW_POSITIONS
-    return few and columns >= g.out_channels_per_group
+    data = [
+        reshape(op, part, [-1, g.groups, columns, positions])
+        for part in (_picked(op, g, shifted) for shifted in _shifts(op, g, input))
+    ]
+    # onnxruntime rearranges a GEMM's right operand, so the larger is the left one. Then either way no product is
+    # rearranged but by bringing one axis to the end, which takes a tenth of what three axes in another order take.
+    if g.taps == 1 and g.out_channels_per_group > columns:
+        product = op.MatMul(grad, op.Transpose(data[0], perm=[0, 1, 3, 2]))
+        return reshape(op, op.ReduceSum(product, ints(op, [0]), keepdims=1), g.weight_shape)
+    right = op.Transpose(grad, perm=[0, 1, 3, 2])
+    sums = [op.ReduceSum(op.MatMul(left, right), ints(op, [0]), keepdims=1) for left in data]
+    shape = [g.groups, columns, 1, g.out_channels_per_group]
+    together = stack(op, [reshape(op, summed, shape) for summed in sums], axis=2)
+    rows = reshape(op, together, [g.groups, columns * g.kernel_size[-1], g.out_channels_per_group])
+    return reshape(op, op.Transpose(rows, perm=[0, 2, 1]), g.weight_shape)
+
+
+def _picked(op: Ops, g: ConvGeometry, shifted: Value) -> Value:
+    """The rows that the outer axes' taps read, of what `_shifts` gives."""
+    if g.taps > 1 and (_outer_taps(g) > 1 or any(s > 1 for s in g.stride[:-1])):
+        return op.Gather(shifted, ints(op, positions_read(g, g.rank - 1)), axis=1)
+    return shifted
 
 
 def _outer_taps(g: ConvGeometry) -> int:

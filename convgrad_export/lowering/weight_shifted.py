@@ -22,20 +22,11 @@ def shifted_matmul(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -
     lines = stack(op, _grad_output_shifts(op, g, grad_output), axis=1)
     columns = stack(op, _input_shifts(op, g, input), axis=1)
     product = op.MatMul(lines, op.Transpose(columns, perm=[0, 2, 1]))  # (G, outer taps * M/G, last taps * C/G)
-    outer = g.rank - 1
-    split = reshape(
-        op,
-        product,
-        [
-            g.groups,
-            *g.kernel_size[:-1],
-            g.out_channels_per_group,
-            g.kernel_size[-1],
-            g.in_channels_per_group,
-        ],
-    )
-    order = [0, 1 + outer, 3 + outer, *range(1, 1 + outer), 2 + outer]
-    return reshape(op, op.Transpose(split, perm=order), g.weight_shape)
+    outer, last = math.prod(g.kernel_size[:-1]), g.kernel_size[-1] * g.in_channels_per_group
+    split = reshape(op, product, [g.groups, outer, g.out_channels_per_group, last])
+    filters = op.Transpose(split, perm=[0, 2, 1, 3])
+    rows = op.Transpose(reshape(op, filters, [g.out_channels, g.taps, g.in_channels_per_group]), perm=[0, 2, 1])
+    return reshape(op, rows, g.weight_shape)
 
 
 def _input_shifts(op: Ops, g: ConvGeometry, input: Value) -> list[Value]:

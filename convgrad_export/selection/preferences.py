@@ -15,6 +15,7 @@ from .depthwise_rule import whole_image_pays
 _FEW_CHANNELS = 16  # a GEMM with a side this short leaves most of its register tile empty
 # Output positions of a sample.
 _TINY_IMAGE, _ONE_THREAD_TINY_IMAGE = 64, 8  # up to here a GEMM a sample does little but read the weight
+_FEW_POSITIONS = 16  # up to here a GEMM takes no longer than the rearrangement of its weight
 _VECTOR = 8  # up to here a GEMM a sample fills half of a register at most
 _SMALL_IMAGE = 256  # up to here Col2Im's additions cost less than ConvTranspose's
 _SMALL_VOLUME = 64  # up to here plane by plane pays for strided 1x1x1 kernels
@@ -60,6 +61,8 @@ def input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) 
             return _ANY_INPUT if one_thread else ("input.flipped_conv", *_ANY_INPUT)
         small = positions <= _SMALL_IMAGE and not g.is_depthwise and not one_thread
         return ("input.col2im", *_ANY_INPUT) if small else _ANY_INPUT
+    if _is_one_sample(g) and positions <= _TINY_IMAGE and g.rank == 2:
+        return _ANY_INPUT  # its GEMM reads the weight as it lies
     if positions <= (_ONE_THREAD_TINY_IMAGE if one_thread and not g.is_pointwise else _TINY_IMAGE):
         return ("input.columns", "input.col2im", *_ANY_INPUT)
     if positions <= _SMALL_IMAGE:
@@ -78,9 +81,11 @@ def _pointwise_input_preferences(g: ConvGeometry, constant_weight: bool) -> tupl
     """
     size = g.in_channels * g.out_channels
     large = size >= _LARGE_WEIGHT or (size >= _WIDENING_WEIGHT and g.out_channels > g.in_channels)
-    single = isinstance(g.batch, int) and g.batch < 2
-    together = not single and not constant_weight and g.groups == 1 and g.is_static
     positions = math.prod(g.output_size)
+    plain = not constant_weight and g.groups == 1 and g.is_static
+    if plain and _is_one_sample(g) and positions <= _FEW_POSITIONS:
+        return _ANY_INPUT  # a Conv would need the weight transposed, which takes longer than the GEMM
+    together = plain and not (isinstance(g.batch, int) and g.batch < 2)
     if together and (positions <= _VECTOR or (large and positions <= _TINY_IMAGE)):
         return ("input.columns", "input.flipped_conv", *_ANY_INPUT)
     return ("input.flipped_conv", *_ANY_INPUT)
@@ -108,7 +113,8 @@ def weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
     if not _channels_last_pays(g, one_thread):
         return preferences
     # The side with more channels gives the GEMM its rows: the other side's columns are copied once for all of them.
-    flipped = g.in_channels > g.out_channels and all(s == 1 for s in g.stride)
+    few = isinstance(g.batch, int) and g.batch * math.prod(g.output_size) <= _TINY_IMAGE
+    flipped = g.in_channels > g.out_channels and all(s == 1 for s in g.stride) and not few
     return ("weight.channels_last_flipped_conv" if flipped else "weight.channels_last_conv", *preferences)
 
 
@@ -152,6 +158,10 @@ def _matmul_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, 
             return ("weight.depth_taps_gathered", *_ANY_WEIGHT)
         return ("weight.depth_taps", *_ANY_WEIGHT)
     return _ANY_WEIGHT if one_thread else ("weight.sample_matmul", *_ANY_WEIGHT)
+
+
+def _is_one_sample(g: ConvGeometry) -> bool:
+    return isinstance(g.batch, int) and g.batch == 1
 
 
 def _has_runs(g: ConvGeometry) -> bool:

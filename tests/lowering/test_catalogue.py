@@ -28,7 +28,11 @@ def operators(name: str, geometry: ConvGeometry) -> list[str]:
     [
         ("input.conv_transpose", STRIDED, ["ConvTranspose"]),
         ("input.conv_transpose_crop", STRIDED, ["ConvTranspose", "Slice", "Pad"]),
-        ("input.flipped_conv", PLAIN, ["Transpose", "Slice", "Conv"]),
+        (
+            "input.flipped_conv",
+            PLAIN,
+            ["Reshape", "Transpose", "Reshape", "Gather", "Transpose", "Reshape", "Conv"],
+        ),
         ("weight.swapped_conv", STRIDED, ["Slice", "Transpose", "Transpose", "Conv", "Transpose"]),
         ("bias.reduce_sum", PLAIN, ["ReduceSum"]),
     ],
@@ -140,6 +144,10 @@ def test_a_constant_weight_changes_the_choice_where_the_runtime_profits() -> Non
         ("input", (8, 96, 56, 56), (96, 1, 3, 3), 1, "input.conv_transpose", "input.flipped_conv"),
         ("weight", (8, 48, 56, 56), (48, 48, 3, 3), 1, "weight.channels_last_conv", "weight.channels_last_conv"),
         ("weight", (8, 512, 2, 2), (512, 512, 3, 3), 1, "weight.channels_last_conv", "weight.columns"),
+        ("input", (1, 512, 2, 2), (2048, 512, 1, 1), 1, "input.conv_transpose", "input.conv_transpose"),
+        ("input", (1, 256, 4, 4), (256, 256, 3, 3), 1, "input.conv_transpose", "input.conv_transpose"),
+        ("input", (1, 64, 56, 56), (256, 64, 1, 1), 1, "input.flipped_conv", "input.flipped_conv"),
+        ("weight", (1, 128, 4, 4), (32, 128, 3, 3), 1, "weight.channels_last_conv", "weight.columns"),
         ("weight", (8, 256, 56, 56), (64, 256, 1, 1), 1, "weight.sample_matmul", "weight.sample_matmul"),
         ("weight", (8, 64, 14, 14), (384, 64, 1, 1), 1, "weight.sample_matmul", "weight.sample_matmul"),
         ("weight", (2, 64, 14, 14), (384, 64, 1, 1), 1, "weight.matmul_taps", "weight.sample_matmul"),
