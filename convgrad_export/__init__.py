@@ -104,7 +104,7 @@ def __getattr__(name: str) -> Any:
         if module is None:
             return importlib.import_module(f".{_MODULES[name]}", __name__)
         value = getattr(importlib.import_module(f".{module}", __name__), name)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         _raise_missing(error)
     globals()[name] = value
     return value

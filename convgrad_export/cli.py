@@ -51,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = None if arguments is None else list(arguments)
         try:
             result = _application()(args=given, prog_name="convgrad", standalone_mode=False)
-        except ModuleNotFoundError as error:
+        except ImportError as error:
             raise_missing(error)
-    except ConvGradError as error:
-        print(f"convgrad: {error}", file=sys.stderr)
+    except (ConvGradError, ImportError, OSError, MemoryError) as error:  # the last from what no check could foresee
+        print(f"convgrad: {str(error) or type(error).__name__}", file=sys.stderr)
         return 2
     except (typer.Abort, KeyboardInterrupt):  # where typer does not give status 130 itself
         return 130

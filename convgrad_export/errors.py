@@ -97,20 +97,28 @@ class TuningWarning(UserWarning):
     """``lowering="tuned"`` took the fixed policy's choice, because the cache holds no usable measurement."""
 
 
-_EXTRAS = {
-    "torch": "torch",
-    "onnxruntime": "onnxruntime",
-    "matplotlib": "examples",
-    "sklearn": "examples",
-    "tritonclient": "serving",
+_WITH = {name: f"pip install 'convgrad-export[{name}]'" for name in ("torch", "examples", "serving")}
+# Name in an import statement -> what installs it.
+_INSTALL = {
+    "torch": _WITH["torch"],
+    "onnxruntime": "pip install 'convgrad-export[onnxruntime]' for the CPU, or "
+    "'convgrad-export[onnxruntime-gpu]' for CUDA (one of the two, they overwrite each other)",
+    "matplotlib": _WITH["examples"],
+    "sklearn": _WITH["examples"],
+    "tritonclient": _WITH["serving"],
+    "grpc": _WITH["serving"],
 }
 
 
-def raise_missing(error: ModuleNotFoundError) -> NoReturn:
-    """Raise the error of an import again, as a MissingDependencyError where one of our extras installs the package."""
+def raise_missing(error: ImportError, otherwise: str = "") -> NoReturn:
+    """Raise the error of an import again, as a MissingDependencyError where one of our extras installs the package.
+
+    Args:
+        otherwise: what to do without the package, to follow "or".
+    """
     package = (error.name or "").partition(".")[0]
-    if package not in _EXTRAS:
+    if package not in _INSTALL:
         raise error
-    raise MissingDependencyError(
-        f"{package} is not installed, and this needs it: pip install 'convgrad-export[{_EXTRAS[package]}]'"
-    ) from error
+    state = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported ({error})"
+    advice = _INSTALL[package] + (f", or {otherwise}" if otherwise else "")
+    raise MissingDependencyError(f"{package} {state}, and this needs it: {advice}") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingDependencyError
+from ..errors import raise_missing
 from ..files import write_atomically
 from .contenders import CONV_GRAD, TORCH
 from .plan import items
@@ -211,9 +211,7 @@ def write_plots(results: Results, folder: Path, stem: str, *, overwrite: bool = 
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError(
-            "matplotlib is not installed, and the plots need it: pip install 'convgrad-export[examples]'"
-        ) from error
+        raise_missing(error)
     written = []
     for group in groups(results):
         if not group.select().rows:

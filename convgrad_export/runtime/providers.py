@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..errors import ArgumentTypeError, MissingDependencyError, ModelFileError, ProviderError
+from ..errors import ArgumentTypeError, ModelFileError, ProviderError, raise_missing
 from .cuda_options import CudaOptions
 
 CPU = "CPUExecutionProvider"
@@ -26,10 +26,7 @@ def onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingDependencyError(
-            "onnxruntime is not installed: pip install 'convgrad-export[onnxruntime]' for the CPU, or "
-            "'convgrad-export[onnxruntime-gpu]' for CUDA (one of the two, they overwrite each other)"
-        ) from error
+        raise_missing(error)
     return onnxruntime
 
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from .. import dtypes
 from ..emit.onnx import GradientRequest, emit_model
-from ..errors import MissingDependencyError, ProviderError, UnsupportedLoweringError
+from ..errors import ProviderError, UnsupportedLoweringError, raise_missing
 from ..geometry import ConvGeometry
 from ..lowering import CPU, CUDA, LOWERINGS, preferred_opset
 from ..session_memory import free_early
@@ -81,9 +81,7 @@ def onnxruntime_with(provider: str) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingDependencyError(
-            "onnxruntime is not installed, and this measures it: pip install 'convgrad-export[onnxruntime]'"
-        ) from error
+        raise_missing(error)
     if provider not in (available := onnxruntime.get_available_providers()):
         raise ProviderError(f"provider {provider} is not in this onnxruntime, which has {', '.join(available)}")
     return onnxruntime

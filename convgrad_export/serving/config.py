@@ -6,11 +6,12 @@ and the meaning of optimization.graph.level).
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingDependencyError, ModelFileError, ServingConfigError
+from ..errors import ModelFileError, ServingConfigError, raise_missing
 from .options import GRAPH_LEVELS, ServingOptions
 from .signature import ModelSignature, TensorSpec
 from .warmup import WarmupSample
@@ -28,11 +29,10 @@ def model_config_pb2() -> Any:
         MissingDependencyError: tritonclient or grpcio is not installed.
     """
     try:
+        importlib.import_module("grpc")  # tritonclient says what is missing as a RuntimeError
         from tritonclient.grpc import model_config_pb2 as module
     except ImportError as error:
-        raise MissingDependencyError(
-            f"config.pbtxt is made with tritonclient's protobufs ({error}): pip install 'convgrad-export[serving]'"
-        ) from error
+        raise_missing(error)
     return module
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import MissingDependencyError
+from ..errors import raise_missing
 from .data import Dataset
 
 
@@ -37,9 +37,7 @@ def load_digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
-        raise MissingDependencyError(
-            "the digits come with scikit-learn: pip install 'convgrad-export[examples]', or give --data"
-        ) from error
+        raise_missing(error, "give --data")
     digits = load()
     images = (digits.images / 16.0).astype(np.float32)[:, None]
     labels = digits.target.astype(np.int64)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import MissingDependencyError
+from ..errors import raise_missing
 from .run import TrainingResult
 
 
@@ -23,7 +23,7 @@ def pyplot() -> Any:
         matplotlib.use("Agg")
         import matplotlib.pyplot
     except ImportError as error:
-        raise MissingDependencyError("the plot needs matplotlib: pip install 'convgrad-export[examples]'") from error
+        raise_missing(error)
     return matplotlib.pyplot
 
 
