@@ -1,4 +1,4 @@
-"""Interleaved timing on a machine that other work shares: `convgrad_export.bench.timing` with every contender kept.
+"""Interleaved timing on a machine that other work shares: `convgrad_export.timing` with every contender kept.
 
 Only time that the host took away makes a round void here: these benchmarks state their machine's load.
 """
@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 
-from convgrad_export.bench.timing import alternate, timed
+from convgrad_export.timing import alternate, timed
 
 
 def rounds_of(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:

@@ -354,11 +354,13 @@ class ConvGeometry:
         values = (*self.input_size, *self.kernel_size, *self.output_size, self.in_channels, self.out_channels)
         return not any(is_symbolic(value) for value in values)
 
-    def sum_length(self, gradient: str) -> Size:
-        """Most products added up in one element of the ``"input"``, ``"weight"`` or ``"bias"`` gradient."""
-        if gradient == "input":
+    def sum_length(self, operation: str) -> Size:
+        """Most products added up in one element of the ``"forward"`` pass or of one gradient, ``"bias"`` included."""
+        if operation == "forward":
+            return self.in_channels_per_group * self.taps
+        if operation == "input":
             return self.out_channels_per_group * self.taps
-        counts = self.input_size if self.transposed and gradient == "weight" else self.output_size
+        counts = self.input_size if self.transposed and operation == "weight" else self.output_size
         return self.batch * math.prod(counts)
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from .errors import ConvGradError, DTypeError, GeometryError, ModelFileError
 from .geometry import ConvGeometry
 from .lowering import LOWERINGS, compute_dtype
 from .operators import operator
+from .reference import make_operands
 from .runtime.providers import is_onnxruntime_error, model_metadata
 from .runtime.session import GradientSession
 
@@ -67,8 +67,8 @@ def check_model(path: str | os.PathLike[str], *, seed: int = 0, batch: int = 2) 
     checks = []
     for data in ("integers", "random"):
         try:
-            operands = _operands(geometry, dtype, data == "integers", seed)
-        except (MemoryError, OverflowError, ValueError) as error:  # numpy's words for too many elements
+            operands = make_operands(geometry, dtype, integers=data == "integers", seed=seed)
+        except MemoryError as error:
             raise ModelFileError(f"{path}: data of the sizes in its metadata cannot be made: {error}") from error
         results = _run(session, operands, geometry, dtype, path)
         expected = reference_and_bounds(geometry, operands, dtype, compute_dtype(dtype))
@@ -189,16 +189,3 @@ def _sizes(name: str, attributes: dict[str, Any], session: GradientSession) -> d
         "input_shape": (fixed(image, 0, 2), fixed(image, 1, 2 * groups), *sizes),
         "weight_shape": (fixed(kernel, 0, 3 * groups), fixed(kernel, 1, 2), *taps),
     }
-
-
-def _operands(geometry: ConvGeometry, dtype: str, integers: bool, seed: int) -> dict[str, np.ndarray]:
-    """Values that `dtype` holds exactly; integers so small that every sum is exact in the type it is computed in."""
-    rng = np.random.default_rng(seed)
-    shapes = {"input": geometry.input_shape, "weight": geometry.weight_shape, "grad_output": geometry.output_shape}
-    if not integers:
-        rounded = dtypes.numpy_dtype(dtype)
-        return {name: rng.standard_normal(shape).astype(rounded).astype(np.float64) for name, shape in shapes.items()}
-    longest = max(int(geometry.sum_length(gradient)) for gradient in ("input", "weight"))
-    room = math.isqrt(int(0.5 / dtypes.unit_roundoff(compute_dtype(dtype))) // max(1, longest))
-    limit = max(1, min(8, room))
-    return {name: rng.integers(-limit, limit + 1, shape).astype(np.float64) for name, shape in shapes.items()}

@@ -26,8 +26,8 @@ from sklearn.datasets import load_sample_image
 
 import convgrad_export as cg
 from convgrad_export.accuracy import compare, reference_and_bounds
-from convgrad_export.bench.timing import alternate, timed
 from convgrad_export.geometry import ConvGeometry
+from convgrad_export.timing import alternate, timed
 
 STRIDE, PADDING, KERNEL = 2, 5, 11
 

@@ -14,12 +14,13 @@ PACKAGE = Path(convgrad_export.__file__).parent
 # Lowest first; a module may import from its own layer and from those before it.
 LAYERS = [
     ["errors"],
-    ["arguments", "dtypes", "files", "operators", "session_memory"],
+    ["arguments", "dtypes", "files", "operators", "session_memory", "timing"],
     ["geometry_checks"],
     ["geometry"],
     ["functions", "lowering"],
     ["torch_convolution"],
     ["accuracy", "web_target"],
+    ["reference"],
     ["emit"],
     ["selection"],
     ["runtime"],

@@ -22,7 +22,7 @@ from scipy.optimize import nnls
 import convgrad_export
 from benchmarks.environment import environment
 from convgrad_export.lowering import CPU
-from convgrad_export.selection import timing
+from convgrad_export.selection import runner
 from convgrad_export.selection.calibration import KINDS, probe_model
 from convgrad_export.selection.cost_model import UNITS, step_amounts
 from convgrad_export.selection.graph_walk import graph_steps
@@ -93,13 +93,13 @@ def kernels() -> dict[str, list[Any]]:
 
 def milliseconds(model: Any) -> float:
     """Minimum over as many calls as fit in a tenth of a second, between 5 and 40."""
-    session = timing.open_session(model.SerializeToString(), CPU, 1)
+    session = runner.open_session(model.SerializeToString(), CPU, 1)
     binding = session.io_binding()
     rng = np.random.default_rng(0)
     feeds = {
         v.name: rng.random([d.dim_value for d in v.type.tensor_type.shape.dim], np.float32) for v in model.graph.input
     }
-    for name, value in timing.place(feeds, "float32", CPU).items():
+    for name, value in runner.place(feeds, "float32", CPU).items():
         binding.bind_ortvalue_input(name, value)
     for value in session.get_outputs():
         binding.bind_output(value.name, "cpu")

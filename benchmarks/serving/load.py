@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import environment
-from convgrad_export.selection.timing import stolen_ticks
 from convgrad_export.serving.config import read_config, to_text
 from convgrad_export.serving.launch import Address, running, server_python
 from convgrad_export.serving.options import ServingOptions
 from convgrad_export.serving.repository import add_model
+from convgrad_export.timing import read_ticks
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -138,12 +138,12 @@ def measure(address: Address, requests: int, rounds: int) -> list[dict[str, Any]
         difference = load.compare(layer)
         for clients in CLIENTS:
             results: dict[str, tuple[list[float], float]] = {kind: ([], 0.0) for kind in ("onnxruntime", "eager")}
-            stolen = stolen_ticks()
+            stolen = read_ticks().stolen
             for _ in range(rounds):
                 for kind, (latencies, seconds) in list(results.items()):
                     more, took = load.run(model_name(kind, layer), clients, requests)
                     results[kind] = (latencies + more, seconds + took)
-            stolen = stolen_ticks() - stolen
+            stolen = read_ticks().stolen - stolen
             for kind, (latencies, seconds) in results.items():
                 rows.append(
                     {
@@ -155,7 +155,7 @@ def measure(address: Address, requests: int, rounds: int) -> list[dict[str, Any]
                         "p50_ms": statistics.median(latencies),
                         "p99_ms": float(np.percentile(latencies, 99)),
                         "difference": difference,
-                        "stolen_ticks": stolen,
+                        "stolen_s": stolen,
                     }
                 )
     return rows

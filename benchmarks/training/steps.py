@@ -38,7 +38,7 @@ from benchmarks.environment import environment
 from benchmarks.training.networks import BY_NAME, TrainedNetwork, without_dropout
 from benchmarks.training.parity import write_table
 from convgrad_export.bench.run import KEEP_MEMORY
-from convgrad_export.bench.timing import alternate
+from convgrad_export.timing import alternate
 
 RESULT = Path(__file__).parent / "steps.json"
 ROOT = Path(__file__).parents[2]

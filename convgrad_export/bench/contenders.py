@@ -15,11 +15,11 @@ from ..emit.onnx import GradientRequest, emit_model
 from ..geometry import ConvGeometry
 from ..lowering import Lowering, candidates
 from ..lowering.kernels import CPU
+from ..reference import FORWARD, INPUT, WEIGHT
 from ..runtime.blocked import in_blocked_layout
 from ..selection.policy import choose
-from ..selection.timing import open_session
+from ..selection.runner import open_session
 from ..selection.tuned import TUNED, is_measured
-from .sampling import FORWARD, INPUT, WEIGHT
 
 TORCH, ORT_FORWARD, CONV_GRAD, GEMM = "torch", "onnxruntime", "ort_training", "gemm"
 SESSION = "session"  # the policy's model as GradientSession runs it, where that is not the lowering itself

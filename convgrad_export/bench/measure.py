@@ -13,13 +13,13 @@ import numpy as np
 
 from ..errors import ConvGradError
 from ..geometry import ConvGeometry
-from ..selection import timing
+from ..reference import FORWARD, Expected, expected
+from ..selection import runner
+from ..timing import FOREIGN_CORES, Contender, alternate, timed
 from . import contenders
 from .contenders import CONV_GRAD, GEMM, ORT_FORWARD, SESSION, TORCH, Call
 from .layer import multiplications
 from .peer import OrtTraining
-from .sampling import FORWARD, Expected, expected
-from .timing import FOREIGN_CORES, Contender, alternate, timed
 
 _TORCH_SPINS = 0.02  # seconds that its threads go on waiting for work; they would take a core from the next contender
 
@@ -115,7 +115,7 @@ def _calls(
     content = contenders.session_model(operation, geometry, threads)
     if content is not None:
         calls[SESSION] = partial(contenders.onnx_call, content, feeds, threads)
-    need, available = contenders.column_bytes(geometry), timing.available_bytes()
+    need, available = contenders.column_bytes(geometry), runner.available_bytes()
     for entry in contenders.applicable(operation, geometry):
         if available is not None and need > available / 2 and entry.name not in contenders.SPARING:
             record["failed"][entry.name] = f"left out: may need {need / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"

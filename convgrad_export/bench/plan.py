@@ -11,7 +11,7 @@ from ..errors import BenchmarkError
 from ..geometry import ConvGeometry
 from .layer import Layer, multiplications
 from .networks import NETWORKS
-from .sampling import FORWARD, INPUT, OPERATIONS, WEIGHT
+from ..reference import FORWARD, INPUT, OPERATIONS, WEIGHT
 
 
 @dataclass

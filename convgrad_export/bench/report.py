@@ -10,10 +10,10 @@ from typing import Any
 
 from ..errors import raise_missing
 from ..files import write_atomically
+from ..reference import FORWARD, INPUT, WEIGHT
 from .contenders import CONV_GRAD, TORCH
 from .plan import items
 from .results import Results
-from .sampling import FORWARD, INPUT, WEIGHT
 from .summary import Group, groups, networks_of, restless, troubles
 
 _COLUMNS = (

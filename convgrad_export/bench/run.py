@@ -14,9 +14,9 @@ from ..errors import BenchmarkError
 from . import contenders, memory
 from .plan import Item
 from .results import Results
-from .sampling import FORWARD
+from ..reference import FORWARD
 from .subprocess_lines import Child
-from .timing import FOREIGN_CORES
+from ..timing import FOREIGN_CORES
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 

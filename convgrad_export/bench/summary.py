@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..lowering import LOWERINGS
+from ..reference import FORWARD
 from ..selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 from .contenders import CONV_GRAD, GEMM, GEMM_MULTIPLICATIONS, ORT_FORWARD, TORCH
 from .results import Results, geometry_of
-from .sampling import FORWARD
 
 SLOW = 0.9  # a layer under this ratio to eager counts as slower
 _DENSE_CHANNELS = 64

@@ -7,6 +7,7 @@ moment hits all of them, until the time is used up; rounds in which the host too
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +18,8 @@ import numpy as np
 
 from ..geometry import ConvGeometry
 from ..lowering import CPU, CUDA, LOWERINGS, candidates, preferred_opset
-from . import timing
+from ..reference import OPERANDS, expected, make_operands
+from ..timing import alternate, timed
 from .cache import Timing, TuningRecord
 from .calibration import shipped
 from .cost_model import predict_ms
@@ -25,15 +27,13 @@ from .graph_walk import workspace_bytes
 from .machine import default_threads, machine
 from .policy import AUTO, choose
 from .reduced_arithmetic import DEFAULT_ERROR_FACTOR, DIRECT
-from .reference import expected, operands_for, with_checked_batch
+from .runner import Runner, available_bytes, place
 
 _MOST_ROUNDS = 15
-_FEWEST_ROUNDS = 3
-_ROUNDS_OF_QUICK_CALLS = 10  # where they cost next to nothing, a busy moment should not decide
-_QUICK_MS = 50.0  # for one round over all candidates
-_MIN_TURN_MS = 2.0  # a call shorter than this is repeated within its turn
-_HOPELESS = 4.0  # times the fastest: after its first turn such a candidate gets no other
+_TURN_SECONDS = 0.002  # a call shorter than this is repeated within its turn
 MEMORY = "needs more memory"  # how the reason begins that another limit or another day may lift
+_CHECKED_CHANNELS = 32
+_CHECKED_BATCH = 2
 _MEMORY_SHARE = 0.4  # of what is available, for all candidates together
 
 
@@ -66,9 +66,8 @@ class TuningSettings:
 @dataclass
 class _Candidate:
     name: str
-    runner: timing.Runner
+    runner: Runner
     workspace: int
-    repeats: int = 1
     times: list[float] = field(default_factory=list)
 
 
@@ -98,10 +97,10 @@ def tune_gradient(
     names = candidate_names(gradient, geometry, settings)
     workspaces = {name: workspace_bytes(name, geometry, settings.dtype, settings.provider) for name in names}
     _limit_memory(workspaces, settings, refused)
-    ready = _checked(gradient, geometry, workspaces, settings, refused, end, clock)
-    _measure(ready, refused, end, clock)
+    ready = _checked(gradient, geometry, workspaces, settings, refused, lambda: clock() > end)
+    _measure(ready, max(0.0, end - clock()))
     timings = sorted(
-        (Timing(c.name, min(c.times), statistics.median(c.times), len(c.times), c.workspace) for c in ready if c.times),
+        (Timing(c.name, min(c.times), statistics.median(c.times), len(c.times), c.workspace) for c in ready),
         key=lambda t: t.min_ms,
     )
     return TuningRecord(
@@ -143,7 +142,7 @@ def candidate_names(gradient: str, geometry: ConvGeometry, settings: TuningSetti
 
 def _limit_memory(workspaces: dict[str, int], settings: TuningSettings, refused: dict[str, str]) -> None:
     """Drop candidates over the caller's limit, and those that this machine's memory has no room for."""
-    available = timing.available_bytes()
+    available = available_bytes()
     room = None if available is None else int(available * _MEMORY_SHARE)
     for name in list(workspaces):
         need = workspaces[name]
@@ -157,69 +156,79 @@ def _limit_memory(workspaces: dict[str, int], settings: TuningSettings, refused:
         del workspaces[name]
 
 
+class _Check:
+    """What a candidate is held to before it is timed."""
+
+    def __init__(self, gradient: str, geometry: ConvGeometry, settings: TuningSettings) -> None:
+        dtype, provider, seed, names = settings.dtype, settings.provider, settings.seed, OPERANDS[gradient]
+        small = geometry.with_batch(min(geometry.batch, _CHECKED_BATCH))
+        operands = make_operands(small, dtype, integers=False, seed=seed, names=names)
+        self._reference = expected(gradient, small, operands, dtype, channels=_CHECKED_CHANNELS)
+        self._small = place(operands, dtype, provider)
+        self._full = place(make_operands(geometry, dtype, integers=True, seed=seed, names=names), dtype, provider)
+        self._batch = geometry.batch
+        self._direct: tuple[str, np.ndarray] | None = None  # the first direct form, and its result on integers
+
+    def why_wrong(self, name: str, runner: Runner) -> str | None:
+        """None when the results are right; the runner is bound to the full-size operands then, and warm."""
+        factor = LOWERINGS[name].error_factor
+        runner.bind(self._small)
+        report = self._reference.report(runner.result(), factor)
+        if not report.within:
+            return f"its result is wrong: the error is {report.worst:.3g} times the bound"
+        runner.bind(self._full)
+        result = runner.result()
+        if factor != DIRECT:
+            return None
+        if self._direct is None:
+            self._direct = name, result
+        elif not np.array_equal(self._direct[1], result):
+            return f"its result at batch {self._batch} differs from {self._direct[0]}'s"
+        return None
+
+
 def _checked(
     gradient: str,
     geometry: ConvGeometry,
     workspaces: dict[str, int],
     settings: TuningSettings,
     refused: dict[str, str],
-    end: float,
-    clock: Callable[[], float],
+    late: Callable[[], bool],
 ) -> list[_Candidate]:
-    """The candidates that load and give the right result, bound to full-size operands and warmed up."""
-    dtype, provider = settings.dtype, settings.provider
-    small = with_checked_batch(geometry)
-    operands = operands_for(gradient, small, dtype, integers=False, seed=settings.seed)
-    reference = expected(gradient, small, operands, dtype, settings.seed)
-    placed = timing.place(operands, dtype, provider)
-    full = timing.place(operands_for(gradient, geometry, dtype, integers=True, seed=settings.seed), dtype, provider)
-    anchor: np.ndarray | None = None
+    """The candidates that load and give the right result, one at least however late it is."""
+    check = _Check(gradient, geometry, settings)
     ready: list[_Candidate] = []
     for name, workspace in workspaces.items():
-        if ready and clock() > end:
+        if ready and late():
             refused[name] = "no time was left to measure it"
             continue
         try:
-            runner = timing.Runner(name, geometry, dtype, provider, settings.thread_count)
-            runner.bind(placed)
-            report = reference.report(runner.result(), LOWERINGS[name].error_factor)
-            if not report.within:
-                refused[name] = f"its result is wrong: the error is {report.worst:.3g} times the bound"
-                continue
-            runner.bind(full)
-            result = runner.result()
+            runner = Runner(name, geometry, settings.dtype, settings.provider, settings.thread_count)
+            reason = check.why_wrong(name, runner)
         except Exception as error:  # onnxruntime raises a private class for each status code, or a RuntimeError
             if not (type(error).__module__.startswith("onnxruntime") or type(error) is RuntimeError):
                 raise
-            refused[name] = f"onnxruntime cannot run it: {error}"
-            continue
-        if LOWERINGS[name].error_factor == DIRECT:
-            if anchor is None:
-                anchor = result
-            elif not np.array_equal(anchor, result):
-                refused[name] = f"its result at batch {geometry.batch} differs from {ready[0].name}'s"
-                continue
-        ready.append(_Candidate(name, runner, workspace))
+            reason = f"onnxruntime cannot run it: {error}"
+        if reason is None:
+            ready.append(_Candidate(name, runner, workspace))
+        else:
+            refused[name] = reason
     return ready
 
 
-def _measure(ready: list[_Candidate], refused: dict[str, str], end: float, clock: Callable[[], float]) -> None:
+def _measure(ready: list[_Candidate], seconds: float) -> None:
     """Rounds over the candidates until the time or the number of rounds is used up."""
+    if not ready:
+        return
+    rounds = alternate(
+        {candidate.name: timed(candidate.runner.run) for candidate in ready},
+        _MOST_ROUNDS,
+        seconds,
+        foreign_cores=math.inf,  # other work on the user's machine is a part of it
+        turn_seconds=_TURN_SECONDS,
+        settle_seconds=0.0,  # these sessions' threads stop spinning after a call
+        hopeless_after=0,
+        retake_seconds=seconds,
+    )
     for candidate in ready:
-        once = candidate.runner.timed(1)
-        candidate.repeats = max(1, int(_MIN_TURN_MS / max(once, 1e-4)))
-        candidate.times.append(once)
-    fastest = min((min(c.times) for c in ready), default=0.0)
-    running = [c for c in ready if min(c.times) <= _HOPELESS * fastest]
-    one_round = sum(min(c.times) * c.repeats for c in running)
-    fewest = _ROUNDS_OF_QUICK_CALLS if one_round < _QUICK_MS else _FEWEST_ROUNDS
-    rounds, spare = 0, _MOST_ROUNDS
-    while rounds < _MOST_ROUNDS and (rounds < fewest or clock() < end):
-        stolen = timing.stolen_ticks()
-        taken = [(candidate, candidate.runner.timed(candidate.repeats)) for candidate in running]
-        if timing.stolen_ticks() - stolen > 1 and spare > 0 and clock() < end:
-            spare -= 1
-            continue
-        rounds += 1
-        for candidate, value in taken:
-            candidate.times.append(value)
+        candidate.times = [rounds.first_ms[candidate.name], *rounds.timings[candidate.name].values]

@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import TuningCacheError
 from ..files import write_atomically
 from ..lowering import CPU
-from . import timing
+from . import runner
 from .cache import cache_path
 from .cost_model import UNITS, Costs, step_amounts
 from .graph_walk import graph_steps
@@ -113,9 +113,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _milliseconds(model: bytes, feeds: dict[str, np.ndarray], threads: int) -> float:
-    session = timing.open_session(model, CPU, threads)
+    session = runner.open_session(model, CPU, threads)
     binding = session.io_binding()
-    for name, value in timing.place(feeds, "float32", CPU).items():
+    for name, value in runner.place(feeds, "float32", CPU).items():
         binding.bind_ortvalue_input(name, value)
     for value in session.get_outputs():
         binding.bind_output(value.name, "cpu")

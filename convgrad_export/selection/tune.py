@@ -21,7 +21,7 @@ from .cache import TuningRecord
 from .layers import BOTH, LayerToTune, at_batch, merged, model_layers, module_layers
 from .policy import AUTO, choose
 from .reduced_arithmetic import DEFAULT_ERROR_FACTOR
-from .timing import onnxruntime_with
+from .runner import onnxruntime_with
 from .tuned import TUNED
 
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA, CPU: CPU, CUDA: CUDA}

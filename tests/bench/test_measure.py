@@ -18,7 +18,7 @@ from convgrad_export.bench.measure import measure
 from convgrad_export.bench.memory import ENVIRONMENT
 from convgrad_export.bench.peer import OrtTraining
 from convgrad_export.lowering import CPU, LOWERINGS
-from convgrad_export.selection import timing
+from convgrad_export.selection import runner
 
 SMALL = Layer("small", 8, 6, (9, 7), (3, 3), 2, 1).geometry(2)
 
@@ -67,7 +67,7 @@ def test_a_lowering_that_cannot_run_is_reported(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_may_exceed_the_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "available_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(runner, "available_bytes", lambda: 1_000_000)
     record = measure("input", Layer("large", 8, 8, (64, 64), (3, 3), 1, 1).geometry(2), 1, rounds=3, seconds=0.05)
     assert set(record["times"]) == {"torch", "gemm", *contenders.SPARING} - {"input.conv"}
     assert record["failed"]["input.col2im"] == "left out: may need 0.0 GB, 0.0 GB are free"
@@ -125,7 +125,7 @@ def test_the_textbook_form_is_what_onnx_ad_emits() -> None:
     theirs = onnx_ad.reverse(forward, inputs=["w"])
     rng = np.random.default_rng(0)
     feeds = {name: rng.integers(-3, 4, shape).astype(np.float32) for name, shape in values.items()}
-    session = timing.open_session(theirs.SerializeToString(), CPU, 1)
+    session = runner.open_session(theirs.SerializeToString(), CPU, 1)
     seed = feeds["y"].reshape(theirs.graph.input[-1].type.tensor_type.shape.dim[0].dim_value, 1)
     (result,) = session.run(["adj_w"], {"x": feeds["x"], "w": feeds["w"], "adj_y": seed})
     named = {"input": feeds["x"], "weight": feeds["w"], "grad_output": feeds["y"]}

@@ -18,7 +18,7 @@ from convgrad_export.cli import main
 from convgrad_export.commands import tune as command
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.lowering import LOWERINGS, catalogue
-from convgrad_export.selection import autotune, cache, graph_walk, timing, tuned
+from convgrad_export.selection import autotune, cache, graph_walk, runner, tuned
 from convgrad_export.selection.autotune import TuningSettings, tune_gradient
 from convgrad_export.selection.layers import module_layers
 from convgrad_export.selection.policy import choose
@@ -357,7 +357,7 @@ def test_a_provider_that_onnxruntime_lacks_is_refused(own_cache: Path) -> None:
     with pytest.raises(cg.ProviderError, match="CUDAExecutionProvider is not in this onnxruntime"):
         cg.tune(GEOMETRY, provider="cuda")
     with pytest.raises(cg.ProviderError):
-        timing.open_session(b"", "CUDAExecutionProvider", 1)
+        runner.open_session(b"", "CUDAExecutionProvider", 1)
     assert not own_cache.exists()
 
 

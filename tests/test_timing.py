@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from convgrad_export.bench.timing import Ticks, alternate, read_ticks, timed
+from convgrad_export.timing import Ticks, alternate, read_ticks, timed
 
 QUIET = Ticks(0.0, 0.0, 0.0)
 
@@ -50,7 +50,7 @@ def test_the_order_turns_round_every_round() -> None:
 
 def test_a_contender_whose_threads_spin_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
-    monkeypatch.setattr("convgrad_export.bench.timing.time.sleep", lambda seconds: log.append(f"{seconds:g}"))
+    monkeypatch.setattr("convgrad_export.timing.time.sleep", lambda seconds: log.append(f"{seconds:g}"))
     contenders = {name: Contender(name, log, 0.01) for name in "ab"}
     alternate(contenders, rounds=2, settle_seconds=0.5, rest_after={"a": 2.0}, seconds=0.0, read=lambda _: QUIET)
     assert log[2:] == ["0.5", "a", "2", "0.5", "b", "0", "0.5", "b", "0", "0.5", "a", "2"]
@@ -93,7 +93,7 @@ def test_hopeless_contenders_stop_after_two_rounds_unless_they_are_the_yardstick
 
 
 def test_time_ends_the_rounds_but_not_before_three() -> None:
-    result = alternate({"a": Contender("a", [], 0.01)}, rounds=50, seconds=0.0, read=lambda _: QUIET)
+    result = alternate({"a": Contender("a", [], 0.06)}, rounds=50, seconds=0.0, read=lambda _: QUIET)
     assert result.kept == 3
 
 
@@ -104,3 +104,23 @@ def test_real_calls_and_real_ticks() -> None:
     assert len(calls) > 3
     assert 0 < result.timings["a"].to_json()["min_ms"] < 100
     assert read_ticks().used >= 0.0
+
+
+def test_quick_calls_get_more_rounds_than_the_time_allows() -> None:
+    result = alternate({"a": Contender("a", [], 0.001)}, rounds=50, seconds=0.0, read=lambda _: QUIET)
+    assert result.kept == 10
+
+
+def test_the_first_call_can_decide_that_a_contender_is_hopeless() -> None:
+    contenders = {name: Contender(name, [], seconds) for name, seconds in (("a", 0.01), ("b", 0.05))}
+    result = alternate(contenders, rounds=4, hopeless_after=0, read=lambda _: QUIET)
+    assert {name: len(timing.values) for name, timing in result.timings.items()} == {"a": 4, "b": 0}
+    assert result.first_ms == pytest.approx({"a": 10.0, "b": 50.0})
+
+
+def test_a_disturbed_round_is_not_taken_again_for_ever() -> None:
+    ticks = iter(range(1000))
+    result = alternate(
+        {"a": Contender("a", [], 0.1)}, 3, retake_seconds=0.0, read=lambda _: Ticks(float(next(ticks)), 0.0, 0.0)
+    )
+    assert (result.kept, result.discarded, result.disturbed) == (3, 0, 3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ class Runner:
         self._session.run_with_iobinding(self._binding)
 
     def result(self) -> np.ndarray:
-        """Of the latest run."""
+        """Of one more run."""
         self.run()
         value = self._binding.get_outputs()[0]
         if value.element_type() != dtypes.onnx_code("bfloat16"):
@@ -63,13 +62,6 @@ class Runner:
         array = np.empty(tuple(value.shape()), dtypes.numpy_dtype("bfloat16"))
         ctypes.memmove(array.ctypes.data, value.data_ptr(), array.nbytes)
         return array
-
-    def timed(self, repeats: int) -> float:
-        """Milliseconds of one call, over `repeats` calls."""
-        start = time.perf_counter()
-        for _ in range(repeats):
-            self._session.run_with_iobinding(self._binding)
-        return (time.perf_counter() - start) * 1e3 / repeats
 
 
 def onnxruntime_with(provider: str) -> Any:
@@ -128,14 +120,6 @@ def place(operands: Mapping[str, np.ndarray], dtype: str, provider: str) -> dict
         else:
             placed[name] = onnxruntime.OrtValue.ortvalue_from_numpy(converted, device, 0)
     return placed
-
-
-def stolen_ticks() -> int:
-    """CPU time, in clock ticks, that the host gave to other machines since boot; 0 where the kernel does not say."""
-    try:
-        return int(Path("/proc/stat").read_text().splitlines()[0].split()[8])
-    except (OSError, IndexError, ValueError):
-        return 0
 
 
 def available_bytes() -> int | None:
