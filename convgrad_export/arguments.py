@@ -6,6 +6,8 @@ A tracer's symbolic integer (torch.SymInt, sympy-backed) passes through untouche
 
 from __future__ import annotations
 
+import contextlib
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -39,9 +41,40 @@ def as_int(value: Any, name: str, minimum: int | None = None) -> Any:
 
 
 def as_bool(value: Any, name: str) -> bool:
-    if isinstance(value, bool) or (isinstance(value, numbers.Integral) and int(value) in (0, 1)):
+    """`value` as a bool; 0, 1 and numpy's booleans are taken too.
+
+    Raises:
+        ArgumentTypeError: anything else.
+    """
+    of_numpy = getattr(getattr(value, "dtype", None), "kind", None) == "b" and value.ndim == 0
+    if isinstance(value, bool) or of_numpy or (isinstance(value, numbers.Integral) and int(value) in (0, 1)):
         return bool(value)
     raise ArgumentTypeError(f"{name} is {value!r} ({type(value).__name__}), expected True or False")
+
+
+def as_number(
+    value: Any, name: str, *, minimum: float = -math.inf, above: float = -math.inf, finite: bool = False
+) -> float:
+    """`value` as a float that is a number.
+
+    Args:
+        minimum: the least that it may be. above: what it has to be larger than. finite: infinity is refused.
+
+    Raises:
+        ArgumentTypeError: no number, or one out of range.
+    """
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            number = float(value)
+    if number >= minimum and number > above and not (finite and math.isinf(number)):  # NaN is not
+        return number
+    expected = "a finite number" if finite else "a number"
+    if minimum > -math.inf:
+        expected += f", {minimum:g} or above"
+    if above > -math.inf:
+        expected += f" above {above:g}"
+    raise ArgumentTypeError(f"{name} is {value!r}, expected {expected}")
 
 
 def check_error_factor(max_error_factor: Any) -> float:
@@ -50,12 +83,7 @@ def check_error_factor(max_error_factor: Any) -> float:
     Raises:
         ArgumentTypeError: anything but a number of at least 1.
     """
-    number = isinstance(max_error_factor, int | float) and not isinstance(max_error_factor, bool)
-    if number and max_error_factor >= 1:  # NaN is not
-        return float(max_error_factor)
-    raise ArgumentTypeError(
-        f"max_error_factor is {max_error_factor!r}, expected a number of at least 1, the error bound of the direct form"
-    )
+    return as_number(max_error_factor, "max_error_factor", minimum=1)
 
 
 def check_workspace(max_workspace: Any) -> int | None:
@@ -77,8 +105,10 @@ def check_threads(threads: Any) -> int | None:
     Raises:
         ArgumentTypeError: anything else.
     """
-    if threads is None or (isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads < 2**31):
-        return threads
+    if threads is None:
+        return None
+    if isinstance(threads, numbers.Integral) and not isinstance(threads, bool) and 1 <= int(threads) < 2**31:
+        return int(threads)
     raise ArgumentTypeError(f"threads is {threads!r}, expected a number of threads, at least 1, or None for several")
 
 

@@ -13,10 +13,22 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .errors import ModelFileError, OutputExistsError, OutputPathError
+from .errors import ArgumentTypeError, ModelFileError, OutputExistsError, OutputPathError
+
+
+def as_path(value: Any, name: str) -> Path:
+    """The name of a file or folder as a Path.
+
+    Raises:
+        ArgumentTypeError: neither text nor a path.
+    """
+    if isinstance(value, str | os.PathLike):
+        return Path(value)
+    raise ArgumentTypeError(f"{name} is {value!r:.80} ({type(value).__name__}), expected the name of a file or folder")
 
 
 def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:

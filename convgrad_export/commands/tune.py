@@ -6,12 +6,15 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import GeometryError
 from . import options
+
+if TYPE_CHECKING:
+    from ..selection.tune import TuningReport
 
 
 def register(app: typer.Typer) -> None:
@@ -96,8 +99,10 @@ def _progress(quiet: bool) -> Iterator[Any]:
         yield lambda done, total, name: shown.update(task, completed=done, total=total, description=name)
 
 
-def _print(report: Any) -> None:
+def _print(report: TuningReport) -> None:
     from rich.table import Table
+
+    from ..selection.cache import WRONG
 
     table = Table(title=f"{report.threads} thread{'s' * (report.threads != 1)}; milliseconds are minima over rounds")
     for heading in ("layer", "gradient", "auto", "ms", "tuned", "ms", "gain"):
@@ -113,18 +118,14 @@ def _print(report: Any) -> None:
             f"all layers: {report.auto_ms:.2f} ms by auto, {report.tuned_ms:.2f} ms tuned "
             f"({report.auto_ms / report.tuned_ms:.2f}x)"
         )
-    wrong = [
-        f"{entry.layer} {entry.gradient}, {name}: {reason}"
-        for entry in report.gradients
-        for name, reason in entry.refused.items()
-        if "wrong" in reason or "differs" in reason
-    ]
-    for line in wrong:
-        typer.echo(f"refused: {line}")
-    waiting = [entry for entry in report.skipped if ": " not in entry]
+    for entry in report.gradients:
+        for name, reason in entry.refused.items():
+            if reason.startswith(WRONG):
+                typer.echo(f"refused: {entry.layer} {entry.gradient}, {name}: {reason}")
+    waiting = [f"{entry.layer} {entry.gradient}" for entry in report.skipped if entry.reason is None]
     for entry in report.skipped:
-        if entry not in waiting:  # it comes with a reason
-            typer.echo(f"not measured: {entry}")
+        if entry.reason is not None:
+            typer.echo(f"not measured: {entry.layer} {entry.gradient}: {entry.reason}")
     if waiting:
         typer.echo(f"no time for {len(waiting)} gradients, run again to go on: {', '.join(waiting[:6])}")
     held = sum(entry.cached for entry in report.gradients)

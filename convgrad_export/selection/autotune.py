@@ -18,9 +18,9 @@ import numpy as np
 
 from ..geometry import ConvGeometry
 from ..lowering import CPU, CUDA, LOWERINGS, candidates, preferred_opset
-from ..reference import OPERANDS, expected, make_operands
+from ..reference import OPERANDS, check_elements, expected, make_operands
 from ..timing import alternate, timed
-from .cache import Timing, TuningRecord
+from .cache import MEMORY, NO_TIME, WRONG, Timing, TuningRecord
 from .calibration import shipped
 from .cost_model import predict_ms
 from .graph_walk import workspace_bytes
@@ -31,7 +31,6 @@ from .runner import Runner, available_bytes, place
 
 _MOST_ROUNDS = 15
 _TURN_SECONDS = 0.002  # a call shorter than this is repeated within its turn
-MEMORY = "needs more memory"  # how the reason begins that another limit or another day may lift
 _CHECKED_CHANNELS = 32
 _CHECKED_BATCH = 2
 _MEMORY_SHARE = 0.4  # of what is available, for all candidates together
@@ -89,9 +88,10 @@ def tune_gradient(
         is measured first, and every candidate that the time allows after it.
 
     Raises:
-        UnsupportedLoweringError: nothing applies. MissingDependencyError: no onnxruntime.
+        UnsupportedLoweringError: nothing applies. MissingDependencyError: no onnxruntime. MemoryError: huge operands.
     """
     settings = settings or TuningSettings()
+    check_elements(geometry, OPERANDS[gradient])
     end = clock() + settings.seconds
     refused: dict[str, str] = {}
     names = candidate_names(gradient, geometry, settings)
@@ -112,6 +112,7 @@ def tune_gradient(
         machine(settings.provider),
         tuple(timings),
         refused,
+        settings.seconds,
     )
 
 
@@ -175,7 +176,7 @@ class _Check:
         runner.bind(self._small)
         report = self._reference.report(runner.result(), factor)
         if not report.within:
-            return f"its result is wrong: the error is {report.worst:.3g} times the bound"
+            return f"{WRONG}: the error is {report.worst:.3g} times the bound"
         runner.bind(self._full)
         result = runner.result()
         if factor != DIRECT:
@@ -183,7 +184,7 @@ class _Check:
         if self._direct is None:
             self._direct = name, result
         elif not np.array_equal(self._direct[1], result):
-            return f"its result at batch {self._batch} differs from {self._direct[0]}'s"
+            return f"{WRONG}: at batch {self._batch} it differs from {self._direct[0]}'s"
         return None
 
 
@@ -200,7 +201,7 @@ def _checked(
     ready: list[_Candidate] = []
     for name, workspace in workspaces.items():
         if ready and late():
-            refused[name] = "no time was left to measure it"
+            refused[name] = NO_TIME
             continue
         try:
             runner = Runner(name, geometry, settings.dtype, settings.provider, settings.thread_count)

@@ -18,13 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConvGradError, OutputPathError, TuningCacheError
-from ..files import write_atomically
+from ..files import as_path, write_atomically
 from ..geometry import ConvGeometry
 from ..lowering import LOWERINGS
 from .machine import machine
 
 ENVIRONMENT_VARIABLE = "CONVGRAD_TUNING_CACHE"
 _FORMAT, _VERSION = "convgrad tuning cache", 1
+
+# How the reasons of `TuningRecord.refused` begin that something follows from.
+MEMORY = "needs more memory"  # another limit or another day may lift it
+NO_TIME = "no time was left to measure it"
+WRONG = "its result is wrong"
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class TuningRecord:
         dtype, provider, threads: of the measurement. machine: `machine.machine(provider)` at the time.
         timings: one for each lowering measured, the fastest first.
         refused: lowering to the reason it was not timed (a wrong result, too much memory, no time left).
+        seconds: that the measurement was allowed to take; 0 where a file does not say.
     """
 
     gradient: str
@@ -63,6 +69,7 @@ class TuningRecord:
     machine: dict[str, str]
     timings: tuple[Timing, ...]
     refused: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @property
     def key(self) -> str:
@@ -77,7 +84,7 @@ class TuningRecord:
 def cache_path(path: str | os.PathLike[str] | None = None) -> Path:
     """`path`, else the environment variable CONVGRAD_TUNING_CACHE, else ``tuning.json`` in the user's cache folder."""
     if path is not None:
-        return Path(path)
+        return as_path(path, "cache")
     if named := os.environ.get(ENVIRONMENT_VARIABLE):
         return Path(named)
     import platformdirs
@@ -194,6 +201,7 @@ def _record(entry: dict[str, Any]) -> TuningRecord:
         {str(name): str(value) for name, value in entry["machine"].items()},
         timings,
         {str(name): str(reason) for name, reason in entry["refused"].items()},
+        float(entry.get("seconds", 0.0)),
     )
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import dtypes
-from ..errors import ArgumentTypeError, CaptureError, GeometryError, ModelFileError
+from ..arguments import as_int
+from ..errors import CaptureError, GeometryError, ModelFileError
 from ..files import model_files
 from ..geometry import ConvGeometry
 from ..operators import operator
@@ -35,11 +36,11 @@ class LayerToTune:
     count: int = 1
 
 
-def model_layers(path: Path, batch: int | None = None) -> list[LayerToTune]:
+def model_layers(path: Path) -> list[LayerToTune]:
     """The convolutions of models that `build_model` wrote, from their metadata.
 
     Args:
-        path: an ``.onnx`` file, or a folder that is searched for them. batch: to measure at, in place of the file's.
+        path: an ``.onnx`` file, or a folder that is searched for them.
 
     Raises:
         ModelFileError: nothing there, not an ONNX model, or no metadata of ours.
@@ -61,7 +62,7 @@ def model_layers(path: Path, batch: int | None = None) -> list[LayerToTune]:
             raise ModelFileError(f"{path} is dynamic in every dimension and names no sizes: there is no layer to tune")
     if not found:
         raise ModelFileError(f"the models in {path} name no sizes: there is no layer to tune")
-    return merged(layer if batch is None else at_batch(layer, batch) for layer in found)
+    return merged(found)
 
 
 def _model_layer(file: Path) -> LayerToTune | None:
@@ -176,11 +177,7 @@ def _call_layer(name: str, args: Sequence[Any], dtype: str) -> LayerToTune:
 
 
 def at_batch(layer: LayerToTune, batch: int) -> LayerToTune:
-    if isinstance(batch, bool) or not isinstance(batch, int):
-        raise ArgumentTypeError(f"batch is {batch!r} ({type(batch).__name__}), expected an integer")
-    if batch < 1:
-        raise GeometryError(f"batch is {batch}, expected at least 1")
-    return replace(layer, geometry=layer.geometry.with_batch(batch))
+    return replace(layer, geometry=layer.geometry.with_batch(as_int(batch, "batch", minimum=1)))
 
 
 def merged(layers: Iterable[LayerToTune]) -> list[LayerToTune]:

@@ -6,26 +6,26 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .. import dtypes
-from ..arguments import as_int, check_error_factor, check_threads, check_workspace
-from ..errors import ArgumentTypeError, GeometryError, UnsupportedLoweringError
+from ..arguments import as_int, as_number, as_shape, check_error_factor, check_threads, check_workspace
+from ..errors import ArgumentTypeError, GeometryError, ProviderError
 from ..geometry import ConvGeometry
-from ..lowering import CPU, CUDA
+from ..lowering import CPU, CUDA, as_provider
 from . import cache as store
-from .autotune import MEMORY, TuningSettings, candidate_names, tune_gradient
-from .cache import TuningRecord
+from .autotune import TuningSettings, candidate_names, tune_gradient
+from .cache import MEMORY, NO_TIME, TuningRecord
 from .layers import BOTH, LayerToTune, at_batch, merged, model_layers, module_layers
 from .policy import AUTO, choose
 from .reduced_arithmetic import DEFAULT_ERROR_FACTOR
 from .runner import onnxruntime_with
 from .tuned import TUNED
 
-_PROVIDERS = {"cpu": CPU, "cuda": CUDA, CPU: CPU, CUDA: CUDA}
 _LONGEST, _SHORTEST = 5.0, 0.25  # seconds for one gradient of one layer
+_WORTH_AGAIN = 1.5  # times the seconds of a measurement that was cut short: with as many it is taken again
 
 Progress = Callable[[int, int, str], None]
 
@@ -57,21 +57,34 @@ class TunedGradient:
 
 
 @dataclass(frozen=True)
+class SkippedGradient:
+    """A gradient of one layer that was not measured.
+
+    Attributes:
+        layer: name. gradient: ``"input"`` or ``"weight"``.
+        reason: why it cannot be; None where the budget had no time left for it, so that another run goes on with it.
+    """
+
+    layer: str
+    gradient: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class TuningReport:
     """What `tune` did.
 
     Attributes:
         cache: the file that holds the measurements. threads: of the measurement.
-        gradients: one entry for each gradient of each distinct layer.
-        skipped: names of layers and gradients that the budget had no time for; behind a colon why others were not
-            measured.
+        gradients: one entry for each gradient of each distinct layer that was measured, now or before.
+        skipped: one for each of the others.
         seconds: it took.
     """
 
     cache: Path
     threads: int
     gradients: tuple[TunedGradient, ...]
-    skipped: tuple[str, ...]
+    skipped: tuple[SkippedGradient, ...]
     seconds: float
 
     @property
@@ -131,98 +144,120 @@ def tune(
         ArgumentTypeError, GeometryError, DTypeError: an argument that is none of the above. ModelFileError: a model
             that is not ours. CaptureError: the module cannot run. TuningCacheError: the file there is not an intact
             tuning cache; nothing is measured then. UnsupportedLoweringError: no lowering stays within the limits.
-        ProviderError: onnxruntime lacks the provider, or it cannot start.
+        ProviderError: another provider, or onnxruntime lacks it, or it cannot start.
     """
     started = time.monotonic()
-    layers = _layers(target, input_shape, args)
-    if batch is not None:
-        layers = merged(at_batch(layer, batch) for layer in layers)
     wanted = _gradients(gradients)
-    if provider not in _PROVIDERS:
-        raise UnsupportedLoweringError(f"provider is {provider!r}, expected one of: {', '.join(_PROVIDERS)}")
-    onnxruntime_with(_PROVIDERS[provider])
-    check_threads(threads)
-    check_error_factor(max_error_factor)
-    check_workspace(max_workspace)
-    as_int(seed, "seed", minimum=0)
-    if not isinstance(budget, int | float) or isinstance(budget, bool) or not budget > 0:
-        raise ArgumentTypeError(f"budget is {budget!r}, expected a positive number of seconds")
+    settings = TuningSettings(
+        provider=_provider(provider),
+        threads=check_threads(threads),
+        max_error_factor=check_error_factor(max_error_factor),
+        max_workspace=check_workspace(max_workspace),
+        seed=as_int(seed, "seed", minimum=0),
+    )
+    budget = as_number(budget, "budget", above=0)
+    given = None if dtype is None else dtypes.name_of(dtype)
     path = store.cache_path(cache)
-    known = {record.key: record for record in store.load(path)}
+    layers = _layers(target, input_shape, args, batch)
     work = [(layer, gradient) for layer in layers for gradient in layer.gradients if gradient in wanted]
     if not work:
         raise GeometryError(f"gradients is {wanted}, and the target has none of them")
+    known = {record.key: record for record in store.load(path)}
     results: list[TunedGradient] = []
-    skipped: list[str] = []
-    settings = TuningSettings("float32", _PROVIDERS[provider], threads, max_error_factor, max_workspace, _LONGEST, seed)
-    given = None if dtype is None else dtypes.name_of(dtype)
+    skipped: list[SkippedGradient] = []
     for index, (layer, gradient) in enumerate(work):
-        element = given or layer.dtype or "float32"
         left = budget - (time.monotonic() - started)
         share = max(_SHORTEST, min(_LONGEST, left / (len(work) - index)))
-        mine = TuningSettings(**{**vars(settings), "dtype": element, "seconds": share})
+        mine = replace(settings, dtype=given or layer.dtype or "float32", seconds=share)
         record = None if again else _held(known, gradient, layer.geometry, mine)
         cached = record is not None
+        if record is None and left <= 0:
+            skipped.append(SkippedGradient(layer.name, gradient))
+            continue
         if record is None:
-            if left <= 0:
-                skipped.append(f"{layer.name} {gradient}")
-                continue
             if progress is not None:
                 progress(index, len(work), f"{layer.name} {gradient}")
             try:
                 record = tune_gradient(gradient, layer.geometry, mine)
-            except (MemoryError, OverflowError) as error:  # numpy's words for too many elements
-                skipped.append(f"{layer.name} {gradient}: its operands cannot be made: {error}")
+            except MemoryError as error:
+                skipped.append(SkippedGradient(layer.name, gradient, f"its operands cannot be made: {error}"))
                 continue
             store.save(path, [record])
             known[record.key] = record
-        if not record.timings:
-            skipped.append(f"{layer.name} {gradient}: {'; '.join(f'{k}: {v}' for k, v in record.refused.items())}")
-            continue
-        results.append(_summary(layer, gradient, record, mine, path, cached))
+        if record.timings:
+            results.append(_summary(layer, gradient, record, mine, path, cached))
+        else:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in record.refused.items())
+            skipped.append(SkippedGradient(layer.name, gradient, reasons))
     if progress is not None:
         progress(len(work), len(work), "")
     return TuningReport(path, settings.thread_count, tuple(results), tuple(skipped), time.monotonic() - started)
 
 
-def _layers(target: Any, input_shape: Sequence[int] | None, args: Sequence[Any] | None) -> list[LayerToTune]:
-    if isinstance(target, ConvGeometry):
-        target = [target]
-    if isinstance(target, str | os.PathLike):
-        return model_layers(Path(target))
+def _provider(provider: Any) -> str:
+    name = as_provider(provider)
+    if name not in (CPU, CUDA):
+        raise ProviderError(f"provider is {provider!r}, expected cpu or cuda: lowerings are chosen for these two")
+    onnxruntime_with(name)
+    return name
+
+
+def _layers(
+    target: Any, input_shape: Sequence[int] | None, args: Sequence[Any] | None, batch: int | None
+) -> list[LayerToTune]:
+    """What there is to tune, at the batch that is wanted; every size is an integer."""
+    layers = _own_layers(target, input_shape, args)
+    if batch is not None:
+        layers = merged(at_batch(layer, batch) for layer in layers)
+    for geometry in (layer.geometry for layer in layers):
+        if not geometry.is_static or not isinstance(geometry.batch, int):
+            raise GeometryError(
+                f"{geometry.describe()} has open sizes, expected integers: give the batch to measure at"
+            )
+        if geometry.batch < 1:
+            raise GeometryError(
+                f"{geometry.describe()} has an empty batch, expected at least 1: nothing could be measured"
+            )
+    return layers
+
+
+def _own_layers(target: Any, input_shape: Sequence[int] | None, args: Sequence[Any] | None) -> list[LayerToTune]:
     if callable(getattr(target, "named_modules", None)):
         if (input_shape is None) == (args is None):
             raise GeometryError("a module needs its input_shape, or its args: expected exactly one of them")
         if args is None:
             args = (_example(target, input_shape),)
+        elif not isinstance(args, tuple | list):
+            raise ArgumentTypeError(f"args is a {type(args).__name__}, expected a sequence of the module's arguments")
         return module_layers(target, args)
+    if input_shape is not None or args is not None:
+        raise GeometryError("input_shape and args are for a module: a model or a ConvGeometry has sizes of its own")
+    if isinstance(target, str | os.PathLike):
+        return model_layers(Path(target))
+    if isinstance(target, ConvGeometry):
+        target = [target]
     if isinstance(target, Iterable):
         geometries = list(target)
         if geometries and all(isinstance(entry, ConvGeometry) for entry in geometries):
-            return merged(LayerToTune(entry.describe(), _with_integers(entry)) for entry in geometries)
+            return merged(LayerToTune(entry.describe(), entry) for entry in geometries)
     raise ArgumentTypeError(
         f"target is a {type(target).__name__}, expected a torch.nn.Module, a path of a model or folder, or ConvGeometry"
     )
 
 
-def _with_integers(geometry: ConvGeometry) -> ConvGeometry:
-    if not geometry.is_static or not isinstance(geometry.batch, int):
-        raise GeometryError(f"{geometry.describe()} has open sizes, expected integers: give the batch to measure at")
-    return geometry
-
-
 def _example(module: Any, input_shape: Sequence[int] | None) -> Any:
     import torch
-
-    from ..arguments import as_shape
 
     parameter = next(iter(module.parameters()), torch.zeros(()))
     generator = torch.Generator().manual_seed(0)
     shape = as_shape(input_shape, "input_shape")
-    return torch.rand(shape, generator=generator).to(parameter.device, parameter.dtype)
+    try:
+        return torch.rand(shape, generator=generator).to(parameter.device, parameter.dtype)
+    except RuntimeError as error:  # of a size that no memory holds
+        raise GeometryError(f"input_shape is {shape}, of which no tensor can be made: {error}") from error
 
 
-def _gradients(gradients: Sequence[str]) -> tuple[str, ...]:
+def _gradients(gradients: Any) -> tuple[str, ...]:
     if not isinstance(gradients, Iterable):
         raise ArgumentTypeError(f"gradients is {gradients!r}, expected 'input', 'weight' or both")
     given = (gradients,) if isinstance(gradients, str) else tuple(gradients)
@@ -240,10 +275,17 @@ def _held(
         if (record.threads, record.geometry) != (settings.thread_count, geometry) or not record.timings:
             continue
         covered = {timing.lowering for timing in record.timings}
-        covered |= {name for name, reason in record.refused.items() if not reason.startswith(MEMORY)}
+        covered |= {name for name, reason in record.refused.items() if _stands(reason, record, settings)}
         if covered.issuperset(candidate_names(gradient, geometry, settings)):
             return record
     return None
+
+
+def _stands(reason: str, record: TuningRecord, settings: TuningSettings) -> bool:
+    """Whether a candidate that was refused would be refused again."""
+    if reason.startswith(NO_TIME):
+        return settings.seconds < _WORTH_AGAIN * record.seconds
+    return not reason.startswith(MEMORY)
 
 
 def _summary(

@@ -22,6 +22,7 @@ from convgrad_export.selection import autotune, cache, graph_walk, runner, tuned
 from convgrad_export.selection.autotune import TuningSettings, tune_gradient
 from convgrad_export.selection.layers import module_layers
 from convgrad_export.selection.policy import choose
+from convgrad_export.selection.tune import SkippedGradient, TuningReport
 from tests.cases import CASES, ConvCase
 
 GEOMETRY = ConvGeometry.from_forward((3, 8, 9, 10), (6, 8, 3, 3), padding=1)
@@ -148,6 +149,7 @@ def test_the_budget_bounds_the_whole_run(own_cache: Path) -> None:
     report = cg.tune(layers, budget=1.0, threads=1)
     assert time.monotonic() - started < 20
     assert report.skipped
+    assert all(entry.reason is None for entry in report.skipped)
     assert len(report.gradients) + len(report.skipped) == 120
     assert len(cache.load(own_cache)) == len(report.gradients)
 
@@ -185,18 +187,27 @@ def test_a_module_is_tuned_layer_by_layer_and_the_cache_answers_next_time(own_ca
     [
         ({"target": 3}, cg.ArgumentTypeError, "target is a int"),
         ({"target": GEOMETRY.with_batch("n")}, cg.GeometryError, "open sizes"),
-        ({"target": GEOMETRY, "budget": 0}, cg.ArgumentTypeError, "budget is 0"),
+        ({"target": GEOMETRY, "budget": 0}, cg.ArgumentTypeError, "budget is 0, expected a number above 0"),
+        ({"target": GEOMETRY, "budget": "1"}, cg.ArgumentTypeError, "budget is '1'"),
+        ({"target": GEOMETRY, "budget": float("nan")}, cg.ArgumentTypeError, "budget is nan"),
         ({"target": GEOMETRY, "threads": 0}, cg.ArgumentTypeError, "threads is 0"),
         ({"target": GEOMETRY, "max_error_factor": "2"}, cg.ArgumentTypeError, "max_error_factor is '2'"),
         ({"target": GEOMETRY, "max_workspace": "1"}, cg.ArgumentTypeError, "max_workspace is '1'"),
         ({"target": GEOMETRY, "seed": -1}, cg.GeometryError, "seed is -1"),
         ({"target": GEOMETRY, "gradients": 3}, cg.ArgumentTypeError, "gradients is 3"),
         ({"target": GEOMETRY, "gradients": ("bias",)}, cg.GeometryError, "gradients is"),
-        ({"target": GEOMETRY, "provider": "tpu"}, cg.UnsupportedLoweringError, "provider is 'tpu'"),
+        ({"target": GEOMETRY, "provider": "tpu"}, cg.ProviderError, "provider is 'tpu'"),
+        ({"target": GEOMETRY, "provider": ["cpu"]}, cg.ProviderError, "provider is .'cpu'."),
+        ({"target": GEOMETRY, "provider": "CoreMLExecutionProvider"}, cg.ProviderError, "expected cpu or cuda"),
+        ({"target": GEOMETRY, "cache": 3}, cg.ArgumentTypeError, "cache is 3"),
+        ({"target": GEOMETRY, "input_shape": (1, 2)}, cg.GeometryError, "are for a module"),
+        ({"target": GEOMETRY.with_batch(0)}, cg.GeometryError, "empty batch"),
         ({"target": GEOMETRY, "batch": 0}, cg.GeometryError, "batch is 0"),
         ({"target": GEOMETRY, "dtype": "int8"}, cg.DTypeError, "dtype is int8"),
         ({"target": "missing.onnx"}, cg.ModelFileError, "does not exist"),
         ({"target": Net()}, cg.GeometryError, "exactly one of them"),
+        ({"target": Net(), "args": torch.zeros(1, 3, 8, 8)}, cg.ArgumentTypeError, "args is a Tensor"),
+        ({"target": Net(), "input_shape": (2**30, 2**20, 8, 8)}, cg.GeometryError, "no tensor can be made"),
         ({"target": Net(), "input_shape": (1, 5, 8, 8)}, cg.CaptureError, "cannot run on inputs of shape .*5 channels"),
         ({"target": torch.nn.ReLU(), "input_shape": (1, 5)}, cg.GeometryError, "runs no convolution"),
         ({"target": GEOMETRY, "max_workspace": 1}, cg.UnsupportedLoweringError, "max_workspace is 1"),
@@ -364,9 +375,38 @@ def test_a_provider_that_onnxruntime_lacks_is_refused(own_cache: Path) -> None:
 def test_a_layer_too_large_for_any_machine_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     huge = ConvGeometry.from_forward((2, 4, 2**40, 2**40), (4, 4, 3, 3))
     report = cg.tune([huge, GEOMETRY], gradients="weight", budget=1, threads=1)
-    assert "its operands cannot be made" in report.skipped[0]
+    (skipped,) = report.skipped
+    assert (skipped.layer, skipped.gradient) == (huge.describe(), "weight")
+    assert "its operands cannot be made" in str(skipped.reason)
     assert len(report.gradients) == 1
     command._print(report)
     text = capsys.readouterr().out
-    assert "not measured: " in text
+    assert f"not measured: {huge.describe()} weight: its operands" in text
     assert "no time" not in text  # another run would end alike
+
+
+def test_what_a_short_measurement_left_out_is_measured_when_there_is_more_time(own_cache: Path) -> None:
+    ticks = itertools.count(step=10.0)
+    short = tune_gradient("weight", GEOMETRY, replace(QUICK, seconds=0.5), clock=lambda: next(ticks))
+    cache.save(own_cache, [short])
+    assert set(short.refused.values()) == {cache.NO_TIME}
+    (held,) = cg.tune(GEOMETRY, gradients="weight", threads=1, budget=0.5).gradients
+    assert (held.cached, len(held.timings)) == (True, 1)
+    (measured,) = cg.tune(GEOMETRY, gradients="weight", threads=1, budget=20).gradients
+    assert not measured.cached
+    assert len(measured.timings) > 1
+
+
+def test_an_open_batch_is_measured_at_the_batch_that_is_given() -> None:
+    report = cg.tune(GEOMETRY.with_batch("n"), batch=2, gradients="weight", threads=1, budget=0.5)
+    assert report.gradients[0].geometry.startswith("input (2, 8, 9, 10)")
+
+
+def test_the_command_tells_what_waits_from_what_cannot_be_measured(
+    own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    skipped = (SkippedGradient("conv: a", "input"), SkippedGradient("conv: b", "weight", "there is no memory"))
+    command._print(TuningReport(own_cache, 1, (), skipped, 0.0))
+    text = capsys.readouterr().out
+    assert "no time for 1 gradients, run again to go on: conv: a input\n" in text
+    assert "not measured: conv: b weight: there is no memory\n" in text
