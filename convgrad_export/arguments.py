@@ -53,7 +53,7 @@ def as_bool(value: Any, name: str) -> bool:
 
 
 def as_number(
-    value: Any, name: str, *, minimum: float = -math.inf, above: float = -math.inf, finite: bool = False
+    value: Any, name: str, *, minimum: float = -math.inf, above: float | None = None, finite: bool = False
 ) -> float:
     """`value` as a float that is a number.
 
@@ -67,12 +67,13 @@ def as_number(
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):
             number = float(value)
-    if number >= minimum and number > above and not (finite and math.isinf(number)):  # NaN is not
+    in_range = number >= minimum and (above is None or number > above)  # which NaN is not
+    if in_range and not (finite and math.isinf(number)):
         return number
     expected = "a finite number" if finite else "a number"
     if minimum > -math.inf:
         expected += f", {minimum:g} or above"
-    if above > -math.inf:
+    if above is not None:
         expected += f" above {above:g}"
     raise ArgumentTypeError(f"{name} is {value!r}, expected {expected}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,7 +63,7 @@ def export(
     from ..training.run import load_module
 
     check_path(output, overwrite)
-    own = set(RecipeOptions.__dataclass_fields__)
+    own = {field.name for field in fields(RecipeOptions)}
     if recipe is None:
         options.refuse_given(context, own, "it is for a --recipe (a class is --of, a layer --wrt)", ArgumentTypeError)
     else:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..arguments import as_number
 from ..errors import ArgumentTypeError
 
 
@@ -17,10 +18,11 @@ def _loss_gradient(network: nn.Module, x: Tensor, label: Tensor) -> Tensor:
     return gradient
 
 
-def _positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ArgumentTypeError(f"{name} is {value!r}, expected a number above 0")
-    return float(value)
+def _range(low: float, high: float) -> tuple[float, float]:
+    low, high = as_number(low, "low"), as_number(high, "high")
+    if not low < high:
+        raise ArgumentTypeError(f"low is {low} and high {high}, expected low below high")
+    return low, high
 
 
 class FGSM(nn.Module):
@@ -35,7 +37,8 @@ class FGSM(nn.Module):
 
     def __init__(self, network: nn.Module, epsilon: float = 8 / 255, low: float = 0.0, high: float = 1.0) -> None:
         super().__init__()
-        self.network, self.epsilon, self.low, self.high = network, _positive("epsilon", epsilon), low, high
+        self.network, self.epsilon = network, as_number(epsilon, "epsilon", above=0, finite=True)
+        self.low, self.high = _range(low, high)
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         step = self.epsilon * _loss_gradient(self.network, x, label).sign()
@@ -55,8 +58,9 @@ class PGD(nn.Module):
         self, network: nn.Module, epsilon: float = 8 / 255, step: float = 2 / 255, low: float = 0.0, high: float = 1.0
     ) -> None:
         super().__init__()
-        self.network, self.epsilon, self.step = network, _positive("epsilon", epsilon), _positive("step", step)
-        self.low, self.high = low, high
+        self.network, self.epsilon = network, as_number(epsilon, "epsilon", above=0, finite=True)
+        self.step = as_number(step, "step", above=0, finite=True)
+        self.low, self.high = _range(low, high)
 
     def forward(self, x: Tensor, original: Tensor, label: Tensor) -> Tensor:
         moved = x + self.step * _loss_gradient(self.network, x, label).sign()

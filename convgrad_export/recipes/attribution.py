@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..arguments import as_int
 from ..errors import ArgumentTypeError
-from .scores import class_score, input_gradient
+from .scores import check_target, class_score, input_gradient
 
 
 class Saliency(nn.Module):
@@ -22,7 +23,7 @@ class Saliency(nn.Module):
 
     def __init__(self, network: nn.Module, target: int | None = None) -> None:
         super().__init__()
-        self.network, self.target = network, target
+        self.network, self.target = network, check_target(target)
 
     def forward(self, x: Tensor) -> Tensor:
         return input_gradient(self.network, x, self.target).abs().amax(1)
@@ -48,7 +49,7 @@ class GradCAM(nn.Module):
         if layer not in names or not layer:
             known = ", ".join(name for name in list(names)[1:13])
             raise ArgumentTypeError(f"layer is {layer!r}, which the network does not have; its first ones: {known}")
-        self.network, self.layer, self.target, self.resize = network, layer, target, resize
+        self.network, self.layer, self.target, self.resize = network, layer, check_target(target), resize
 
     def forward(self, x: Tensor) -> Tensor:
         kept: list[Tensor] = []
@@ -91,9 +92,8 @@ class IntegratedGradients(nn.Module):
 
     def __init__(self, network: nn.Module, target: int | None = None, steps: int = 16) -> None:
         super().__init__()
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ArgumentTypeError(f"steps is {steps!r}, expected an integer of at least 1")
-        self.network, self.target, self.steps = network, target, steps
+        self.network, self.target = network, check_target(target)
+        self.steps: int = as_int(steps, "steps", minimum=1)
 
     def forward(self, x: Tensor, baseline: Tensor) -> Tensor:
         along = (torch.arange(self.steps, dtype=x.dtype, device=x.device) + 0.5) / self.steps

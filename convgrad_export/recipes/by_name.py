@@ -90,25 +90,27 @@ def _guided(network: nn.Module, x: Tensor, o: RecipeOptions) -> Prepared:
     return Prepared(module, args, (True, True, False, False, True))
 
 
-RECIPES: Mapping[str, Callable[[nn.Module, Tensor, RecipeOptions], Prepared]] = {
-    "saliency": _saliency,
-    "gradcam": _gradcam,
-    "integrated-gradients": _integrated,
-    "fgsm": _fgsm,
-    "pgd": _pgd,
-    "guided-diffusion": _guided,
-    "forces": _forces,
-}
+@dataclass(frozen=True)
+class Recipe:
+    """What the command line knows of a recipe.
+
+    Attributes:
+        prepare: puts it around a network, and makes arguments to go with an input.
+        options: the fields of `RecipeOptions` that it takes.
+    """
+
+    prepare: Callable[[nn.Module, Tensor, RecipeOptions], Prepared]
+    options: tuple[str, ...] = ()
 
 
-_OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "saliency": ("target",),
-    "gradcam": ("target", "layer"),
-    "integrated-gradients": ("target", "steps"),
-    "fgsm": ("epsilon",),
-    "pgd": ("epsilon", "step_size"),
-    "guided-diffusion": ("scale",),
-    "forces": (),
+RECIPES: Mapping[str, Recipe] = {
+    "saliency": Recipe(_saliency, ("target",)),
+    "gradcam": Recipe(_gradcam, ("target", "layer")),
+    "integrated-gradients": Recipe(_integrated, ("target", "steps")),
+    "fgsm": Recipe(_fgsm, ("epsilon",)),
+    "pgd": Recipe(_pgd, ("epsilon", "step_size")),
+    "guided-diffusion": Recipe(_guided, ("scale",)),
+    "forces": Recipe(_forces),
 }
 
 
@@ -118,7 +120,7 @@ def used_options(recipe: str) -> set[str]:
     Raises:
         ArgumentTypeError: an unknown recipe.
     """
-    return set(_OPTIONS[_known(recipe)])
+    return set(_known(recipe).options)
 
 
 def prepare(recipe: str, network: nn.Module, x: Tensor, options: RecipeOptions) -> Prepared:
@@ -128,10 +130,10 @@ def prepare(recipe: str, network: nn.Module, x: Tensor, options: RecipeOptions) 
         ArgumentTypeError: an unknown recipe, a missing option, or a network that does not fit. CaptureError: the
             network cannot run on `x`.
     """
-    return RECIPES[_known(recipe)](network.eval(), x, options)
+    return _known(recipe).prepare(network.eval(), x, options)
 
 
-def _known(recipe: str) -> str:
-    if recipe not in RECIPES:
-        raise ArgumentTypeError(f"recipe is {recipe!r}, expected one of: {', '.join(RECIPES)}")
-    return recipe
+def _known(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise ArgumentTypeError(f"recipe is {name!r}, expected one of: {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..arguments import as_number
+
 
 class GuidedDiffusionStep(nn.Module):
     """One DDIM step whose noise estimate is moved by a classifier's gradient (Dhariwal and Nichol, arXiv:2105.05233,
@@ -21,7 +23,8 @@ class GuidedDiffusionStep(nn.Module):
 
     def __init__(self, denoiser: nn.Module, classifier: nn.Module, scale: float = 1.0) -> None:
         super().__init__()
-        self.denoiser, self.classifier, self.scale = denoiser, classifier, scale
+        self.denoiser, self.classifier = denoiser, classifier
+        self.scale = as_number(scale, "scale", finite=True)
 
     def forward(self, x: Tensor, timestep: Tensor, alpha: Tensor, alpha_previous: Tensor, label: Tensor) -> Tensor:
         noise = self.denoiser(x, timestep)

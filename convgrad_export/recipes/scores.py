@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import as_int
 from ..errors import ArgumentTypeError
+
+
+def check_target(target: int | None) -> int | None:
+    """A class index, or None for the best class.
+
+    Raises:
+        ArgumentTypeError: neither.
+    """
+    return None if target is None else int(as_int(target, "target"))
 
 
 def class_score(logits: Tensor, target: int | None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 
 import convgrad_export as cg
 from convgrad_export.cli import main
+from convgrad_export.recipes.by_name import RECIPES
 
 
 class Small(nn.Sequential):
@@ -125,3 +126,10 @@ def test_options_without_an_effect_are_refused(
     assert main(["export", NAME, *arguments, *shape, "-o", str(tmp_path / "out.onnx")]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_help_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand, since --help is to answer without importing torch."""
+    assert main(["export", "--help"]) == 0
+    text = "".join(capsys.readouterr().out.split())
+    assert all(recipe in text for recipe in RECIPES)

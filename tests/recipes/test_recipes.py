@@ -140,7 +140,18 @@ def test_every_recipe_exports_and_agrees_with_eager_at_other_sizes(recipe: str) 
     [
         (lambda: GradCAM(classifier(), "nothing"), "does not have"),
         (lambda: IntegratedGradients(classifier(), steps=0), "at least 1"),
-        (lambda: FGSM(classifier(), 0.0), "above 0"),
+        (lambda: FGSM(classifier(), 0.0), "epsilon is 0.0, expected a finite number above 0"),
+        (lambda: FGSM(classifier(), float("inf")), "epsilon is inf"),
+        (lambda: FGSM(classifier(), low=1.0, high=0.0), "expected low below high"),
+        (lambda: PGD(classifier(), step="2"), "step is '2'"),
+        (lambda: PGD(classifier(), high=float("nan")), "high is nan"),
+        (
+            lambda: GuidedDiffusionStep(classifier(), classifier(), float("nan")),
+            "scale is nan, expected a finite number",
+        ),
+        (lambda: Saliency(classifier(), "3"), "target is '3'"),
+        (lambda: GradCAM(classifier(), "3", 1.5), "target is 1.5"),
+        (lambda: IntegratedGradients(classifier(), True), "target is True"),
         (lambda: Saliency(classifier(), 9)(pictures()), "has 4"),
         (lambda: Saliency(nn.Flatten(0), 0)(pictures()), "expected"),
         (lambda: prepare("dream", classifier(), pictures(), RecipeOptions()), "expected one of"),
@@ -187,3 +198,18 @@ def test_a_layer_without_a_map_is_refused(layer: str, message: str) -> None:
         recipe(pictures())
     with pytest.raises(cg.ArgumentTypeError, match=message):
         cg.export(recipe, (pictures(),))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_takes_the_options_that_it_names(recipe: str) -> None:
+    read = set()
+
+    class Recorded(RecipeOptions):
+        def __getattribute__(self, name: str) -> object:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    options = Recorded(layer="3")
+    read.clear()
+    RECIPES[recipe].prepare(classifier(), pictures(), options)
+    assert read == set(RECIPES[recipe].options)
