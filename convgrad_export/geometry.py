@@ -13,7 +13,7 @@ input that the forward pass reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -211,6 +211,15 @@ class ConvGeometry:
                 )
         return geometry
 
+    @classmethod
+    def from_dict(cls, arguments: Mapping[str, Any]) -> ConvGeometry:
+        """What `to_dict` describes.
+
+        Raises:
+            GeometryError, ArgumentTypeError: as `from_forward`. TypeError: other keys.
+        """
+        return cls.from_forward(**arguments)
+
     # --- sizes -------------------------------------------------------------------------------------------------
 
     @property
@@ -364,7 +373,7 @@ class ConvGeometry:
         return self.batch * math.prod(counts)
 
     def to_dict(self) -> dict[str, Any]:
-        """The arguments of `from_forward` that give this geometry, as JSON types."""
+        """The arguments of `from_forward` that give this geometry, as JSON types: for `from_dict`."""
         return {
             "input_shape": list(self.input_shape),
             "weight_shape": list(self.weight_shape),

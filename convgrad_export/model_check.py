@@ -13,7 +13,9 @@ import numpy as np
 
 from . import dtypes
 from .accuracy import compare, reference_and_bounds
+from .arguments import as_int
 from .errors import ConvGradError, DTypeError, GeometryError, ModelFileError
+from .files import as_path
 from .geometry import ConvGeometry
 from .lowering import LOWERINGS, compute_dtype
 from .operators import operator
@@ -52,13 +54,15 @@ def check_model(path: str | os.PathLike[str], *, seed: int = 0, batch: int = 2) 
     """Run a model that `build_model` made on integer-valued and on random data, and compare.
 
     Args:
-        path: the model file. seed: of the data. batch: batch size used where the model's batch is dynamic.
+        path: the model file. seed: of the data. batch: batch size used where the model's batch is dynamic, at least 1.
 
     Raises:
+        ArgumentTypeError, GeometryError: an argument that is none of the above.
         ModelFileError: not an ONNX model, truncated, not made by this package, or edited so that its inputs and outputs
             are no longer those of its metadata.
     """
-    path = Path(path)
+    path = as_path(path, "path")
+    seed, batch = as_int(seed, "seed", minimum=0), as_int(batch, "batch", minimum=1)
     session = GradientSession(path, blocked_layout=False)  # what the file says, for any runtime
     metadata = _metadata(session, path)
     lowerings = _lowerings(metadata, session, path)
@@ -152,7 +156,7 @@ def _geometry(metadata: dict[str, str], session: GradientSession, batch: int, pa
         arguments = json.loads(metadata["convgrad.geometry"])
         if "input_shape" not in arguments:
             arguments |= _sizes(metadata["convgrad.op"], arguments, session)
-        geometry = ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
+        geometry = ConvGeometry.from_dict(arguments)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
         raise ModelFileError(f"{path}: convgrad.geometry is damaged: {error}") from error
     rank = operator(metadata["convgrad.op"]).rank

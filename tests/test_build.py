@@ -36,7 +36,7 @@ def test_metadata_says_what_the_model_is() -> None:
     assert metadata["convgrad.dtype"] == "float64"
     assert metadata["convgrad.lowering"] == "input.matmul_taps"
     arguments = json.loads(metadata["convgrad.geometry"])
-    restored = ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
+    restored = ConvGeometry.from_dict(arguments)
     assert restored == ConvGeometry.from_forward(*SHAPES.values(), 2)
 
 

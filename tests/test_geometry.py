@@ -77,7 +77,7 @@ def test_windows(size: int, start: int, length: int, expected: Window) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_geometry_survives_its_dictionary(case) -> None:
     arguments = case.geometry.to_dict()
-    restored = ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
+    restored = ConvGeometry.from_dict(arguments)
     assert restored == case.geometry
 
 

@@ -86,4 +86,4 @@ def example_geometry(name: str):
     if "input_shape" not in arguments:
         rank = int(name.split("conv")[1][0])
         arguments |= {"input_shape": (2, 3, *(9, 8, 7)[:rank]), "weight_shape": (4, 3, *(3, 2, 3)[:rank])}
-    return cg.ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
+    return cg.ConvGeometry.from_dict(arguments)

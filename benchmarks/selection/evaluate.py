@@ -78,7 +78,7 @@ def sampled() -> Iterable[Case]:
     """measurements.json: minima over interleaved rounds."""
     for entry in json.loads(RESULT.read_text())["results"]:
         arguments = dict(entry["geometry"])
-        geometry = ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
+        geometry = ConvGeometry.from_dict(arguments)
         times = {name: values[0] for name, values in entry["min_median_rounds"].items()}
         if len(times) > 1:
             yield entry["layer"], entry["gradient"], geometry, entry["threads"], times

@@ -99,8 +99,7 @@ def open_results(
 
 
 def geometry_of(record: Mapping[str, Any]) -> ConvGeometry:
-    arguments = dict(record["geometry"])
-    return ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
+    return ConvGeometry.from_dict(record["geometry"])
 
 
 def _check(record: Mapping[str, Any]) -> None:

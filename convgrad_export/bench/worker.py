@@ -20,8 +20,7 @@ from .peer import OrtTraining
 
 def answer(request: dict[str, Any], peer: OrtTraining | None) -> dict[str, Any]:
     """What one request asks for: ``kind`` is ``"time"`` or ``"memory"``."""
-    arguments = dict(request["geometry"])
-    geometry = ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
+    geometry = ConvGeometry.from_dict(request["geometry"])
     operation, threads = request["operation"], request["threads"]
     if request["kind"] == "memory":
         return {"memory": measure_memory(operation, geometry, threads)}

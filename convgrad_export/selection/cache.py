@@ -176,8 +176,7 @@ def totals(records: Sequence[TuningRecord]) -> dict[str, float]:
 
 
 def _record(entry: dict[str, Any]) -> TuningRecord:
-    arguments = dict(entry["geometry"])
-    geometry = ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
+    geometry = ConvGeometry.from_dict(entry["geometry"])
     timings = tuple(
         Timing(
             str(t["lowering"]), float(t["min_ms"]), float(t["median_ms"]), int(t["rounds"]), int(t["workspace_bytes"])

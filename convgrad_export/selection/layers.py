@@ -83,7 +83,7 @@ def _model_layer(file: Path) -> LayerToTune | None:
         arguments = json.loads(metadata["convgrad.geometry"])
         if "input_shape" not in arguments:
             return None
-        geometry = ConvGeometry.from_forward(arguments.pop("input_shape"), arguments.pop("weight_shape"), **arguments)
+        geometry = ConvGeometry.from_dict(arguments)
         op, dtype = operator(metadata["convgrad.op"]), dtypes.name_of(metadata["convgrad.dtype"], "convgrad.dtype")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelFileError(f"{file}: its metadata is damaged: {error}") from error
