@@ -7,11 +7,12 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from ..arguments import as_number
 from ..errors import BenchmarkError
 from ..geometry import ConvGeometry
+from ..reference import FORWARD, INPUT, OPERATIONS, WEIGHT
 from .layer import Layer, multiplications
 from .networks import NETWORKS
-from ..reference import FORWARD, INPUT, OPERATIONS, WEIGHT
 
 
 @dataclass
@@ -77,14 +78,14 @@ def items(
         max_gmac: leave out layers with more than this many multiplications, in 10^9.
 
     Raises:
-        BenchmarkError: an unknown network, layer or operation, a batch or thread count below 1, or a
-            limit that is no number.
+        BenchmarkError: an unknown network, layer or operation, a batch or thread count below 1, or layers that are all
+            larger than the limit. ArgumentTypeError: a limit that is no number.
     """
     for name, values in (("batch", batches), ("threads", threads)):
-        if not values or min(values) < 1:
-            raise BenchmarkError(f"{name} is {tuple(values)}, expected integers of at least 1")
-    if max_gmac is not None and not max_gmac >= 0:  # NaN too
-        raise BenchmarkError(f"max_gmac is {max_gmac}, expected a number, 0 or above")
+        if not values or min(values) < 1 or max(values) >= 2**31:
+            raise BenchmarkError(f"{name} is {tuple(values)}, expected integers of at least 1 that fit into 32 bits")
+    if max_gmac is not None:
+        as_number(max_gmac, "max_gmac", minimum=0)
     unknown = [name for name in operations if name not in OPERATIONS]
     if unknown or not operations:
         raise BenchmarkError(f"operations is {tuple(operations)}, expected some of {', '.join(OPERATIONS)}")
@@ -101,6 +102,10 @@ def items(
             for operation in names:
                 item = Item(operation, geometry, count)
                 found.setdefault(item.key, item).uses.append((network, layer.name, layer.count))
+    if not found:
+        raise BenchmarkError(
+            f"max_gmac is {max_gmac}, and all of the layers chosen have more: there is nothing to measure"
+        )
     return list(found.values())
 
 

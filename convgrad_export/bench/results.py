@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import BenchmarkError
 from ..files import check_output, write_atomically
 from ..geometry import ConvGeometry
+from ..reference import OPERATIONS
 
 FORMAT = "convgrad bench 1"
 _MACHINE = ("cpu", "cores")
@@ -67,6 +68,8 @@ def load(path: str | os.PathLike[str]) -> Results:
         raise BenchmarkError(f"result file {path} has format {found!r}, expected {FORMAT!r}: run convgrad bench again")
     try:
         results = Results(dict(content["environment"]), dict(content["settings"]), dict(content["records"]))
+        if not isinstance(results.environment.get("versions", {}), dict):
+            raise TypeError("its versions are no object")
         for record in results.records.values():
             _check(record)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -103,10 +106,31 @@ def geometry_of(record: Mapping[str, Any]) -> ConvGeometry:
 
 
 def _check(record: Mapping[str, Any]) -> None:
+    """Everything that reports and a resumed run read of a record."""
     geometry_of(record)
-    for timing in record.get("times", {}).values():
+    counts = (record["batch"], record["threads"])
+    if record["operation"] not in OPERATIONS or not all(isinstance(count, int) and count > 0 for count in counts):
+        raise ValueError(f"operation {record['operation']!r}, batch and threads {counts}")
+    if not record["uses"]:
+        raise ValueError("a measurement of no layer")
+    for network, layer, count in record["uses"]:
+        if not isinstance(network, str) or not isinstance(layer, str) or int(count) < 1:
+            raise ValueError(f"a use of {network!r}, {layer!r}, {count!r}")
+    for kind in ("wrong", "failed", "memory"):
+        if not isinstance(record.get(kind, {}), dict):
+            raise TypeError(f"{kind} is {record[kind]!r}")
+    if "times" in record:
+        _check_times(record)
+
+
+def _check_times(record: Mapping[str, Any]) -> None:
+    for timing in record["times"].values():
         if not (float(timing["min_ms"]) > 0 and float(timing["median_ms"]) > 0 and int(timing["rounds"]) > 0):
             raise ValueError(f"a time of {timing}")
-    for name in ("operation", "batch", "threads", "uses"):
-        if name not in record:
-            raise KeyError(name)
+    if not all(name is None or isinstance(name, str) for name in record["choices"].values()):
+        raise TypeError(f"choices {record['choices']}")
+    if int(record["multiplications"]) < 1:
+        raise ValueError(f"{record['multiplications']} multiplications")
+    rounds = record["rounds"]
+    if int(rounds["kept"]) < 1 or min(int(rounds["discarded"]), int(rounds["disturbed"])) < 0:
+        raise ValueError(f"rounds {rounds}")

@@ -6,17 +6,18 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ..arguments import as_int, as_number
 from ..errors import BenchmarkError
+from ..reference import FORWARD
+from ..timing import FOREIGN_CORES
 from . import contenders, memory
 from .plan import Item
 from .results import Results
-from ..reference import FORWARD
 from .subprocess_lines import Child
-from ..timing import FOREIGN_CORES
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 
@@ -42,7 +43,7 @@ class Settings:
         retry_disturbed: measure again what the file has from disturbed rounds only.
 
     Raises:
-        BenchmarkError: a number below 0, or none.
+        ArgumentTypeError, GeometryError: no number, or one out of range.
     """
 
     rounds: int = 7
@@ -54,10 +55,11 @@ class Settings:
     foreign_cores: float = FOREIGN_CORES
 
     def __post_init__(self) -> None:
+        as_int(self.rounds, "rounds", minimum=1)
         for name in ("seconds", "time_limit", "foreign_cores"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:  # NaN too
-                raise BenchmarkError(f"{name} is {value}, expected a number, 0 or above")
+            if value is not None:
+                as_number(value, name, minimum=0)
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Outcome:
     made: int = 0
     known: int = 0
     left: int = 0
-    failed: dict[str, str] | None = None
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def run(
@@ -88,52 +90,76 @@ def run(
         commit: recorded with each measurement. progress: called with (done, total, what comes next).
 
     Raises:
-        BenchmarkError: the measuring process, or the peer's, cannot be started.
+        BenchmarkError: the measuring process, or the peer's, cannot be started; peak memory of forward passes alone.
     """
     started = time.monotonic()
-    outcome = Outcome(failed={})
-    assert outcome.failed is not None
+    outcome = Outcome()
     todo = []
-    for item in items:
-        if settings.memory and item.operation == FORWARD:
-            continue
+    wanted = [item for item in items if not (settings.memory and item.operation == FORWARD)]
+    if items and not wanted:
+        raise BenchmarkError("peak memory is measured of gradients: expected input or weight among them")
+    for item in wanted:
         if _known(results, item, settings) and _refreshed(results.records[item.key], item):
             outcome.known += 1
         else:
             todo.append(item)
-    child: Child | None = None
-    served, threads = 0, None
+    measuring = _Measuring(settings)
     try:
         for index, item in enumerate(todo):
             if settings.time_limit is not None and time.monotonic() - started > settings.time_limit:
                 outcome.left = len(todo) - index
                 break
-            progress(outcome.known + index, len(items), f"{item.uses[0][0]}/{item.uses[0][1]} {item.operation}")
-            if child is None or threads != item.threads or served >= _PER_PROCESS:
-                if child is not None:
-                    child.close()
-                child, served, threads = _start(settings), 0, item.threads
-                results.environment["ort_training"] = child.greeting["ort_training"] or results.environment.get(
-                    "ort_training"
-                )
-            served += 1
-            try:
-                answer = child.ask(_request(item, settings))
-            except BenchmarkError as error:  # it died: the next measurement gets a new process
-                child.close()
-                child, answer = None, {"error": str(error)}
+            progress(outcome.known + index, len(wanted), f"{item.uses[0][0]}/{item.uses[0][1]} {item.operation}")
+            answer = measuring.ask(item)
+            results.environment["ort_training"] = measuring.peer or results.environment.get("ort_training")
             if "error" in answer:
                 outcome.failed[item.key] = answer["error"]
                 continue
             _add(results, item, answer, commit)
             outcome.made += 1
             results.save(output)
-        progress(len(items) - outcome.left, len(items), "")
+        progress(len(wanted) - outcome.left, len(wanted), "")
     finally:
-        if child is not None:
-            child.close()
+        measuring.close()
     results.save(output)
     return outcome
+
+
+class _Measuring:
+    """The measuring process: a fresh one for each thread count, after `_PER_PROCESS` measurements and after a death.
+
+    Attributes:
+        peer: version of onnxruntime-training, once a process has said that it takes part.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.peer: str | None = None
+        self._settings = settings
+        self._child: Child | None = None
+        self._threads = self._served = 0
+
+    def ask(self, item: Item) -> dict[str, Any]:
+        """The record of one measurement, or why there is none under ``error``.
+
+        Raises:
+            BenchmarkError: no process can be started.
+        """
+        if self._child is None or self._threads != item.threads or self._served >= _PER_PROCESS:
+            self.close()
+            self._child = _start(self._settings)
+            self._threads, self._served = item.threads, 0
+            self.peer = self._child.greeting["ort_training"] or self.peer
+        self._served += 1
+        try:
+            return self._child.ask(_request(item, self._settings))
+        except BenchmarkError as error:  # it died
+            self.close()
+            return {"error": str(error)}
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._child.close()
+            self._child = None
 
 
 def _known(results: Results, item: Item, settings: Settings) -> bool:
@@ -142,7 +168,7 @@ def _known(results: Results, item: Item, settings: Settings) -> bool:
         return record is not None and "memory" in record
     if record is None or "times" not in record:
         return False
-    rounds = record.get("rounds", {"kept": 1, "disturbed": 0})
+    rounds = record["rounds"]
     return not (settings.retry_disturbed and rounds["disturbed"] >= rounds["kept"])
 
 

@@ -44,8 +44,10 @@ def main(arguments: list[str]) -> int:
         for line in sys.stdin:
             try:
                 result = answer(json.loads(line), peer)
-            except ConvGradError as error:
-                result = {"error": str(error)}
+            except Exception as error:  # a layer too large for the memory, say: it must not end the others'
+                result = {
+                    "error": str(error) if isinstance(error, ConvGradError) else f"{type(error).__name__}: {error}"
+                }
             print(json.dumps(result), file=answers)
     finally:
         if peer is not None:

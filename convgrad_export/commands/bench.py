@@ -70,6 +70,9 @@ def bench(
         raise BenchmarkError("plots and markdown describe a result file: expected them together with --report FILE")
     if retry_disturbed and not resume:
         raise BenchmarkError("--retry-disturbed goes on with a result file: expected it together with --resume")
+    if memory:
+        timing = ("rounds", "seconds", "foreign_cores", "ort_training_python", "retry_disturbed")
+        options.refuse_given(context, timing, "--memory measures no time", BenchmarkError)
     if resume and overwrite:
         raise BenchmarkError("--resume goes on with a result file and --overwrite drops it: leave one of the two out")
     from ..bench import plan, run
@@ -185,7 +188,7 @@ def _show(
         typer.echo(f"not timed: {line}")
     if outcome is not None:
         typer.echo(f"{outcome.made} measured, {outcome.known} known before, {outcome.left} left for want of time")
-        for key, reason in (outcome.failed or {}).items():
+        for key, reason in outcome.failed.items():
             typer.echo(f"failed: {key}: {reason}")
     for path in files:
         typer.echo(f"written: {path}")

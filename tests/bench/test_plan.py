@@ -63,6 +63,8 @@ def test_large_layers_can_be_left_out() -> None:
         ({"operations": []}, "operations is .., expected some of"),
         ({"batches": (8, 0)}, "batch is .8, 0., expected integers of at least 1"),
         ({"threads": ()}, "threads is .., expected integers of at least 1"),
+        ({"threads": (2**31,)}, "threads is .2147483648,., expected integers of at least 1 that fit into 32 bits"),
+        ({"max_gmac": 1e-9}, "max_gmac is 1e-09, and all of the layers chosen have more"),
     ],
 )
 def test_bad_requests_name_the_argument(arguments: dict, message: str) -> None:

@@ -60,7 +60,22 @@ def test_other_files_are_refused_with_the_reason(tmp_path: Path) -> None:
     example().save(path)
     content = json.loads(path.read_text())
     first = next(iter(content["records"].values()))
-    for name, value in (("times", {"torch": {"min_ms": 0}}), ("geometry", {}), ("uses", None)):
+    for name, value in (
+        ("times", {"torch": {"min_ms": 0}}),
+        ("geometry", {}),
+        ("uses", None),
+        ("uses", []),
+        ("uses", [["resnet18", "conv1"]]),
+        ("operation", "bias"),
+        ("batch", "many"),
+        ("threads", 0),
+        ("rounds", None),
+        ("rounds", {"kept": 3, "disturbed": 0}),
+        ("choices", None),
+        ("choices", {"policy": []}),
+        ("multiplications", None),
+        ("failed", []),
+    ):
         changed = {**first, name: value}
         if value is None:
             del changed[name]

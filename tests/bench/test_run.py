@@ -14,7 +14,7 @@ from convgrad_export.bench.plan import Item, items
 from convgrad_export.bench.results import Results, load
 from convgrad_export.bench.run import Settings, run
 from convgrad_export.bench.subprocess_lines import Child
-from convgrad_export.errors import BenchmarkError
+from convgrad_export.errors import BenchmarkError, ConvGradError
 from convgrad_export.lowering import LOWERINGS
 
 from .records import ENVIRONMENT, timing
@@ -38,7 +38,13 @@ class Measuring:
             raise BenchmarkError("the measuring process ended with status -9: it wrote no message")
         if request["kind"] == "memory":
             return {"memory": {"torch": 1}}
-        return {"times": {name: timing(1.0) for name in Measuring.timed}, "wrong": {}}
+        return {
+            "times": {name: timing(1.0) for name in Measuring.timed},
+            "wrong": {},
+            "choices": {},
+            "multiplications": 1,
+            "rounds": {"kept": 7, "discarded": 0, "disturbed": 0},
+        }
 
     def close(self) -> None:
         pass
@@ -98,7 +104,6 @@ def test_a_process_that_dies_costs_one_measurement(tmp_path: Path, measuring: ty
     measuring.deaths = {2}
     outcome = run(plan(), Results(dict(ENVIRONMENT)), tmp_path / "r.json", Settings(), None)
     assert (outcome.made, measuring.started) == (7, 2)
-    assert outcome.failed is not None
     assert list(outcome.failed.values()) == ["the measuring process ended with status -9: it wrote no message"]
     assert len(load(tmp_path / "r.json").records) == 7
 
@@ -134,3 +139,33 @@ def test_a_child_that_fails_says_why() -> None:
         Child([sys.executable, "-c", "import os; os.write(2, b'no package here'); os._exit(3)"], "the worker")
     with pytest.raises(BenchmarkError, match=r"the worker wrote 'hello\\n', expected one line of JSON"):
         Child([sys.executable, "-c", "print('hello', flush=True); input()"], "the worker")
+
+
+def test_peak_memory_of_forward_passes_alone_is_refused(tmp_path: Path, measuring: type[Measuring]) -> None:
+    forward = items(["tcn"], operations=("forward",))
+    with pytest.raises(BenchmarkError, match="peak memory is measured of gradients"):
+        run(forward, Results(dict(ENVIRONMENT)), tmp_path / "r.json", Settings(memory=True), None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rounds": 0}, "rounds is 0, expected at least 1"),
+        ({"seconds": float("nan")}, "seconds is nan, expected a number, 0 or above"),
+        ({"time_limit": "1"}, "time_limit is '1', expected a number, 0 or above"),
+        ({"foreign_cores": -1}, "foreign_cores is -1, expected a number, 0 or above"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConvGradError, match=message):
+        Settings(**settings)
+
+
+def test_a_layer_that_no_memory_holds_does_not_end_the_measuring_process() -> None:
+    worker = Child([sys.executable, "-m", "convgrad_export.bench.worker"], "the worker")
+    request = driver._request(Item("weight", plan()[0].geometry.with_batch(2**50), 1), Settings())
+    try:
+        for _ in range(2):
+            assert worker.ask(request)["error"].startswith("RuntimeError: ")
+    finally:
+        worker.close()

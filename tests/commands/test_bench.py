@@ -84,6 +84,12 @@ def test_plots_go_beside_the_report(tmp_path: Path, capsys: pytest.CaptureFixtur
             "--networks, --batch is given, but --report",
         ),
         (["--retry-disturbed"], "expected it together with --resume"),
+        (
+            ["--memory", "--rounds", "3", "--seconds", "1"],
+            "--rounds, --seconds is given, but --memory measures no time",
+        ),
+        (["--max-gmac", "1e-9"], "max_gmac is 1e-09, and all of the layers chosen have more"),
+        (["--memory", *TINY[:4], "--gradients", "forward"], "peak memory is measured of gradients"),
         (["--resume", "--overwrite"], "leave one of the two out"),
         ([*TINY, "--ort-training-python", "/no/such/python"], "cannot run /no/such/python"),
     ],
@@ -101,3 +107,14 @@ def test_bad_input_is_one_line_and_status_2(
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_of_a_file_without_rounds_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ..bench.records import example
+
+    results = example()
+    del next(iter(results.records.values()))["rounds"]
+    results.save(tmp_path / "r.json")
+    assert main(["bench", "--report", str(tmp_path / "r.json")]) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert "r.json is damaged: KeyError: 'rounds'" in message
