@@ -214,12 +214,12 @@ def lowerings(
     Args and errors: as in `build_model`. Give both shapes or neither.
     """
     op, provider = operator(operator_name), as_provider(provider)
+    name, opset = dtypes.name_of(dtype), _opset(opset_version)
     entries = [entry for gradient in op.gradients for entry in candidates(gradient)]
     if input_shape is None and weight_shape is None:
         return [LoweringInfo(entry.name, entry.gradient, entry.summary, entry.when) for entry in entries]
     if input_shape is None or weight_shape is None:
         raise GeometryError("give input_shape and weight_shape both, or neither")
-    name, opset = dtypes.name_of(dtype), _opset(opset_version)
     geometry = ConvGeometry.from_forward(
         input_shape,
         weight_shape,

@@ -147,7 +147,8 @@ def model_files(folder: Path) -> list[Path]:
 
     NAME/VERSION/model.onnx under a config.pbtxt is left out: a server's copy of any model, not only of one of ours.
     """
-    return sorted(file for file in folder.rglob("*.onnx") if not (file.parent.parent / "config.pbtxt").is_file())
+    found = (path for path in folder.rglob("*.onnx") if not path.is_dir())
+    return sorted(file for file in found if not (file.parent.parent / "config.pbtxt").is_file())
 
 
 @contextlib.contextmanager
@@ -167,7 +168,8 @@ def temporary_folder(parent: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, OutputPathError | OutputExistsError):
             raise
-        raise OutputPathError(f"cannot write to {target}: {error.strerror or error}") from error
+        file = f": {error.filename}" if error.filename else ""  # which may be one that is read
+        raise OutputPathError(f"cannot write to {target}: {error.strerror or error}{file}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -189,7 +191,7 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of an ``.npz`` file by name; pickled objects are refused.
+    """The arrays of an ``.npz`` file by name, in this machine's byte order; pickled objects are refused.
 
     Raises:
         ModelFileError: missing, no ``.npz``, damaged, or with pickled objects.
@@ -200,9 +202,13 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
                 raise ValueError("it is no zip archive as numpy.savez writes")
             stream.seek(0)
             with np.load(stream, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
+                return {name: _native(archive[name]) for name in archive.files}
     except (OSError, EOFError, ValueError, KeyError, NotImplementedError, MemoryError, *_DAMAGED) as error:
         raise ModelFileError(f"{path} cannot be read as .npz without pickled objects: {error}") from error
 
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError)  # the last from an encrypted archive
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    return array.astype(array.dtype.newbyteorder("="), copy=False)

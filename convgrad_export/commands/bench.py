@@ -80,11 +80,11 @@ def bench(
     from ..bench.results import open_results
 
     items = plan.items(
-        _words(networks),
-        _words(layers),
+        options.words(networks),
+        options.words(layers),
         batches=options.integers(batch, "--batch", BenchmarkError),
         threads=options.integers(threads, "--threads", BenchmarkError),
-        operations=_words(gradients),
+        operations=options.words(gradients),
         max_gmac=max_gmac,
     )
     here = environment()
@@ -104,10 +104,6 @@ def bench(
     wrong = any(record.get("wrong") for record in results.records.values())
     if outcome.failed or wrong:
         raise typer.Exit(1)
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def build(
         operator,
         **arguments,
         dtype=dtype,
-        dynamic=tuple(name for name in dynamic.split(",") if name),
+        dynamic=options.words(dynamic),
         opset_version=opset,
         lowering=lowering,
         threads=threads,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import ModelFileError
+from ..errors import ArgumentTypeError, ModelFileError
 from ..files import model_files
 from . import options
 
@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
+    context: typer.Context,
     paths: Annotated[list[Path], typer.Argument(help="Model files, or folders of them.")],
     seed: options.Seed = 0,
     target: Annotated[
@@ -32,6 +33,7 @@ def check(
     """Compare models with float64 autograd, on integer-valued data (exactly) and on random data (within the bound)."""
     files = [file for path in paths for file in _model_files(path)]
     if target is not None:
+        options.refuse_given(context, ["seed"], "--target runs nothing", ArgumentTypeError)
         _check_target(files, target, as_json)
         return
     from ..model_check import check_model

@@ -97,7 +97,7 @@ def export(
         )
         report = onnx_export.export(prepared.module, prepared.args, output, dynamic_shapes=shapes, **common)
     else:
-        names = [name for name in wrt.split(",") if name]
+        names = list(options.words(wrt))
         scalar: Any = int(of) if of.removeprefix("-").isdecimal() else of
         report = onnx_export.export_gradient(
             network, (x,), output, wrt=names, of=scalar, dynamic_shapes=(sizes or None,), **common
@@ -110,7 +110,7 @@ def export(
 
 def _dynamic_axes(text: str, rank: int) -> dict[int, str]:
     axes = {"batch": 0} | ({"width": rank - 1} if rank > 2 else {}) | ({"height": rank - 2} if rank > 3 else {})
-    names = [name for name in text.split(",") if name]
+    names = options.words(text)
     if unknown := [name for name in names if name not in axes]:
         raise ArgumentTypeError(
             f"--dynamic names {', '.join(unknown)}, expected some of {', '.join(axes)}: the input has {rank} dimensions"

@@ -15,6 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def lowerings(
+    context: typer.Context,
     operator: Annotated[str, typer.Argument(help="conv1d_input ... conv3d_weight, or convolution_backward.")],
     input_shape: options.InputShape = None,
     weight_shape: options.WeightShape = None,
@@ -32,6 +33,20 @@ def lowerings(
     """List the lowerings of an operator; with shapes, which apply, why not, and which one auto and tuned take."""
     from ..build import lowerings as catalogue
 
+    if input_shape is None and weight_shape is None:
+        given = (
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "transposed",
+            "output_padding",
+            "dtype",
+            "opset",
+            "provider",
+        )
+        why = "--input-shape and --weight-shape are missing, and the list alone depends on nothing"
+        options.refuse_given(context, given, why, advice="give the shapes, or leave it out")
     arguments = options.geometry_arguments(
         input_shape, weight_shape, stride, padding, dilation, groups, transposed, output_padding
     )

@@ -29,6 +29,11 @@ Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the random data
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
+def words(text: str) -> tuple[str, ...]:
+    """``"a, b"`` as ("a", "b"); empty ones are left out."""
+    return tuple(word for part in text.split(",") if (word := part.strip()))
+
+
 def integers(text: str, option: str, error: type[ConvGradError] = GeometryError) -> tuple[int, ...]:
     """``"2,1"`` as (2, 1)."""
     try:
@@ -85,7 +90,11 @@ def geometry_arguments(
 
 
 def refuse_given(
-    context: typer.Context, names: Iterable[str], why: str, error: type[ConvGradError] = GeometryError
+    context: typer.Context,
+    names: Iterable[str],
+    why: str,
+    error: type[ConvGradError] = GeometryError,
+    advice: str = "leave one of the two out",
 ) -> None:
     """Refuse options that were typed and have no effect here; a default is no option typed.
 
@@ -101,7 +110,7 @@ def refuse_given(
         and source.name == "COMMANDLINE"
     ]
     if typed:
-        raise error(f"{', '.join(typed)} is given, but {why}: leave one of the two out")
+        raise error(f"{', '.join(typed)} is given, but {why}: {advice}")
 
 
 def print_table(table: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import ServerError
+from ..errors import ServerError, ServingConfigError
 
 
 def register(app: typer.Typer) -> None:
@@ -34,6 +34,8 @@ def serve(
 
     from ..serving.launch import Address, command, stop
 
+    if http_port == grpc_port:
+        raise ServingConfigError(f"--http-port and --grpc-port are both {http_port}: each needs a port of its own")
     with command(server, repository, Address(host, http_port, grpc_port), python) as (line, environment):
         try:
             process = subprocess.Popen(line, env=environment)

@@ -60,7 +60,7 @@ def tune(
             subject,
             input_shape=input_shape,
             batch=batch,
-            gradients=tuple(name for name in gradients.split(",") if name),
+            gradients=options.words(gradients),
             dtype=dtype,
             provider=provider,
             threads=threads,

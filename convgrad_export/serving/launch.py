@@ -6,6 +6,7 @@ error messages.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -14,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,6 +73,13 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
             each.close()
 
 
+def _free_port(host: str) -> int:
+    try:
+        return free_ports(1, host)[0]
+    except OSError as error:
+        raise ServerError(f"host is {host!r}, on which nothing can listen: {error.strerror or error}") from error
+
+
 def server_python(server: str, python: str | None = None) -> str:
     """The Python that has the server: `python`, the environment variable, or this one.
 
@@ -118,7 +125,7 @@ def command(
     """The command line and environment variables of a server; files it needs live as long as the context.
 
     Raises:
-        ServerError: as `server_python`. OutputPathError: the repository is no folder.
+        ServerError: as `server_python`, or there is no such host. OutputPathError: the repository is no folder.
     """
     root = Path(repository).resolve()
     if not root.is_dir():
@@ -130,7 +137,7 @@ def command(
             "MLSERVER_HOST": address.host,
             "MLSERVER_HTTP_PORT": str(address.http_port),
             "MLSERVER_GRPC_PORT": str(address.grpc_port),
-            "MLSERVER_METRICS_PORT": str(free_ports(1, address.host)[0]),
+            "MLSERVER_METRICS_PORT": str(_free_port(address.host)),
             "MLSERVER_PARALLEL_WORKERS": "0",  # threads suffice: onnxruntime releases the interpreter
             "MLSERVER_DEBUG": "false",
         }
@@ -213,7 +220,7 @@ def is_ready(address: Address) -> bool:
     try:
         with urllib.request.urlopen(f"http://{address.http}/v2/health/ready", timeout=5) as answer:
             return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
+    except (http.client.HTTPException, OSError):  # urllib's own errors are of the latter kind
         return False
 
 

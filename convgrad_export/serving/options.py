@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..arguments import as_bool
 from ..errors import ArgumentTypeError, ServingConfigError
+from ..files import as_path
 
 BACKENDS = ("onnxruntime", "python")
 DEVICES = ("cpu", "gpu")
 # ModelConfig's optimization.graph.level for Triton's onnxruntime backend; None is its default, everything on
 GRAPH_LEVELS: dict[str, int | None] = {"all": None, "extended": 1, "basic": -1, "none": 2}
 _LARGEST = 2**31 - 1  # of an int32, as config.pbtxt has them
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # a file system's 255, and room for temporary names
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class ServingOptions:
         versions: how many of the newest versions are served; 0 is all of them.
 
     Raises:
-        ServingConfigError: a value out of range.
+        ServingConfigError: a value out of range. ArgumentTypeError: a value of another type.
     """
 
     backend: str = "onnxruntime"
@@ -50,7 +53,7 @@ class ServingOptions:
     device: str = "cpu"
     threads: int | None = None
     graph_optimization: str = "all"
-    labels: Path | None = None
+    labels: Path | None = None  # text is taken too
     label_output: str | None = None
     warmup: str | Path = "none"
     sizes: dict[str, int] = field(default_factory=dict)
@@ -65,27 +68,40 @@ class ServingOptions:
         _at_least("instances", self.instances, 1)
         _at_least("threads", self.threads, 1)
         _at_least("versions", self.versions, 0)
+        if self.dynamic_batching is not None:
+            object.__setattr__(self, "dynamic_batching", as_bool(self.dynamic_batching, "dynamic_batching"))
+        if not isinstance(self.sizes, Mapping):
+            raise ArgumentTypeError(f"sizes is {self.sizes!r}, expected a size for each name of a dimension")
         for name, size in self.sizes.items():
             _at_least(f"size of {name}", size, 1)
+        if self.labels is not None:
+            object.__setattr__(self, "labels", as_path(self.labels, "labels"))
+        elif self.label_output is not None:
+            raise ServingConfigError(f"label_output is {self.label_output!r}, but no labels file is given")
+        if not isinstance(self.warmup, str):
+            as_path(self.warmup, "warmup")
+        self._check_preferred()
+
+    def _check_preferred(self) -> None:
+        if not isinstance(self.preferred_batch_sizes, Sequence):
+            raise ArgumentTypeError(f"preferred_batch_sizes is {self.preferred_batch_sizes!r}, expected integers")
         if self.dynamic_batching is False and self.preferred_batch_sizes:
             raise ServingConfigError("preferred_batch_sizes are given, but dynamic_batching is off: leave one out")
         for size in self.preferred_batch_sizes:
             _at_least("preferred_batch_sizes", size, 1)
             if self.max_batch_size is not None and size > self.max_batch_size:
                 raise ServingConfigError(f"preferred batch size {size} exceeds max_batch_size {self.max_batch_size}")
-        if self.label_output is not None and self.labels is None:
-            raise ServingConfigError(f"label_output is {self.label_output!r}, but no labels file is given")
 
 
 def check_name(name: str) -> str:
     """A model's name: a folder name and a part of the server's addresses.
 
     Raises:
-        ServingConfigError: other than letters, digits, ``_``, ``.``, ``-``, or with a dot or hyphen first.
+        ServingConfigError: other than letters, digits, ``_``, ``.``, ``-``, with a dot or hyphen first, or too long.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ServingConfigError(
-            f"model name is {name!r}, expected letters, digits, '_', '.' and '-', with a letter, digit or '_' first"
+            f"model name is {name!r}, expected up to 200 letters, digits, '_', '.' and '-', the first no '.' or '-'"
         )
     return name
 

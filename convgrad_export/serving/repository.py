@@ -23,8 +23,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelFileError, OutputExistsError, OutputPathError, ServingConfigError
-from ..files import grant, temporary_folder, write_atomically
+from ..errors import ArgumentTypeError, ModelFileError, OutputExistsError, OutputPathError, ServingConfigError
+from ..files import as_path, grant, temporary_folder, write_atomically
 from ..runtime.providers import onnxruntime
 from ..runtime.session import GradientSession
 from .config import MODEL_FILE, batch_limit, make_config, read_config, to_text
@@ -80,8 +80,10 @@ def add_model(
         ServingConfigError: options that do not fit the model; a version whose inputs, outputs or options differ from
             the existing configuration. OutputPathError: the repository cannot be written.
     """
-    options = options or ServingOptions()
-    signature = read_signature(model)
+    options = ServingOptions() if options is None else options
+    if not isinstance(options, ServingOptions):
+        raise ArgumentTypeError(f"options is a {type(options).__name__}, expected ServingOptions")
+    signature = read_signature(as_path(model, "model"))
     name = check_name(signature.path.name.removesuffix(".onnx") if name is None else name)
     if options.labels is not None and (
         options.labels.name.casefold() in (CONFIG_FILE, WARMUP_FOLDER) or options.labels.name.isdecimal()
@@ -133,7 +135,7 @@ def add_model(
 
 
 def _check_repository(repository: str | os.PathLike[str]) -> Path:
-    root = Path(repository)
+    root = as_path(repository, "repository")
     if root.exists() and not root.is_dir():
         raise OutputPathError(f"repository {root} is a file, expected a folder")
     if not root.exists() and not root.parent.is_dir():

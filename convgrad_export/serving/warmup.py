@@ -78,7 +78,8 @@ def _from_file(path: Path, signature: ModelSignature, max_batch_size: int) -> Wa
     inputs = []
     for tensor in signature.inputs:
         array = arrays[tensor.name]
-        if array.dtype.name != tensor.dtype and not (tensor.dtype == "bfloat16" and array.dtype.itemsize == 2):
+        bits = tensor.dtype == "bfloat16" and array.dtype.name in ("uint16", "void16")  # numpy has no such type
+        if array.dtype.name != tensor.dtype and not bits:
             raise ServingConfigError(f"{path}: {tensor.name} is {array.dtype}, expected {tensor.dtype}")
         fits = len(array.shape) == len(tensor.shape) and all(
             not isinstance(want, int) or want == got for want, got in zip(tensor.shape, array.shape, strict=True)

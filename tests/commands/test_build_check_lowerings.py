@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 import convgrad_export as cg
 from convgrad_export import files
 from convgrad_export.cli import main
+from convgrad_export.model_check import check_model
 
 SHAPES = ["--input-shape", "2,4,9,9", "--weight-shape", "6,4,3,3"]
 
@@ -406,3 +407,45 @@ def test_a_missing_package_is_one_line_and_status_2(
     assert main(["check", path]) == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert "pip install 'convgrad-export[torch]'" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "--target", "web", "--seed", "1", "x.onnx"], "--seed is given, but --target runs nothing"),
+        (["lowerings", "conv2d_input", "--stride", "2", "--dtype", "float64"], "--stride, --dtype is given, but"),
+        (["check", "x" * 300 + ".onnx"], "File name too long"),
+        (["build", "conv2d_input", *SHAPES, "--dynamic", "batch, depth", "-o", "x.onnx"], "dynamic holds ['depth']"),
+    ],
+)
+def test_what_has_no_effect_or_no_name_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"seed": -1}, cg.GeometryError, "seed is -1, expected at least 0"),
+        ({"seed": "1"}, cg.ArgumentTypeError, "seed is '1'"),
+        ({"batch": 0}, cg.GeometryError, "batch is 0, expected at least 1"),
+        ({"batch": 2.5}, cg.ArgumentTypeError, "batch is 2.5"),
+        ({"path": 3}, cg.ArgumentTypeError, "path is 3"),
+    ],
+)
+def test_check_model_names_an_argument_that_cannot_be(
+    arguments: dict[str, object], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "gradient.onnx"
+    onnx.save(cg.build_model("conv1d_weight", input_shape=(2, 3, 8), weight_shape=(4, 3, 3)), path)
+    with pytest.raises(error, match=message):
+        check_model(**{"path": path, **arguments})
+
+
+def test_a_folder_that_is_called_like_a_model_is_none(tmp_path: Path) -> None:
+    (tmp_path / "folder.onnx").mkdir()
+    onnx.save(cg.build_model("conv1d_weight", input_shape=(2, 3, 8), weight_shape=(4, 3, 3)), tmp_path / "model.onnx")
+    assert main(["check", str(tmp_path)]) == 0

@@ -89,3 +89,19 @@ def test_a_server_that_cannot_be_started_is_one_line(
     assert main(["serve", str(tmp_path)]) == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert "tritonserver cannot be started: Permission denied" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--http-port", "8001"], "--http-port and --grpc-port are both 8001"),
+        (["--server", "mlserver", "--host", "no.such.host.invalid"], "host is 'no.such.host.invalid', on which nothing"),
+    ],
+)
+def test_addresses_on_which_nothing_can_listen(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "probe", lambda *_: {})
+    assert main(["serve", str(tmp_path), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

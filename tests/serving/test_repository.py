@@ -434,3 +434,52 @@ def test_files_are_open_for_writing_when_they_are_flushed(tmp_path: Path, monkey
     add_model(models.gradient_model(tmp_path / "grad.onnx"), tmp_path / "repo")
     assert modes
     assert os.O_RDONLY not in modes
+
+
+def test_warm_up_data_in_another_byte_order(tmp_path: Path) -> None:
+    data = np.arange(12, dtype=np.float32).reshape(1, 2, 6)
+    np.savez(tmp_path / "data.npz", x=data.astype(">f4"))
+    add_model(
+        models.gradient_model(tmp_path / "g.onnx"), tmp_path / "repo", ServingOptions(warmup=tmp_path / "data.npz")
+    )
+    (file,) = (tmp_path / "repo" / "g" / "warmup").iterdir()
+    assert file.read_bytes() == data.tobytes()
+
+
+def test_float16_is_not_read_as_bfloat16(tmp_path: Path) -> None:
+    model, options = models.bfloat16_model(tmp_path / "b.onnx"), ServingOptions(warmup=tmp_path / "data.npz")
+    np.savez(tmp_path / "data.npz", x=np.ones((1, 3), np.float16))
+    with pytest.raises(cg.ServingConfigError, match="x is float16, expected bfloat16"):
+        add_model(model, tmp_path / "repo", options)
+    np.savez(tmp_path / "data.npz", x=np.ones((1, 3), np.uint16))
+    add_model(model, tmp_path / "repo", options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sizes": [4]}, cg.ArgumentTypeError, "sizes is .4."),
+        ({"preferred_batch_sizes": 4}, cg.ArgumentTypeError, "preferred_batch_sizes is 4"),
+        ({"dynamic_batching": "yes"}, cg.ArgumentTypeError, "dynamic_batching is 'yes'"),
+        ({"labels": 3}, cg.ArgumentTypeError, "labels is 3"),
+        ({"warmup": 3}, cg.ArgumentTypeError, "warmup is 3"),
+        ({"backend": ["python"]}, cg.ServingConfigError, "backend is .'python'."),
+        ({"threads": 1.0}, cg.ArgumentTypeError, "threads is 1.0"),
+    ],
+)
+def test_options_of_the_wrong_type_are_named(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ServingOptions(**options)
+
+
+def test_labels_may_be_text_and_nothing_else_may_be_options(tmp_path: Path) -> None:
+    model, labels = models.classifier(tmp_path / "c.onnx"), tmp_path / "names.txt"
+    labels.write_text("cat\ndog\nowl\n")
+    add_model(model, tmp_path / "repo", ServingOptions(labels=str(labels), label_output="scores"))
+    assert (tmp_path / "repo" / "c" / "names.txt").is_file()
+    with pytest.raises(cg.ArgumentTypeError, match="options is a dict"):
+        add_model(model, tmp_path / "repo", {"backend": "python"})
+    with pytest.raises(cg.ArgumentTypeError, match="repository is 3"):
+        add_model(model, 3)
+    with pytest.raises(cg.ServingConfigError, match="up to 200 letters"):
+        add_model(model, tmp_path / "repo", name="n" * 300)
