@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -25,11 +25,14 @@ from typing import Any
 import onnx
 
 from .errors import ArgumentTypeError, ModelFileError, UnsupportedOperatorError
+from .files import as_path
 
 WEB, WEBGPU = "web", "webgpu"
 TARGETS = (WEB, WEBGPU)
 _BUILDS = {WEB: "WebAssembly build", WEBGPU: "WebGPU build"}
 _STANDARD = ("", "ai.onnx")
+_BUNDLED = ("ai.onnx.ml", "com.microsoft")  # parts of onnxruntime too, but none of their operators was measured
+_OPSET_MARK = "convgrad opset "  # in the doc_string of a node that was part of a local function
 ANY = ""  # in the table: the operator as a whole, where it has no type parameter to ask for
 # 32-bit WebAssembly addresses 4 GiB; onnxruntime's own buffers come on top. Documented, not tried here.
 _MEMORY = 4 * 2**30
@@ -115,30 +118,25 @@ def check_web(model: str | os.PathLike[str] | onnx.ModelProto) -> WebReport:
     Raises:
         ModelFileError: no readable ONNX model.
     """
-    proto = model if isinstance(model, onnx.ModelProto) else _read(Path(model))
+    proto = model if isinstance(model, onnx.ModelProto) else _read(as_path(model, "model"))
     if not proto.HasField("graph"):  # an empty file is a valid protobuf
         raise ModelFileError(f"{'the model' if proto is model else model} is not an ONNX model: it holds no graph")
     report = WebReport()
     _check_text(proto.graph)
     _check_limits(proto, report)
     if proto.functions:
-        from onnx import inliner
-
-        try:
-            proto = inliner.inline_local_functions(proto)
-        except Exception as error:  # onnx raises classes of its extension module
-            raise ModelFileError(f"the model's local functions cannot be read: {error}") from error
+        proto = _without_functions(proto)
         _check_text(proto.graph)
     try:
         proto = onnx.shape_inference.infer_shapes(proto)
     except Exception as error:  # onnx raises classes of its extension module
         report.notes.append(f"types could not be inferred, operators were checked by name where unknown: {error}")
-    opsets = {entry.domain: entry.version for entry in proto.opset_import}
-    opset = opsets.get("", opsets.get("ai.onnx", 1))
+    opset = _opsets(proto.opset_import).get("", 1)
     _check_values(proto.graph, report)
     indices = []
     for node, label, types in _nodes(proto.graph, {}):
-        _check_node(node, label, types, opset, report)
+        if _reads_as_meant(node, label, _own_opset(node, opset), opset, report):
+            _check_node(node, label, types, opset, report)
         if node.op_type == "MaxPool" and len(node.output) > 1 and node.output[1]:
             indices.append(label)
     if indices:
@@ -147,6 +145,76 @@ def check_web(model: str | os.PathLike[str] | onnx.ModelProto) -> WebReport:
             f"provider's forceCpuNodeNames: {', '.join(indices)}"
         )
     return report
+
+
+def _opsets(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
+    """Version by domain, the standard one under its short name."""
+    return {"" if entry.domain in _STANDARD else entry.domain: entry.version for entry in imports}
+
+
+def _without_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its local functions inlined, as onnxruntime does: their nodes are read by the model's opset.
+
+    onnx's inliner leaves out, without a word, functions that import another version than the model. The nodes are
+    marked with the version that their function imports.
+    """
+    from onnx import inliner
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    versions = _opsets(copy.opset_import)
+    for function in copy.functions:
+        own = _opsets(function.opset_import)
+        for node in _body(function.node):
+            node.doc_string = f"{_OPSET_MARK}{own.get('', versions.get('', 1))}"
+        for domain in own.keys() - versions.keys():
+            copy.opset_import.add(domain=domain, version=own[domain])
+        versions = own | versions
+    for function in copy.functions:
+        for entry in function.opset_import:
+            entry.version = versions["" if entry.domain in _STANDARD else entry.domain]
+    try:
+        return inliner.inline_local_functions(copy)
+    except Exception as error:  # onnx raises classes of its extension module
+        raise ModelFileError(f"the model's local functions cannot be read: {error}") from error
+
+
+def _body(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """The nodes and those of their subgraphs."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _body(inner.node)
+
+
+def _own_opset(node: onnx.NodeProto, otherwise: int) -> int:
+    text = node.doc_string if isinstance(node.doc_string, str) else ""  # bytes where it is no UTF-8
+    version = text.removeprefix(_OPSET_MARK)
+    return int(version) if version != text and version.isdecimal() else otherwise
+
+
+def _reads_as_meant(node: onnx.NodeProto, label: str, own: int, opset: int, report: WebReport) -> bool:
+    """False, with a problem in the report, where a node of a function is none at the model's opset."""
+    meant, read = _schema(node, own), _schema(node, opset)
+    if meant is None or read is None or meant.since_version == read.since_version:
+        return True
+    why = f"its function imports opset {own}, but onnxruntime reads it by the model's opset {opset}"
+    unknown = [attribute.name for attribute in node.attribute if attribute.name not in read.attributes]
+    if unknown or not read.min_input <= len(node.input) <= read.max_input:
+        what = f"takes no attribute {unknown[0]!r}" if unknown else f"does not take {len(node.input)} inputs"
+        report.problems.append(WebProblem(WEB, label, node.op_type, f"{why}, where {node.op_type} {what}"))
+        return False
+    report.notes.append(f"{node.op_type} {label!r}: {why}, where the operator may mean something else")
+    return True
+
+
+def _schema(node: onnx.NodeProto, opset: int) -> Any | None:
+    """Of a standard operator at an opset, None where there is none."""
+    try:
+        return onnx.defs.get_schema(node.op_type, max_inclusive_version=opset) if node.domain in _STANDARD else None
+    except onnx.defs.SchemaError:
+        return None
 
 
 def _read(path: Path) -> onnx.ModelProto:
@@ -248,13 +316,15 @@ def _element(code: int) -> str:
 
 
 def _check_node(node: onnx.NodeProto, label: str, types: Mapping[str, str], opset: int, report: WebReport) -> None:
+    if node.domain in _BUNDLED:
+        report.notes.append(f"{node.domain}::{node.op_type} {label!r}: the operators of this domain were not measured")
+        return
     if node.domain not in _STANDARD:
         reason = f"the domain {node.domain} is not part of standard ONNX, nothing is known of it in onnxruntime-web"
         report.problems.append(WebProblem(WEB, label, f"{node.domain}::{node.op_type}", reason))
         return
-    try:
-        schema = onnx.defs.get_schema(node.op_type, max_inclusive_version=opset)
-    except onnx.defs.SchemaError:
+    schema = _schema(node, opset)
+    if schema is None or schema.deprecated:
         reason = f"no standard operator at opset {opset}"
         report.problems.append(WebProblem(WEB, label, node.op_type, reason))
         return

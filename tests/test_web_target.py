@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -154,3 +155,60 @@ def test_a_file_without_a_graph_is_no_model(tmp_path: Path, capsys: pytest.Captu
     assert "empty.onnx is not an ONNX model: it holds no graph" in capsys.readouterr().err
     with pytest.raises(cg.ModelFileError, match="the model is not an ONNX model"):
         check_web(onnx.ModelProto())
+
+
+def calling(*body: onnx.NodeProto, opset: int, dtype: int = TensorProto.DOUBLE) -> onnx.ModelProto:
+    """A model of opset 18 that calls a function of `opset`, a -> r."""
+    model = model_of(helper.make_node("F", ["x"], ["y"], name="call", domain="own"), dtype=dtype, domain="own")
+    model.functions.append(helper.make_function("own", "F", ["a"], ["r"], body, [helper.make_opsetid("", opset)]))
+    return model
+
+
+@pytest.mark.parametrize("opset", [13, 17, 18])
+def test_functions_that_import_another_opset_are_checked(opset: int) -> None:
+    (text,) = problems(calling(helper.make_node("Conv", ["a", "a"], ["r"]), opset=opset), "web")
+    assert text.startswith("Conv '")
+    assert "float64" in text
+
+
+def test_subgraphs_of_functions_are_checked() -> None:
+    inner = helper.make_node("Conv", ["a", "a"], ["b"], name="inner")
+    branch = helper.make_graph([inner], "branch", [], [helper.make_tensor_value_info("b", TensorProto.DOUBLE, None)])
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.array(True))),
+        helper.make_node("If", ["c"], ["r"], then_branch=branch, else_branch=branch, name="choice"),
+    ]
+    assert [text.split(" ")[0] for text in problems(calling(*nodes, opset=13), "web")] == ["Conv", "Conv"]
+
+
+@pytest.mark.parametrize(
+    ("node", "opset", "message"),
+    [
+        (helper.make_node("ReduceMax", ["a"], ["r"], axes=[1]), 13, "where ReduceMax takes no attribute 'axes'"),
+        (helper.make_node("Clip", ["a", "a", "a", "a"], ["r"]), 6, "where Clip does not take 4 inputs"),
+        (helper.make_node("Upsample", ["a", "a"], ["r"]), 9, "no standard operator at opset 18"),
+    ],
+    ids=["attribute", "inputs", "operator"],
+)
+def test_functions_are_read_by_the_opset_of_the_model(node: onnx.NodeProto, opset: int, message: str) -> None:
+    """As onnxruntime does, which refuses these and takes a Softmax of opset 11 for one of 13."""
+    model = calling(node, opset=opset, dtype=TensorProto.FLOAT)
+    (text,) = problems(model, "web")
+    assert message in text
+    with pytest.raises(Exception, match=r"INVALID_GRAPH|FAIL"):
+        onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    report = check_web(calling(helper.make_node("Softmax", ["a"], ["r"]), opset=11, dtype=TensorProto.FLOAT))
+    assert report.problems == []
+    assert "its function imports opset 11, but onnxruntime reads it by the model's opset 18" in report.notes[0]
+
+
+def test_domains_of_onnxruntime_that_were_not_measured_are_notes() -> None:
+    for domain in ("com.microsoft", "ai.onnx.ml"):
+        report = check_web(model_of(helper.make_node("Some", ["x"], ["y"], name="n", domain=domain), domain=domain))
+        assert report.problems == []
+        assert f"{domain}::Some 'n': the operators of this domain were not measured" in report.notes
+
+
+def test_what_is_no_model_is_named() -> None:
+    with pytest.raises(cg.ArgumentTypeError, match="model is 3"):
+        check_web(3)

@@ -95,11 +95,15 @@ def test_a_server_that_cannot_be_started_is_one_line(
     ("arguments", "message"),
     [
         (["--http-port", "8001"], "--http-port and --grpc-port are both 8001"),
-        (["--server", "mlserver", "--host", "no.such.host.invalid"], "host is 'no.such.host.invalid', on which nothing"),
+        (["--server", "mlserver", "--host", "192.0.2.1"], "host is '192.0.2.1', on which nothing can listen"),
     ],
 )
 def test_addresses_on_which_nothing_can_listen(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(launch, "probe", lambda *_: {})
     assert main(["serve", str(tmp_path), *arguments]) == 2
