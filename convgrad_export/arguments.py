@@ -14,7 +14,7 @@ from typing import Any
 
 from .errors import ArgumentTypeError, GeometryError
 
-_LARGEST = 2**63 - 1
+LARGEST = 2**63 - 1  # ONNX stores 64-bit integers
 
 
 def is_symbolic(value: Any) -> bool:
@@ -35,8 +35,8 @@ def as_int(value: Any, name: str, minimum: int | None = None) -> Any:
     result = int(value)
     if minimum is not None and result < minimum:
         raise GeometryError(f"{name} is {result}, expected at least {minimum}")
-    if abs(result) > _LARGEST:
-        raise GeometryError(f"{name} is {result}, expected at most {_LARGEST}: ONNX stores 64-bit integers")
+    if abs(result) > LARGEST:
+        raise GeometryError(f"{name} is {result}, expected at most {LARGEST}: ONNX stores 64-bit integers")
     return result
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+from .arguments import LARGEST
 from .errors import GeometryError
 
 Size: TypeAlias = Any  # int, or a tracer's symbolic integer
@@ -57,6 +58,8 @@ def check_channels(
     channels, first, second = input_shape[1], weight_shape[0], weight_shape[1]
     if first % groups != 0:
         raise GeometryError(f"groups is {groups}, expected a divisor of {names[1]} dimension 0, which is {first}")
+    if transposed:
+        _check_storable(f"the output's channels, groups {groups} times {second} of {names[1]},", second * groups)
     if transposed and channels != first:
         raise GeometryError(
             f"{names[0]} has {channels} channels, expected {first}, dimension 0 of the transposed {names[1]} "
@@ -90,16 +93,26 @@ def output_size_of_axis(
     lo, hi = pads
     extent = d * (k - 1) + 1
     if transposed:
-        output = (size - 1) * s - lo - hi + extent + extra
+        span = (size - 1) * s + extent
+        output = span - lo - hi + extra
         if output < 1:
             raise GeometryError(
                 f"spatial axis {axis}: the output would have {output} elements, expected at least 1; input {size}, "
                 f"kernel {k}, stride {s}, padding {pads}, dilation {d}, output_padding {extra}"
             )
+        _check_storable(f"spatial axis {axis}: the size of the uncut output", span + extra)
         return output
-    if size + lo + hi < extent:
+    padded = size + lo + hi
+    _check_storable(f"spatial axis {axis}: the size of the padded input", padded)
+    if padded < extent:
         raise GeometryError(
             f"spatial axis {axis}: the kernel spans {extent} elements (size {k}, dilation {d}), more than the padded "
-            f"input's {size + lo + hi} (size {size}, padding {pads}); pad more or take a smaller kernel"
+            f"input's {padded} (size {size}, padding {pads}); pad more or take a smaller kernel"
         )
-    return (size + lo + hi - extent) // s + 1
+    return (padded - extent) // s + 1
+
+
+def _check_storable(what: str, count: Size) -> None:
+    """A derived size fits into the integers of a graph, as the given ones do."""
+    if isinstance(count, int) and count > LARGEST:
+        raise GeometryError(f"{what} would be {count}, expected at most {LARGEST}: ONNX stores 64-bit integers")

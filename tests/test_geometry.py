@@ -133,6 +133,12 @@ FORWARD = {"input_shape": (2, 4, 8, 8), "weight_shape": (6, 4, 3, 3)}
         ({"dilation": 0}, GeometryError, r"dilation is 0, expected at least 1"),
         ({"padding": -1}, GeometryError, r"padding is -1, expected at least 0"),
         ({"padding": "full"}, GeometryError, r"padding is 'full', expected 'same', 'valid'"),
+        (
+            {"padding": 2**62},
+            GeometryError,
+            r"axis 0: the size of the padded input would be \d+, expected at most \d+: ONNX",
+        ),
+        ({"padding": "same", "dilation": 2**62}, GeometryError, r"axis 0: the size of the padded input would be \d+"),
         ({"padding": "same", "stride": 2}, GeometryError, r"'same' with stride \(2, 2\), expected stride 1"),
         ({"padding": ((1, 2),)}, GeometryError, r"expected 2 pairs \(begin, end\)"),
         ({"padding": ((1, 2), (0, -1))}, GeometryError, r"padding\[1\]\[1\] is -1"),
@@ -156,6 +162,15 @@ def test_inconsistent_forward_calls_are_refused(changes: dict, error: type[ConvG
     ("changes", "message"),
     [
         ({"output_padding": 2, "stride": 2}, r"output_padding on spatial axis 0 is 2, expected less than the larger"),
+        (
+            {"input_shape": (1, 4, 2**62), "stride": 4},
+            r"axis 0: the size of the uncut output would be \d+, expected at most",
+        ),
+        ({"dilation": 2**62}, r"axis 0: the size of the uncut output would be \d+, expected at most"),
+        (
+            {"weight_shape": (4, 2**62, 3), "groups": 4},
+            r"the output's channels, groups 4 times \d+ of weight, would be",
+        ),
         ({"padding": 4, "input_shape": (1, 4, 1), "weight_shape": (4, 2, 3)}, r"the output would have -5 elements"),
     ],
 )

@@ -340,7 +340,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             name="weight.depth_taps_gathered",
             gradient="weight",
             body=depth_weight.depth_taps_gathered,
-            condition=depth.why_not,
+            condition=depth_weight.gathered_why_not,
             when="three spatial axes, also in float64",
         ),
         Lowering(

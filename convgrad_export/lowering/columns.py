@@ -19,6 +19,8 @@ from ..geometry import ConvGeometry
 from .blocks import Ops, Value, extend, ints, reshape
 from .input_conv import add_columns
 
+_MOST_POSITIONS = 1 << 22  # 32 MiB of the model
+
 
 def forward(op: Ops, g: ConvGeometry, input: Value, weight: Value) -> Value:
     """The convolution itself, (N, M, *O)."""
@@ -93,5 +95,14 @@ def positions_read(g: ConvGeometry, axes: int | None = None) -> list[int]:
     return numbers
 
 
-def why_not(g: ConvGeometry) -> str | None:
-    return None if g.is_static else "the rows that a tap reads are listed in the graph, which needs fixed sizes"
+def why_not(g: ConvGeometry, axes: int | None = None) -> str | None:
+    """The reason against `positions_read`."""
+    if not g.is_static:
+        return "the rows that a tap reads are listed in the graph, which needs fixed sizes"
+    return too_many(math.prod(g.kernel_size[:axes]) * math.prod(g.output_size[:axes]))
+
+
+def too_many(positions: int) -> str | None:
+    """The reason against a graph that lists so many positions."""
+    most = _MOST_POSITIONS
+    return f"the graph would list {positions} positions, more than {most}" if positions > most else None

@@ -16,6 +16,7 @@ from ..geometry import ConvGeometry
 from .blocks import Ops, Value, columns_to_image, ints, reshape, stack, transpose, zeros_like_batch
 
 _FEW_POSITIONS = 64  # of a plane: a GEMM a sample with fewer columns is slower than one over the batch
+_MOST_PAIRS = 1 << 16  # of a plane and a depth tap
 _FEW_COLUMNS = 16  # a sample: for so few, turning the weight round costs more than the GEMM loses by not doing it
 
 
@@ -48,6 +49,9 @@ def why_not(g: ConvGeometry) -> str | None:
         return f"spatial axes: {g.rank}, it needs 3"
     if not g.is_static:
         return "its planes are listed one by one, and a size is open"
+    pairs = g.input_size[0] * g.kernel_size[0]
+    if pairs > _MOST_PAIRS:
+        return f"{pairs} pairs of a plane and a depth tap are too many to list one by one, it takes {_MOST_PAIRS}"
     return None if used_taps(g) else "every depth tap reads padding only"
 
 

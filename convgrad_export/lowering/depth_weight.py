@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..geometry import ConvGeometry
 from .blocks import Ops, Value, extend, ints, pad, reshape, slices, stack, tap_slices, total
-from .depth import depth_pairs, planes_by_taps, used_taps
+from .columns import too_many
+from .depth import depth_pairs, planes_by_taps, used_taps, why_not
 
 _WORTH_SPLITTING = 1.1  # products of whole planes over those needed, from which on planes are told apart by their taps
 
@@ -123,3 +124,7 @@ def _with_zeros(op: Ops, value: Value, wanted: bool, axis: int = 1, trailing: in
 def _chosen(op: Ops, value: Value, planes: list[int], count: int) -> Value:
     """Entries of axis 1, which has `count` of them without any zeros put behind."""
     return value if planes == list(range(count)) else op.Gather(value, ints(op, planes), axis=1)
+
+
+def gathered_why_not(g: ConvGeometry) -> str | None:
+    return why_not(g) or too_many(math.prod(g.kernel_size[1:]) * math.prod(g.output_size[1:]))

@@ -72,7 +72,7 @@ def _every_nth(op: Ops, g: ConvGeometry, data: Value) -> Value:
 
 
 def sample_matmul_why_not(g: ConvGeometry) -> str | None:
-    if reason := why_not(g):
+    if reason := why_not(g, g.rank - 1):
         return reason
     if _outer_taps(g) == 1 and g.taps > 1:
         return "the kernel has one tap on every axis but the last, so there are no rows to choose between"

@@ -31,6 +31,7 @@ ERROR_FACTORS = {4: 2.0, 6: 8.0}
 
 _PART = 3 << 19  # transformed elements, 6 MiB
 _MOST_PARTS = 16
+_MOST_LISTED = 1 << 24  # positions, 128 MiB of the model
 _ASSUMED_BATCH = 8  # where the batch is open
 
 
@@ -245,9 +246,21 @@ def why_not(tile: int) -> Callable[[ConvGeometry], str | None]:
         if g.taps == 1:
             return "the kernel has one tap"
         largest = max(g.kernel_size)
-        return f"the kernel has {largest} taps on an axis, more than {tile - 1}" if largest > tile - 1 else None
+        if largest > tile - 1:
+            return f"the kernel has {largest} taps on an axis, more than {tile - 1}"
+        listed = _listed(g, tile)
+        return f"the graph would list {listed} positions, more than {_MOST_LISTED}" if listed > _MOST_LISTED else None
 
     return condition
+
+
+def _listed(g: ConvGeometry, tile: int) -> int:
+    """About how many positions the Gathers of tiles list; sizes that are open count as none."""
+    count = 1
+    for sizes in zip(g.input_size, g.output_size, g.kernel_size, strict=True):
+        size, k = max((size for size in sizes[:2] if isinstance(size, int)), default=0), sizes[2]
+        count *= tile * -(-size // (tile - k + 1)) if k > 1 else size
+    return count
 
 
 def _named(formula: Callable[..., Value], tile: int, outputs: str) -> Callable[..., Value]:

@@ -37,7 +37,7 @@ def forward_body(
     if g.groups > 1:
         return None
     tiles = winograd_tiles("forward", g, max_error_factor, constant_weight=False, one_thread=threads == 1)
-    if tiles:
+    if tiles and winograd.why_not(tiles[0])(g) is None:
         return partial(_winograd, tile=tiles[0])
     if isinstance(g.batch, int) and g.batch < 2:
         return None

@@ -197,3 +197,24 @@ def test_candidates_cover_the_catalogue_once() -> None:
     listed = [lowering.name for gradient in GRADIENTS for lowering in candidates(gradient)]
     assert sorted(listed) == sorted(LOWERINGS)
     assert all(lowering.why_not(PLAIN, provider=CPU) is None for lowering in candidates("bias"))
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        ConvGeometry.from_forward((2, 64, 2**40, 2**40), (64, 64, 3, 3), padding=1),
+        ConvGeometry.from_forward((2, 4, 2**40, 8, 8), (6, 4, 3, 3, 3), padding=1),
+        ConvGeometry.from_forward((2, 4, 2**40, 8, 8), (4, 6, 3, 3, 3), stride=2, transposed=True),
+        ConvGeometry.from_forward((2, 4, 8, 2**20, 2**20), (6, 4, 3, 3, 3), padding=1),
+    ],
+    ids=["image", "depth", "transposed depth", "planes"],
+)
+def test_what_lists_positions_is_not_for_sizes_beyond_all_lists(geometry: ConvGeometry) -> None:
+    """And says so at once, instead of counting to 2**40."""
+    for entry in LOWERINGS.values():
+        entry.why_not(geometry)
+    assert "positions, more than" in str(LOWERINGS["weight.columns"].why_not(geometry))
+    for gradient in ("input", "weight"):
+        choose(gradient, geometry)
+    for name in ("input.plane_col2im", "weight.depth_taps_gathered"):
+        assert geometry.rank == 2 or LOWERINGS[name].why_not(geometry) is not None or geometry.input_size[0] < 2**40
