@@ -9,8 +9,11 @@ classes are "edges at 0, 22.5, ... degrees". Attributions then have a known righ
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
@@ -26,6 +30,7 @@ import convgrad_export as cg
 from convgrad_export.recipes.by_name import RECIPES, Prepared, RecipeOptions, prepare
 
 ORIENTATIONS, KERNEL = 8, 11
+SHEET = "recipes.png"  # docs/images/recipes.png in the repository
 
 
 class OrientationNetwork(nn.Module):
@@ -67,9 +72,19 @@ def show(axes: plt.Axes, image: Tensor | np.ndarray, title: str, **options: obje
     axes.axis("off")
 
 
-def draw(recipe: str, network: nn.Module, args: tuple[Tensor, ...], results: list[Tensor], path: Path) -> None:
-    photo, result = args[0][0], results[0]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.5), layout="constrained")
+@dataclass(frozen=True)
+class Run:
+    """A recipe by onnxruntime: what it was given and what it gave."""
+
+    recipe: str
+    args: tuple[Tensor, ...]
+    results: list[Tensor]
+    verified: bool
+
+
+def draw(run: Run, network: nn.Module, row: Sequence[plt.Axes]) -> None:
+    left, middle, right = row
+    recipe, photo, result = run.recipe, run.args[0][0], run.results[0]
     show(left, photo, "photograph")
     if recipe in ("saliency", "gradcam"):
         show(middle, result[0], f"{recipe}: vertical edges", cmap="magma", vmax=float(result.quantile(0.995)))
@@ -79,22 +94,32 @@ def draw(recipe: str, network: nn.Module, args: tuple[Tensor, ...], results: lis
         attribution = result[0].sum(0)
         limit = float(attribution.abs().quantile(0.995))
         show(middle, attribution, "attribution to 'vertical edges'", cmap="coolwarm", vmin=-limit, vmax=limit)
-        change = network(args[0])[0, 0] - network(args[1])[0, 0]
+        change = network(run.args[0])[0, 0] - network(run.args[1])[0, 0]
         text = f"sum of attributions {attribution.sum():.4f}\nscore - score of the baseline {change.item():.4f}"
         right.text(0.5, 0.5, text, ha="center", va="center", fontsize=12)
         right.axis("off")
     elif recipe == "forces":
-        energy, force = results
+        energy, force = run.results
         magnitude = force[0].norm(dim=0)
         show(middle, magnitude, f"force of the energy {energy.sum():.2f}", cmap="magma", vmax=magnitude.quantile(0.995))
         show(right, photo + 200 * force[0] * float(1 / force.abs().max()) / 255, "photograph moved along the force")
     else:
-        before, after = (network(image)[0].argmax().item() for image in (args[0], result))
-        title = {"guided-diffusion": "after one guided step"}.get(recipe, "attacked")
-        show(middle, result[0], f"{title}: class {before} to {after}")
+        before, after = (network(image)[0].argmax().item() for image in (run.args[0], result))
+        what = "after one guided step" if recipe == "guided-diffusion" else f"attacked by {recipe}"
+        show(middle, result[0], f"{what}: class {before} to {after}")
         show(right, 0.5 + (result[0] - photo) * 8, "change, 8 times enlarged")
-    figure.savefig(path, dpi=75)
+
+
+def picture(runs: Sequence[Run], network: nn.Module, path: Path, dpi: float) -> None:
+    """A PNG of 256 colours, one row a recipe."""
+    size = (14, 3.5 * len(runs))
+    figure, rows = plt.subplots(len(runs), 3, figsize=size, layout="constrained", squeeze=False)
+    for run, row in zip(runs, rows, strict=True):
+        draw(run, network, row)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=dpi)
     plt.close(figure)
+    Image.open(stream).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def prepared(recipe: str, network: nn.Module, photo: Tensor) -> Prepared:
@@ -102,8 +127,8 @@ def prepared(recipe: str, network: nn.Module, photo: Tensor) -> Prepared:
     return prepare(recipe, network, photo, options)
 
 
-def run(recipe: str, network: nn.Module, photo: Tensor, folder: Path) -> bool:
-    """Whether the export was verified; the difference printed includes signs of gradients that are almost zero."""
+def run(recipe: str, network: nn.Module, photo: Tensor, folder: Path) -> Run:
+    """Export, run and compare; the difference printed includes signs of gradients that are almost zero."""
     made = prepared(recipe, network, photo)
     path = folder / f"{recipe}.onnx"
     report = cg.export(made.module, made.args, path, overwrite=True, progress=False)
@@ -118,12 +143,11 @@ def run(recipe: str, network: nn.Module, photo: Tensor, folder: Path) -> bool:
             difference = max(difference, ((got - want).norm() / want.norm()).item())
         if repeats > 1:
             args = (results[0], *args[1:])
-    draw(recipe, network, made.args, results, folder / f"{recipe}.png")
     print(
         f"{recipe:<21} {sum(report.operators.values()):>4} nodes {report.sizes['files']:>7,} bytes  "
-        f"verified {report.verified}  relative difference from eager {difference:.1e}  {folder / f'{recipe}.png'}"
+        f"verified {report.verified}  relative difference from eager {difference:.1e}"
     )
-    return report.verified
+    return Run(recipe, made.args, results, report.verified)
 
 
 def main() -> int:
@@ -135,8 +159,12 @@ def main() -> int:
         parser.error(f"unknown: {', '.join(unknown)}")
     options.out.mkdir(parents=True, exist_ok=True)
     network, photo = OrientationNetwork().eval(), photograph()
-    verified = [run(recipe, network, photo, options.out) for recipe in options.recipes or RECIPES]
-    return int(not all(verified))
+    runs = [run(recipe, network, photo, options.out) for recipe in options.recipes or RECIPES]
+    for each in runs:
+        picture([each], network, options.out / f"{each.recipe}.png", dpi=75)
+    picture(runs, network, options.out / SHEET, dpi=56.25)
+    print(f"pictures: {options.out}, all of them in {options.out / SHEET}")
+    return int(not all(each.verified for each in runs))
 
 
 if __name__ == "__main__":
