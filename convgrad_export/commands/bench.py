@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +12,7 @@ from . import options
 
 if TYPE_CHECKING:
     from ..bench.results import Results
-    from ..bench.run import Outcome, Progress
+    from ..bench.run import Outcome
 
 
 def register(app: typer.Typer) -> None:
@@ -98,29 +95,12 @@ def bench(
         "allocator": run.KEEP_MEMORY,
     }
     settings = run.Settings(rounds, seconds, time_limit, ort_training_python, memory, retry_disturbed, foreign_cores)
-    with _progress(as_json) as show:
+    with options.progress("bench", as_json) as show:
         outcome = run.run(items, results, output, settings, None if commit is None else str(commit), show)
     _show(results, outcome, [output], as_json=as_json)
     wrong = any(record.get("wrong") for record in results.records.values())
     if outcome.failed or wrong:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
-    columns = (TextColumn("bench"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # No refreshing thread: while the measuring process works, this one sleeps.
-    with Progress(*columns, TextColumn("{task.description}"), console=console, auto_refresh=False) as shown:
-        task = shown.add_task("", total=None)
-
-        def show(done: int, total: int, text: str) -> None:
-            shown.update(task, completed=done, total=total, description=text, refresh=True)
-
-        yield show
 
 
 def _plots(results: Results, folder: Path | None, stem: str, overwrite: bool) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,7 +59,6 @@ def export(
     from ..integrations import onnx_export
     from ..integrations.saving import check_path
     from ..recipes.by_name import RecipeOptions, prepare, used_options
-    from ..training.run import load_module
 
     check_path(output, overwrite)
     own = {field.name for field in fields(RecipeOptions)}
@@ -70,8 +68,7 @@ def export(
         unused = (own - used_options(recipe)) | {"wrt", "of", "train_mode"}
         options.refuse_given(context, unused, f"the recipe {recipe} does not take it", ArgumentTypeError)
     torch.manual_seed(seed)
-    sys.path.insert(0, "")  # as `python -m` does, so that a file in the current folder is found
-    network = load_module(module).train(train_mode)
+    network = options.load_network(module).train(train_mode)
     if weights is not None:
         _load_weights(network, weights)
     x = torch.rand(options.sizes(input_shape, "--input-shape"))

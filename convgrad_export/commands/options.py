@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -132,3 +134,38 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def load_network(name: str) -> Any:
+    """The torch.nn.Module that ``package.module:Name`` is or makes, from the current folder too.
+
+    Raises:
+        ArgumentTypeError: as `training.run.load_module`.
+    """
+    from ..training.run import load_module
+
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` does, so that a file in the current folder is found
+    return load_module(name)
+
+
+@contextlib.contextmanager
+def progress(what: str, quiet: bool, *, thread: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on standard error, where that is a terminal, to be called with (done, total, a few words).
+
+    Args:
+        what: stands before it. thread: a thread draws it, for calls that come in quick succession. Without one nothing
+            of this process runs beside what it measures.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=console, auto_refresh=thread) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int, words: str) -> None:
+            bar.update(task, completed=done, total=total, description=words, refresh=not thread)
+
+        yield show

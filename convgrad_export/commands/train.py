@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +45,7 @@ def train(
     from ..files import check_folder, check_output
     from ..training.data import read_dataset
     from ..training.plot import plot, pyplot
-    from ..training.run import TrainingSettings, load_module
+    from ..training.run import TrainingSettings
     from ..training.run import train as run
 
     check_folder(output)
@@ -60,8 +59,7 @@ def train(
 
         network: Any = DigitsNetwork()
     else:
-        sys.path.insert(0, "")  # as `python -m` does, so that a file in the current folder is found
-        network = load_module(module)
+        network = options.load_network(module)
     if data is None:
         from ..training.digits import load_digits
 
@@ -71,29 +69,12 @@ def train(
     settings = TrainingSettings(
         loss, optimizer, learning_rate, epochs, batch_size, seed, threads, compare, overwrite=overwrite
     )
-    with _progress(as_json) as show:
-        result = run(network, dataset, output, settings, show)
+    with options.progress("training", as_json, thread=True) as show:
+        result = run(network, dataset, output, settings, lambda step, of, loss: show(step, of, f"loss {loss:.4f}"))
     result.files["plot"] = plot(result, output / "training.png")
     _print(result, as_json)
     if result.curves is not None and not result.curves.within:
         raise typer.Exit(1)
-
-
-def _progress(quiet: bool) -> Any:
-    import contextlib
-
-    @contextlib.contextmanager
-    def bar() -> Any:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=console) as shown:
-            task = shown.add_task("steps", total=None, loss=float("nan"))
-            yield lambda step, total, loss: shown.update(task, completed=step, total=total, loss=loss)
-
-    return bar()
 
 
 def _print(result: Any, as_json: bool) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,15 +44,12 @@ def tune(
     subject: Any = target
     input_shape = None if shape is None else options.sizes(shape, "--shape")
     if _names_a_module(target):
-        from ..training.run import load_module
-
         if input_shape is None:
             raise GeometryError(f"--shape is missing: {target} is a module, and its input decides the geometries")
-        sys.path.insert(0, "")  # as `python -m` does, so that a file in the current folder is found
-        subject = load_module(target)
+        subject = options.load_network(target)
     elif input_shape is not None:
         raise GeometryError(f"--shape is for a module (package.module:Name), and {target} is a path: use --batch")
-    with _progress(as_json) as show:
+    with options.progress("tune", as_json) as show:
         report = measure(
             subject,
             input_shape=input_shape,
@@ -87,18 +81,6 @@ def _names_a_module(target: str) -> bool:
     return bool(separator) and dotted and not Path(target).exists()
 
 
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console) as shown:
-        task = shown.add_task("", total=None)
-        yield lambda done, total, name: shown.update(task, completed=done, total=total, description=name)
-
-
 def _print(report: TuningReport) -> None:
     from rich.table import Table
 
@@ -122,10 +104,10 @@ def _print(report: TuningReport) -> None:
         for name, reason in entry.refused.items():
             if reason.startswith(WRONG):
                 typer.echo(f"refused: {entry.layer} {entry.gradient}, {name}: {reason}")
-    waiting = [f"{entry.layer} {entry.gradient}" for entry in report.skipped if entry.reason is None]
-    for entry in report.skipped:
-        if entry.reason is not None:
-            typer.echo(f"not measured: {entry.layer} {entry.gradient}: {entry.reason}")
+    waiting = [f"{skipped.layer} {skipped.gradient}" for skipped in report.skipped if skipped.reason is None]
+    for skipped in report.skipped:
+        if skipped.reason is not None:
+            typer.echo(f"not measured: {skipped.layer} {skipped.gradient}: {skipped.reason}")
     if waiting:
         typer.echo(f"no time for {len(waiting)} gradients, run again to go on: {', '.join(waiting[:6])}")
     held = sum(entry.cached for entry in report.gradients)
