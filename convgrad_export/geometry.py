@@ -259,6 +259,11 @@ class ConvGeometry:
         return all(k == 1 for k in self.kernel_size)
 
     @property
+    def unit_stride(self) -> bool:
+        """Stride 1 on every axis."""
+        return all(s == 1 for s in self.stride)
+
+    @property
     def is_depthwise(self) -> bool:
         """One input channel a group, more than one group (any channel multiplier)."""
         return self.groups > 1 and self.in_channels_per_group == 1

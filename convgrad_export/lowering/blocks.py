@@ -194,3 +194,14 @@ def total(op: Ops, terms: Sequence[Value]) -> Value:
 def stack(op: Ops, terms: Sequence[Value], axis: int) -> Value:
     """Concat along an axis that every term already has."""
     return terms[0] if len(terms) == 1 else op.Concat(*terms, axis=axis)
+
+
+def strided_why_not(g: ConvGeometry) -> str | None:
+    """The reason against a formula for stride 1."""
+    return None if g.unit_stride else f"stride is {g.stride}, it needs 1"
+
+
+def dense_why_not(g: ConvGeometry) -> str | None:
+    """The reason against a formula for depthwise convolutions."""
+    channels = g.in_channels_per_group
+    return None if channels == 1 else f"{channels} input channels a group, it needs 1"

@@ -26,7 +26,7 @@ from . import (
     weight_shifted,
     winograd,
 )
-from .blocks import Ops, Value
+from .blocks import Ops, Value, dense_why_not, strided_why_not
 from .kernels import CPU, CUDA, compute_dtype, missing_kernel
 
 GRADIENTS = ("input", "weight", "bias")
@@ -147,7 +147,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             name="input.flipped_conv",
             gradient="input",
             body=input_conv.flipped_conv,
-            condition=input_conv.flipped_conv_why_not,
+            condition=strided_why_not,
             operators=_CONV,
             transposed=False,
             when="stride 1",
@@ -269,7 +269,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             name="weight.flipped_conv",
             gradient="weight",
             body=weight_grad.flipped_conv,
-            condition=weight_grad.flipped_conv_why_not,
+            condition=strided_why_not,
             operators=_CONV,
             when="stride 1",
             sums_once=True,
@@ -347,14 +347,14 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             name="weight.depthwise_taps",
             gradient="weight",
             body=weight_grad.depthwise_taps,
-            condition=weight_grad.depthwise_why_not,
+            condition=dense_why_not,
             when="one input channel a group, also in float64",
         ),
         Lowering(
             name="weight.depthwise_rows",
             gradient="weight",
             body=depthwise.weight_rows,
-            condition=depthwise.weight_rows_why_not,
+            condition=dense_why_not,
             when="one input channel a group, also in float64",
         ),
         Lowering(

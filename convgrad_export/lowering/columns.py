@@ -51,7 +51,7 @@ def _columns(op: Ops, g: ConvGeometry, input: Value) -> Value:
     data = reshape(op, _batch_last(op, input, g.in_channels, g.input_size), [g.in_channels, *g.input_size, -1])
     data = extend(op, data, g.read_windows(), g.input_size, first_axis=1, trailing=1)
     data = reshape(op, data, [g.in_channels, math.prod(g.span), -1])
-    if g.taps > 1 or any(s > 1 for s in g.stride):
+    if g.taps > 1 or not g.unit_stride:
         picked = ints(op, positions_read(g))
         if g.batch == 1:  # blocks of one number: with the channels last, a block is all of them
             rows = op.Transpose(reshape(op, data, [g.in_channels, math.prod(g.span)]), perm=[1, 0])

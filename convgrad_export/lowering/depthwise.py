@@ -73,7 +73,3 @@ def _diagonals(op: Ops, g: ConvGeometry, matrices: Value, block: int, width: int
     skewed = reshape(op, longer, [g.out_channels, outer, block, width + stride])
     taps = slices(op, skewed, [0], [g.extent[-1]], 3, [g.dilation[-1]])
     return reshape(op, op.ReduceSum(taps, ints(op, [2]), keepdims=0), g.weight_shape)
-
-
-def weight_rows_why_not(g: ConvGeometry) -> str | None:
-    return None if g.in_channels_per_group == 1 else f"{g.in_channels_per_group} input channels a group, it needs 1"

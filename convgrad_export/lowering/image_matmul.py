@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..geometry import ConvGeometry
-from .blocks import Ops, Value, floats, reshape
+from .blocks import Ops, Value, dense_why_not, floats, ints, reshape
 
 _LARGEST = 1 << 18  # elements of the constant, 1 MiB
 
@@ -34,7 +34,7 @@ def input_gradient(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) 
     transposed = op.Transpose(_matrices(op, g, weight), perm=[*range(rank - 2), rank - 1, rank - 2])
     product = op.MatMul(_channels_first(op, g, grad_output, g.out_channels, g.output_size), transposed)
     if rank == 4:
-        product = op.ReduceSum(product, op.Constant(value_ints=[1]), keepdims=0)
+        product = op.ReduceSum(product, ints(op, [1]), keepdims=0)
     return _batch_first(op, product, g.in_channels, g.input_size)
 
 
@@ -95,7 +95,7 @@ def _batch_first(op: Ops, value: Value, channels: int, sizes: Sequence[int]) -> 
 def why_not(g: ConvGeometry) -> str | None:
     if not g.is_static:
         return "its matrices are for fixed sizes"
-    if g.in_channels_per_group != 1:
-        return f"a group has {g.in_channels_per_group} input channels, it needs 1"
+    if reason := dense_why_not(g):
+        return reason
     size = g.taps * math.prod(g.input_size) * math.prod(g.output_size)
     return f"its constant would have {size} elements, more than {_LARGEST}" if size > _LARGEST else None

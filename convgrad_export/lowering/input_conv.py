@@ -77,10 +77,6 @@ def flipped_conv(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) ->
     return op.Conv(data, flipped, pads=pads, dilations=list(g.dilation), group=g.groups)
 
 
-def flipped_conv_why_not(g: ConvGeometry) -> str | None:
-    return None if all(s == 1 for s in g.stride) else f"stride is {g.stride}, it needs 1"
-
-
 def phase_conv(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
     """One small Conv for each input position modulo the stride, then the results interleaved.
 

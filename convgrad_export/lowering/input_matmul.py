@@ -71,7 +71,7 @@ def pixel_shuffle(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -
     positions = math.prod(g.output_size)
     data = reshape(op, grad_output, [-1, g.groups, g.out_channels_per_group, positions])
     product = op.MatMul(rows, data)
-    if all(s == 1 for s in g.stride):
+    if g.unit_stride:
         blocks = reshape(op, product, [-1, g.in_channels, *g.output_size])
     else:
         split = reshape(op, product, [-1, g.in_channels, *g.kernel_size, *g.output_size])

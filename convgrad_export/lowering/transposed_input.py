@@ -27,7 +27,7 @@ def im2col(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value
         starts = [d * k for d, k in zip(g.dilation, tap, strict=True)]
         stops = [b + (i - 1) * s + 1 for b, i, s in zip(starts, g.input_size, g.stride, strict=True)]
         part = data
-        if not (g.is_pointwise and all(s == 1 for s in g.stride)):
+        if not (g.is_pointwise and g.unit_stride):
             part = slices(op, data, starts, stops, 2, g.stride)
         columns.append(reshape(op, part, [-1, g.groups, g.out_channels_per_group, positions]))
     grouped = reshape(op, weight, [g.groups, g.in_channels_per_group, g.out_channels_per_group, *g.kernel_size])

@@ -17,8 +17,7 @@ import math
 from collections.abc import Sequence
 
 from ..geometry import ConvGeometry
-from .blocks import Ops, Value, conv_operand, operand_sizes, reshape, reversed_taps, transpose
-from .weight_grad import flipped_conv_why_not
+from .blocks import Ops, Value, conv_operand, operand_sizes, reshape, reversed_taps, strided_why_not, transpose
 
 _CONV_AXES = 3  # spatial axes of the largest Conv that onnxruntime has fast kernels for
 
@@ -86,7 +85,7 @@ def why_not(g: ConvGeometry) -> str | None:
 
 
 def flipped_why_not(g: ConvGeometry) -> str | None:
-    return why_not(g) or flipped_conv_why_not(g)
+    return why_not(g) or strided_why_not(g)
 
 
 def _merges(g: ConvGeometry) -> bool:

@@ -54,10 +54,6 @@ def flipped_conv(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> 
     return reverse(op, ordered, 2, g.kernel_size)
 
 
-def flipped_conv_why_not(g: ConvGeometry) -> str | None:
-    return None if all(s == 1 for s in g.stride) else f"stride is {g.stride}, it needs 1"
-
-
 def _channels_before_batch(op: Ops, value: Value, groups: int, per_group: int, sizes: list[int]) -> Value:
     """(N, G*c, *sizes) as (c, G*N, *sizes)."""
     spatial = range(2, 2 + len(sizes))
@@ -105,12 +101,6 @@ def depthwise_taps(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -
     return reshape(op, stack(op, sums, axis=1), g.weight_shape)
 
 
-def depthwise_why_not(g: ConvGeometry) -> str | None:
-    if g.in_channels_per_group != 1:
-        return f"{g.in_channels_per_group} input channels a group, it needs 1"
-    return None
-
-
 def reduce_sum(op: Ops, g: ConvGeometry, grad_output: Value) -> Value:
     """Bias gradient: grad_output added up over the batch and all positions; shape (M,)."""
     return op.ReduceSum(grad_output, ints(op, [0, *range(2, 2 + g.rank)]), keepdims=0)
@@ -118,7 +108,7 @@ def reduce_sum(op: Ops, g: ConvGeometry, grad_output: Value) -> Value:
 
 def _each_tap(op: Ops, g: ConvGeometry, data: Value, first_axis: int) -> Iterator[Value]:
     """What each kernel tap reads of the extended input, in row-major tap order."""
-    if g.is_pointwise and all(s == 1 for s in g.stride):
+    if g.is_pointwise and g.unit_stride:
         yield data
         return
     yield from tap_slices(op, g, data, first_axis)

@@ -66,7 +66,7 @@ def _shifts(op: Ops, g: ConvGeometry, input: Value) -> list[Value]:
 def _every_nth(op: Ops, g: ConvGeometry, data: Value) -> Value:
     """The positions that a kernel of one tap reads of `data`, which begins where it first reads."""
     stops = [(o - 1) * s + 1 for o, s in zip(g.output_size, g.stride, strict=True)]
-    if all(s == 1 for s in g.stride) and tuple(stops) == g.input_size:
+    if g.unit_stride and tuple(stops) == g.input_size:
         return data
     return slices(op, data, [0] * g.rank, stops, 2, g.stride)
 

@@ -23,7 +23,7 @@ from functools import reduce
 import numpy as np
 
 from ..geometry import ConvGeometry, window
-from .blocks import Ops, Value, crop, floats, ints, pad, reshape, stack, total
+from .blocks import Ops, Value, crop, floats, ints, pad, reshape, stack, strided_why_not, total
 from .cook_toom import minimal_filtering
 
 # Largest error seen over random data, in units of the direct form's bound, with room: see benchmarks/NOTES.md.
@@ -239,8 +239,8 @@ def why_not(tile: int) -> Callable[[ConvGeometry], str | None]:
     """The condition for tiles of `tile` positions."""
 
     def condition(g: ConvGeometry) -> str | None:
-        if any(s != 1 for s in g.stride):
-            return f"stride is {g.stride}, it needs 1"
+        if reason := strided_why_not(g):
+            return reason
         if g.groups != 1:
             return f"groups is {g.groups}, it needs 1"
         if g.taps == 1:

@@ -99,9 +99,9 @@ def _winner(gradient: str, geometry: ConvGeometry, dtype: str, device: str) -> s
         name = _input_winner(geometry)
     elif gradient == "weight" and geometry.is_depthwise and not geometry.is_pointwise:
         # Inductor fuses the taps' products and sums into one loop. oneDNN leads on small kernels at stride 1 alone.
-        strided = any(s > 1 for s in geometry.stride)
+        strided = not geometry.unit_stride
         name = "weight.depthwise_taps" if strided or max(geometry.kernel_size) >= _LARGE_KERNEL else None
-    elif gradient == "weight" and geometry.rank == 3 and geometry.is_pointwise and any(s > 1 for s in geometry.stride):
+    elif gradient == "weight" and geometry.rank == 3 and geometry.is_pointwise and not geometry.unit_stride:
         name = "weight.matmul_taps"
     else:
         name = None
@@ -109,7 +109,7 @@ def _winner(gradient: str, geometry: ConvGeometry, dtype: str, device: str) -> s
 
 
 def _input_winner(g: ConvGeometry) -> str | None:
-    if any(s > 1 for s in g.stride):
+    if not g.unit_stride:
         few_channels = g.in_channels <= _FEW_CHANNELS
         return "input.pixel_shuffle" if g.is_pointwise or few_channels else None
     if g.is_pointwise:

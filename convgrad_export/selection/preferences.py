@@ -41,15 +41,14 @@ _ANY_WEIGHT = ("weight.matmul_taps",)
 def input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) -> tuple[str, ...]:
     if g.transposed:
         return ("input.conv", "input.im2col")
-    unit_stride = all(s == 1 for s in g.stride)
-    if unit_stride and g.is_pointwise:
+    if g.unit_stride and g.is_pointwise:
         return _pointwise_input_preferences(g, constant_weight)
     volume = g.rank == 3 and g.groups == 1 and g.is_static
     if volume and (not g.is_pointwise or math.prod(g.output_size) <= _SMALL_VOLUME):
         return ("input.plane_col2im", *_ANY_INPUT)
     if not constant_weight and whole_image_pays(g, one_thread):
         return ("input.image_matmul", *_ANY_INPUT)
-    if unit_stride and constant_weight and (g.groups == 1 or g.is_depthwise):
+    if g.unit_stride and constant_weight and (g.groups == 1 or g.is_depthwise):
         # onnxruntime blocks the channels of a Conv whose weight is constant, and has no such form of ConvTranspose.
         return ("input.flipped_conv", *_ANY_INPUT)
     if not g.is_static:
@@ -57,7 +56,7 @@ def input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) 
     positions = math.prod(g.output_size)
     if g.groups > 1:
         # ConvTranspose adds its columns up on one thread; a Conv divides all of its work.
-        if unit_stride:
+        if g.unit_stride:
             return _ANY_INPUT if one_thread else ("input.flipped_conv", *_ANY_INPUT)
         small = positions <= _SMALL_IMAGE and not g.is_depthwise and not one_thread
         return ("input.col2im", *_ANY_INPUT) if small else _ANY_INPUT
@@ -69,7 +68,7 @@ def input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) 
         return ("input.col2im", *_ANY_INPUT)
     if g.in_channels < _FEW_CHANNELS or g.rank == 3:
         return _ANY_INPUT
-    if unit_stride:
+    if g.unit_stride:
         return ("input.flipped_conv", *_ANY_INPUT)
     return ("input.col2im", *_ANY_INPUT) if positions <= _COLUMN_IMAGE else _ANY_INPUT
 
@@ -94,9 +93,9 @@ def _pointwise_input_preferences(g: ConvGeometry, constant_weight: bool) -> tupl
 def _depthwise_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
     width = g.output_size[-1]
     if max(g.kernel_size) >= 5:
-        wide = width >= _WIDE_ROW and all(s == 1 for s in g.stride)
+        wide = width >= _WIDE_ROW and g.unit_stride
         return ("weight.shifted_matmul", "weight.depthwise_rows") if wide else ("weight.depthwise_rows",)
-    if all(s == 1 for s in g.stride):
+    if g.unit_stride:
         short = width <= (_ONE_THREAD_SHORT_ROW if one_thread else _SHORT_ROW)
         return ("weight.depthwise_rows",) if short else _ANY_WEIGHT
     if width > _ONE_THREAD_SHORT_ROW:
@@ -114,7 +113,7 @@ def weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
         return preferences
     # The side with more channels gives the GEMM its rows: the other side's columns are copied once for all of them.
     few = isinstance(g.batch, int) and g.batch * math.prod(g.output_size) <= _TINY_IMAGE
-    flipped = g.in_channels > g.out_channels and all(s == 1 for s in g.stride) and not few
+    flipped = g.in_channels > g.out_channels and g.unit_stride and not few
     return ("weight.channels_last_flipped_conv" if flipped else "weight.channels_last_conv", *preferences)
 
 
@@ -142,9 +141,8 @@ def _matmul_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, 
         return _pointwise_weight_preferences(g, one_thread)
     if few:
         return _few_channels_weight_preferences(g, one_thread)
-    unit_stride = all(s == 1 for s in g.stride)
     positions = math.prod(g.output_size)
-    limit = _ONE_THREAD_COLUMNS if one_thread else _COLUMNS if unit_stride else _STRIDED_COLUMNS
+    limit = _ONE_THREAD_COLUMNS if one_thread else _COLUMNS if g.unit_stride else _STRIDED_COLUMNS
     if g.rank == 3:
         limit = _ONE_THREAD_TINY_IMAGE
     if isinstance(g.batch, int) and g.batch < _FEW_SAMPLES:
@@ -173,17 +171,16 @@ def _few_channels_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple
     """Fewer than `_FEW_CHANNELS` on a side, static, not pointwise."""
     if g.rank == 1:
         return _ANY_WEIGHT
-    unit_stride = all(s == 1 for s in g.stride)
-    if not unit_stride and all(k <= s for k, s in zip(g.kernel_size, g.stride, strict=True)):
+    if not g.unit_stride and all(k <= s for k, s in zip(g.kernel_size, g.stride, strict=True)):
         return ("weight.swapped_conv",)
     if g.rank == 2:
         few_inputs = g.in_channels < _FEW_CHANNELS
         if few_inputs and math.prod(g.kernel_size) >= _MANY_TAPS:
             return ("weight.swapped_conv", *_ANY_WEIGHT)
-        if unit_stride and not few_inputs:
+        if g.unit_stride and not few_inputs:
             # Taps beside the few output channels fill the GEMM's short side.
             return ("weight.shifted_matmul", *_ANY_WEIGHT)
-    return ("weight.columns",) if one_thread and unit_stride else ("weight.sample_matmul", "weight.columns")
+    return ("weight.columns",) if one_thread and g.unit_stride else ("weight.sample_matmul", "weight.columns")
 
 
 def _pointwise_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
@@ -197,8 +194,7 @@ def _pointwise_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[st
     if one_thread:
         if positions >= _MEDIUM_IMAGE and 3 * product <= operands and _has_runs(g):
             return ("weight.sample_matmul", *_ANY_WEIGHT)
-        unit_stride = all(s == 1 for s in g.stride)
-        columns = unit_stride and g.rank == 2 and _TINY_IMAGE < positions <= _COLUMNS and _has_runs(g)
+        columns = g.unit_stride and g.rank == 2 and _TINY_IMAGE < positions <= _COLUMNS and _has_runs(g)
         return ("weight.columns", *_ANY_WEIGHT) if columns else _ANY_WEIGHT
     if positions >= _MEDIUM_IMAGE and 2 * product <= operands:
         return ("weight.sample_matmul", *_ANY_WEIGHT)
@@ -210,7 +206,7 @@ def _grouped_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str,
     if g.is_pointwise:
         return _ANY_WEIGHT
     few = min(g.in_channels_per_group, g.out_channels_per_group)
-    strided = any(s > 1 for s in g.stride)
+    strided = not g.unit_stride
     if one_thread or not g.is_static:
         return ("weight.shifted_matmul", "weight.im2col") if few < _FEW_CHANNELS else _ANY_WEIGHT
     if strided and few < _FEW_CHANNELS:

@@ -41,7 +41,7 @@ def winograd_tiles(
         gradient: ``"input"``, ``"weight"`` or ``"forward"``.
         g: of the plain convolution; a transposed one goes by its adjoint.
     """
-    if not g.is_static or g.transposed or g.groups > 1 or any(s > 1 for s in g.stride):
+    if not g.is_static or g.transposed or g.groups > 1 or not g.unit_stride:
         return []
     filtered = [axis for axis, k in enumerate(g.kernel_size) if k > 1]
     size = g.input_size if gradient == "input" else g.output_size
