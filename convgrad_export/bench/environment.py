@@ -9,6 +9,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from ..lowering import CPU
+from ..selection.machine import processor
+
 PACKAGES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnx-ir", "numpy")
 
 
@@ -21,7 +24,7 @@ def environment() -> dict[str, object]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "cpu": _cpu_name(),
+        "cpu": processor(CPU),
         "cores": _cores(),
         "python": platform.python_version(),
         "versions": versions,
@@ -36,16 +39,6 @@ def _program() -> str:
     if spec is not None and spec.name:
         return f"python -m {spec.name.removesuffix('.__main__')}"
     return Path(sys.argv[0]).name
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        return platform.processor() or "unknown"
-    return platform.processor() or platform.machine()
 
 
 def _cores() -> int:

@@ -54,7 +54,7 @@ class OrtTraining:
                 "threads": threads,
                 "attributes": {
                     "strides": list(geometry.stride),
-                    "pads": [*geometry.begin, *(hi for _, hi in geometry.pads)],
+                    "pads": geometry.onnx_pads,
                     "dilations": list(geometry.dilation),
                     "group": geometry.groups,
                     "kernel_shape": list(geometry.kernel_size),

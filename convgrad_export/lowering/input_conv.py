@@ -128,17 +128,20 @@ def phase_conv_why_not(g: ConvGeometry) -> str | None:
 
 def col2im(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
     """One GEMM that gives every tap's contribution as a column, then Col2Im adds the columns up."""
-    kernel, spatial = g.kernel_size, range(3, 3 + g.rank)
-    grouped = reshape(op, weight, [g.groups, g.out_channels_per_group, g.in_channels_per_group, *kernel])
+    product = taps_product(op, g, grad_output, weight)
+    return add_columns(op, g, reshape(op, product, [-1, g.in_channels * g.taps, math.prod(g.output_size)]))
+
+
+def taps_product(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
+    """Every tap's contribution by one GEMM a sample: (N, G, C/G * taps, positions)."""
+    grouped = reshape(op, weight, [g.groups, g.out_channels_per_group, g.in_channels_per_group, *g.kernel_size])
     rows = reshape(
         op,
-        op.Transpose(grouped, perm=[0, 2, *spatial, 1]),
+        op.Transpose(grouped, perm=[0, 2, *range(3, 3 + g.rank), 1]),
         [g.groups, g.in_channels_per_group * g.taps, g.out_channels_per_group],
     )
-    positions = math.prod(g.output_size)
-    data = reshape(op, grad_output, [-1, g.groups, g.out_channels_per_group, positions])
-    columns = reshape(op, op.MatMul(rows, data), [-1, g.in_channels * g.taps, positions])
-    return add_columns(op, g, columns)
+    data = reshape(op, grad_output, [-1, g.groups, g.out_channels_per_group, math.prod(g.output_size)])
+    return op.MatMul(rows, data)
 
 
 def add_columns(op: Ops, g: ConvGeometry, columns: Value) -> Value:

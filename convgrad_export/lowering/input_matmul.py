@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 
 from ..geometry import ConvGeometry, window
-from .blocks import Ops, Value, extend, pad, reshape, slices, total, transpose
+from .blocks import Ops, Value, extend, pad, reshape, slices, total
+from .input_conv import taps_product
 
 
 def matmul_taps(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
@@ -62,15 +63,7 @@ def _spread(op: Ops, value: Value, channels: int, sizes: Sequence[int], stride: 
 def pixel_shuffle(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
     """Kernels that do not overlap: one GEMM, whose rows are the stride's phases, then a rearrangement."""
     rank = g.rank
-    grouped = reshape(op, weight, [g.groups, g.out_channels_per_group, g.in_channels_per_group, *g.kernel_size])
-    rows = reshape(
-        op,
-        transpose(op, grouped, [0, 2, *range(3, 3 + rank), 1]),
-        [g.groups, g.in_channels_per_group * g.taps, g.out_channels_per_group],
-    )
-    positions = math.prod(g.output_size)
-    data = reshape(op, grad_output, [-1, g.groups, g.out_channels_per_group, positions])
-    product = op.MatMul(rows, data)
+    product = taps_product(op, g, grad_output, weight)
     if g.unit_stride:
         blocks = reshape(op, product, [-1, g.in_channels, *g.output_size])
     else:
