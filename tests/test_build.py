@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import onnx
 import pytest
 
@@ -117,3 +118,20 @@ def test_short_provider_names_are_the_long_ones() -> None:
         assert cg.build_model("conv2d_input", **shapes, provider=short) == cg.build_model(
             "conv2d_input", **shapes, provider=name
         )
+
+
+def test_numpys_booleans_and_integers_are_arguments() -> None:
+    shapes = {"input_shape": (2, 3, 8), "weight_shape": (4, 3, 3)}
+    mask = np.array([False, True, True])
+    model = cg.build_model("convolution_backward", **shapes, output_mask=mask, threads=np.int64(1))
+    assert [output.name for output in model.graph.output] == ["grad_weight", "grad_bias"]
+    assert cg.build_model("conv1d_weight", **shapes, transposed=np.False_, max_error_factor=np.float32(1)).graph.node
+    with pytest.raises(cg.ArgumentTypeError, match=r"output_mask\[0\] is 2"):
+        cg.build_model("convolution_backward", **shapes, output_mask=(2, 1, 1))
+
+
+def test_the_catalogue_alone_takes_no_nonsense_either() -> None:
+    with pytest.raises(cg.DTypeError, match="dtype is int8"):
+        cg.lowerings("conv2d_weight", dtype="int8")
+    with pytest.raises(cg.UnsupportedLoweringError, match="opset_version is 99"):
+        cg.lowerings("conv2d_weight", opset_version=99)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ArgumentTypeError
+from ..errors import ArgumentTypeError, GeometryError
 from . import options
 
 
@@ -71,7 +71,7 @@ def export(
     network = options.load_network(module).train(train_mode)
     if weights is not None:
         _load_weights(network, weights)
-    x = torch.rand(options.sizes(input_shape, "--input-shape"))
+    x = _random(input_shape)
     common: dict[str, Any] = {
         "opset_version": opset,
         "lowering": lowering,
@@ -103,6 +103,15 @@ def export(
         options.print_json(report.to_dict())
     else:
         _print(report)
+
+
+def _random(input_shape: str) -> Any:
+    import torch
+
+    try:
+        return torch.rand(options.sizes(input_shape, "--input-shape"))
+    except RuntimeError as error:  # of a size that this machine's memory does not hold
+        raise GeometryError(f"--input-shape is {input_shape!r}, of which no tensor can be made: {error}") from error
 
 
 def _dynamic_axes(text: str, rank: int) -> dict[int, str]:
