@@ -149,17 +149,15 @@ def _show(
         typer.echo(report.markdown(results), nl=False)
         return
     typer.echo(report.machine_line(results))
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
     for entry in report.tables(results):
         table = Table(title=entry.title, title_justify="left")
         for index, heading in enumerate(entry.headings):
             table.add_column(heading, overflow="fold", justify="left" if index == 0 else "right")
         for row in entry.rows:
             table.add_row(*row)
-        (console if console.is_terminal else Console(width=200)).print(table)
+        options.print_table(table, width=200)
     for line in troubles(results):
         typer.echo(f"not timed: {line}")
     if outcome is not None:

@@ -115,12 +115,15 @@ def refuse_given(
         raise error(f"{', '.join(typed)} is given, but {why}: {advice}")
 
 
-def print_table(table: Any) -> None:
-    """A rich table, in lines long enough to read where there is no terminal to fit."""
+def print_table(table: Any, width: int = 140) -> None:
+    """A rich table, in lines long enough to read where there is no terminal to fit.
+
+    What stands in brackets, in a file's name or a layer's, is no markup.
+    """
     from rich.console import Console
 
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(table)
+    console = Console(markup=False)
+    (console if console.is_terminal else Console(width=width, markup=False)).print(table)
 
 
 def print_json(value: Any) -> None:
@@ -161,8 +164,9 @@ def progress(what: str, quiet: bool, *, thread: bool = False) -> Iterator[Callab
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console, auto_refresh=thread) as bar:
+    text = TextColumn("{task.description}", markup=False)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text)
+    with Progress(*columns, console=console, auto_refresh=thread) as bar:
         task = bar.add_task("", total=None)
 
         def show(done: int, total: int, words: str) -> None:

@@ -59,6 +59,15 @@ def test_a_dynamic_model_without_sizes_is_checked(tmp_path: Path) -> None:
     assert main(["check", path]) == 0
 
 
+def test_brackets_in_a_name_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """rich takes them for markup, and drops them or fails."""
+    path = tmp_path / "a[b]" / "[" / "c].onnx"
+    path.parent.mkdir(parents=True)
+    onnx.save(cg.build_model("conv1d_weight", input_shape=(2, 3, 8), weight_shape=(4, 3, 3)), path)
+    assert main(["check", str(path)]) == 0
+    assert "a[b]/[/c].onnx" in "".join(capsys.readouterr().out.replace("│", "").split())
+
+
 def test_check_fails_with_1_on_a_model_with_a_wrong_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = cg.build_model("conv2d_input", input_shape=(2, 4, 9, 9), weight_shape=(6, 4, 3, 3), padding=1)
     metadata = {item.key: item for item in model.metadata_props}
