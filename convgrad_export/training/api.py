@@ -109,7 +109,7 @@ class Module:
             self._take_over(results)
         outputs = [value for name, value in results.items() if not name.endswith(_UPDATED)]
         if user_inputs and all(isinstance(value, ort_value) for value in user_inputs):
-            outputs = [ort_value.ortvalue_from_numpy(value) for value in outputs]
+            outputs = [_ort_value(value) for value in outputs]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _take_over(self, results: Mapping[str, np.ndarray]) -> None:
@@ -159,7 +159,7 @@ class Module:
             raise ArgumentTypeError(
                 f"the parameters have several dtypes, {sorted(map(str, dtypes))}: no vector holds them"
             )
-        return onnxruntime().OrtValue.ortvalue_from_numpy(np.concatenate(parts))
+        return _ort_value(np.concatenate(parts))
 
     def copy_buffer_to_parameters(self, buffer: Any, trainable_only: bool = True) -> None:
         """Take all parameters from one vector, an OrtValue or an array: what a federated server sends back.
@@ -213,6 +213,13 @@ class Module:
         proto = ir.to_proto(model)
         onnx.checker.check_model(proto, full_check=True)
         write_atomically(inference_model_uri, proto.SerializeToString(), overwrite=True)
+
+
+def _ort_value(array: np.ndarray) -> Any:
+    """An OrtValue with memory of its own: one made from an array reads it after it is gone, in ``f(x).numpy()``."""
+    value = onnxruntime().OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype, "cpu", 0)
+    value.update_inplace(np.ascontiguousarray(array))
+    return value
 
 
 def _provider(device: Any) -> Any:

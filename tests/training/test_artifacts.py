@@ -258,6 +258,21 @@ def test_batches_may_be_ort_values(tmp_path: Path) -> None:
         np.testing.assert_array_equal(result, array, strict=True)
 
 
+def test_arrays_outlive_the_ort_values_that_they_were_read_from(tmp_path: Path) -> None:
+    write(tmp_path)
+    state, module, _ = load(tmp_path)
+    batch = [onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy()) for value in batches(1, torch.float32)[0]]
+    expected = np.concatenate([state.arrays[name].ravel() for name in state.parameter_names])
+    results = [value.numpy().copy() for value in module.eval()(*batch)]
+    vectors = [module.get_contiguous_parameters().numpy() for _ in range(20)]
+    outputs = [[value.numpy() for value in module(*batch)] for _ in range(20)]
+    for vector in vectors:
+        np.testing.assert_array_equal(vector, expected)
+    for output in outputs:
+        for value, result in zip(output, results, strict=True):
+            np.testing.assert_array_equal(value, result)
+
+
 def test_session_options_are_for_all_sessions(tmp_path: Path) -> None:
     write(tmp_path)
     options = onnxruntime.SessionOptions()
