@@ -127,7 +127,10 @@ def _run(
         tensor = tensor.detach() if kept else tensor.detach().clone()
         if dtype is not None and tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize:
             tensor = tensor.to(dtype)
-        values[spec.name] = perturbed(tensor, amount, 1000 * seed + index).requires_grad_(spec.value.requires_grad)
+        moved = perturbed(tensor, amount, 1000 * seed + index)
+        if amount and spec.kind == "user" and moved.is_floating_point() and moved.numel():
+            moved = moved.clamp(tensor.min(), tensor.max())  # a loss may refuse a target just outside of [0, 1]
+        values[spec.name] = moved.requires_grad_(spec.value.requires_grad)
     casts = contextlib.nullcontext() if dtype is None else WidenedCasts(dtype)
     default = dtype or torch.get_default_dtype()
     with as_written(), computing_in(default, onednn=False), torch.enable_grad(), casts:

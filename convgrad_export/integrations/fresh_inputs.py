@@ -17,8 +17,8 @@ def fresh_input(spec: GraphInput, shape: Sequence[int], random: np.random.Genera
     """Values drawn from the example's own: labels stay labels, an image keeps its range, different values different.
 
     Values that differ are drawn once each as far as they reach, since a sort or a maximum has no one gradient where two
-    are equal; floating-point ones are moved towards each other as well. Zeros get noise; another constant (a noise
-    level, say) is scaled by up to a tenth and keeps its sign.
+    are equal; floating-point ones are moved towards each other as well. Zeros become numbers from 0 to 1; another
+    constant (a noise level, say) shrinks by up to a tenth: targets stay probabilities.
     """
     example = spec.value.detach()
     count = int(np.prod(shape))
@@ -35,8 +35,8 @@ def fresh_input(spec: GraphInput, shape: Sequence[int], random: np.random.Genera
         drawn = drawn + part * (_drawn(values, count, random) - drawn)
     drawn = drawn.reshape(tuple(shape)).clone()
     if example.is_floating_point() and bool((values == values[0]).all()):
-        noise = torch.from_numpy(np.asarray(random.uniform(-1.0, 1.0, tuple(shape)))).to(example.dtype)
-        drawn = drawn * (1 + 0.1 * noise) if bool(values[0]) else drawn + 2 * noise
+        noise = torch.from_numpy(np.asarray(random.uniform(0.0, 1.0, tuple(shape)))).to(example.dtype)
+        drawn = drawn * (1 - 0.1 * noise) if bool(values[0]) else drawn + noise
     return drawn
 
 

@@ -92,6 +92,20 @@ def test_nll_after_log_softmax() -> None:
     assert_same_training(module, "nll", functional.nll_loss, lambda p: torch.optim.SGD(p, lr=0.1), batches(3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", [torch.ones_like, torch.zeros_like, lambda x: (x > 0).to(x.dtype)], ids=range(3))
+def test_targets_stay_in_the_range_that_a_loss_asks_for(make: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    """nn.BCELoss refuses targets outside of [0, 1]: a GAN's are all ones and all zeros."""
+    x, _ = batches(1, dtype)[0]
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 2, 8), nn.Flatten(), nn.Linear(2, 1), nn.Sigmoid()).to(dtype)
+    report = cg.export_training_step(module, nn.BCELoss(), "sgd", (x, make(x[:, 0, :1, 0])))
+    assert not report.notes
+    gradients = cg.export_gradient(module, (x,), of=nn.BCELoss(), of_args=(make(x[:, 0, :1, 0]),))
+    assert gradients.verified
+    assert not gradients.notes
+
+
 def test_label_smoothing() -> None:
     assert_same_training(
         small_network(),
