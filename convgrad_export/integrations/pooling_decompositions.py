@@ -93,14 +93,16 @@ def avg_pool(
 ) -> Tensor:
     """avg_pool2d and avg_pool3d with a divisor of its own, which the translation ignores: a mean, then a factor.
 
-    In float64, for which onnxruntime has no AveragePool, one small matrix product per axis instead.
+    One small matrix product per axis instead in float64, for which onnxruntime has no AveragePool, and where rounding
+    up may give a window that lies behind the input: PyTorch leaves it out, ONNX counts it.
     """
-    if divisor_override is None and x.dtype != torch.float64:
-        return NotImplemented
     rank = 3 if len(kernel_size) == 3 or x.dim() == 5 else 2
     kernel = per_axis(kernel_size, rank)
     strides, pads = per_axis(stride, rank) if stride else kernel, per_axis(padding or [0], rank)
-    if x.dtype == torch.float64:
+    behind = ceil_mode and any(p or s > k for k, s, p in zip(kernel, strides, pads, strict=True))
+    if divisor_override is None and x.dtype != torch.float64 and not behind:
+        return NotImplemented
+    if x.dtype == torch.float64 or behind:
         for axis in range(rank):
             spatial = axis - rank
             options = (kernel[axis], strides[axis], pads[axis], ceil_mode)

@@ -124,6 +124,20 @@ def _scalar_tensor(s: Any, dtype: int = 1, **_: Any) -> Any:
     return op.Cast(s, to=int(wanted))
 
 
+def _padding_behind(size: Any, kernel: int, stride: int, padding: int, dilation: int) -> int | None:
+    """The padding behind an axis with which rounding down gives PyTorch's windows of rounding up; None: unknown.
+
+    PyTorch leaves out a window that lies behind the input as a whole, which onnx's shape inference counts.
+    """
+    if not isinstance(size, int):
+        return None
+    reach = dilation * (kernel - 1) + 1
+    windows: int = (size + 2 * padding - reach + stride - 1) // stride + 1
+    if (windows - 1) * stride >= size + padding:
+        windows -= 1
+    return max((windows - 1) * stride + reach - size - padding, 0)
+
+
 def _max_pool_with_indices(rank: int) -> Callable[..., Any]:
     """MaxPool once: ONNX counts positions over the whole tensor, PyTorch within a plane, so the remainder is taken.
 
@@ -143,13 +157,21 @@ def _max_pool_with_indices(rank: int) -> Callable[..., Any]:
     ) -> Any:
         batched = len(x.shape) == rank + 2
         axis: Any = op.Constant(value_ints=[0])
-        kernel = per_axis(kernel_size)
+        kernel, dilations, before = per_axis(kernel_size), per_axis(dilation), per_axis(padding)
+        strides = per_axis(stride) if stride else kernel
+        windows = list(zip(x.shape[-rank:], kernel, strides, before, dilations, strict=True))
+        after = [_padding_behind(*window) for window in windows] if ceil_mode else before
+        explicit = [pad for pad, k in zip(after, kernel, strict=True) if pad is not None and pad < k]
+        if len(explicit) == rank:
+            ceil_mode = False
+        else:
+            explicit = before
         pooled, positions = op.MaxPool(
             x if batched else op.Unsqueeze(x, axis),
             kernel_shape=kernel,
-            strides=per_axis(stride) if stride else kernel,
-            pads=per_axis(padding) * 2,
-            dilations=per_axis(dilation),
+            strides=strides,
+            pads=before + explicit,
+            dilations=dilations,
             ceil_mode=int(ceil_mode),
         )
         plane = op.ReduceProd(op.Shape(x, start=-rank), keepdims=0)
