@@ -7,6 +7,7 @@ updates the module's parameters in the state they share, and buffers move parame
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ _UPDATED, _GRADIENT = ".updated", ".grad"
 __all__ = ["CheckpointState", "LinearLRScheduler", "Module", "Optimizer", "Parameter", "Parameters"]
 
 _OWN = ("lazy_reset_grad", "seed", "step", "learning_rate")
+RETURNED = "convgrad.returned"  # in the metadata of a model: a JSON list of the outputs that a call returns
 
 
 class Module:
@@ -74,7 +76,7 @@ class Module:
         return name in self._state.arrays
 
     def __call__(self, *user_inputs: Any) -> Any:
-        """Run a step on a batch, arrays or OrtValues: the loss, or (loss, outputs...) when the model returns more.
+        """Run a step on a batch, arrays or OrtValues: the loss, or (loss, outputs...) as `generate_artifacts` was told.
 
         In training mode gradients are computed and added up, and buffers (BatchNorm) are updated. The results are
         OrtValues where the whole batch is.
@@ -107,7 +109,7 @@ class Module:
         results = session.run(feeds)
         if self.training:
             self._take_over(results)
-        outputs = [value for name, value in results.items() if not name.endswith(_UPDATED)]
+        outputs = [results[name] for name in _returned(session)]
         if user_inputs and all(isinstance(value, ort_value) for value in user_inputs):
             outputs = [_ort_value(value) for value in outputs]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -142,7 +144,7 @@ class Module:
 
     def output_names(self) -> list[str]:
         session = self._train if self.training or self._eval is None else self._eval
-        return [name for name in session.output_names if not name.endswith(_UPDATED)]
+        return _returned(session)
 
     def _names(self, trainable_only: bool) -> list[str]:
         return self._state.trained if trainable_only else self._state.parameter_names
@@ -213,6 +215,23 @@ class Module:
         proto = ir.to_proto(model)
         onnx.checker.check_model(proto, full_check=True)
         write_atomically(inference_model_uri, proto.SerializeToString(), overwrite=True)
+
+
+def _returned(session: GradientSession) -> list[str]:
+    """The outputs that a call returns; of a file that does not say so, all but the state.
+
+    Raises:
+        ModelFileError: the file names others than it has.
+    """
+    outputs = [name for name in session.output_names if not name.endswith(_UPDATED)]
+    text = session.inference_session.get_modelmeta().custom_metadata_map.get(RETURNED)
+    try:
+        names = outputs if text is None else json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(name in outputs for name in names):
+        raise ModelFileError(f"the model's {RETURNED} is {text!r:.200}, expected a list of its outputs {outputs}")
+    return names
 
 
 def _ort_value(array: np.ndarray) -> Any:

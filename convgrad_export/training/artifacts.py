@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from ..integrations.outputs import flat_output_names, named_outputs, updated
 from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
 from ..integrations.tracing import swapped_tensors, trace_function
 from ..integrations.translation import translate
+from .api import RETURNED
 from .backward import gradients, leaves
 from .checkpoint import save_checkpoint
 from .cumulative import cumulative_averages
@@ -85,16 +87,20 @@ def generate_artifacts(
         model: a torch module (then `args` is needed), or an ONNX forward model, whose operators have to be among
             `onnx_module.OPERATORS`. A module in training mode trains as it is, with the parts in eval mode that are
             (a frozen BatchNorm); one in eval mode trains in training mode. Its modes are the same afterwards.
-        requires_grad: parameters to train; by default those with requires_grad, or all of an ONNX model's.
-        frozen_params: parameters that stay as they are.
+        requires_grad: parameters to train, of an ONNX model any floating-point initializers; by default those with
+            requires_grad, or all weights of an ONNX model.
+        frozen_params: parameters that stay as they are; other initializers of an ONNX model may be among them.
         loss: `LossType`, or what `export_training_step` takes. None: the model's first output is the loss.
         optimizer: `OptimType`, or what `export_training_step` takes. None writes no optimizer model.
         artifact_directory: the current folder by default.
         prefix: put before each file name.
-        additional_output_names: accepted; the forward's outputs are always returned after the loss.
+        additional_output_names: of the forward's outputs that `training.api.Module` returns after the loss. By default
+            a torch module's are all returned, and an ONNX model's are not, as in onnxruntime-training; the files hold
+            all of them.
         loss_input_names: of the output that the loss takes, where there are several, and of the targets.
         args: example batch: the forward's arguments, then the targets. For ONNX models made up from declared shapes.
-        dynamic_shapes: as in `export_training_step`; by default the first axis of every input is the batch.
+        dynamic_shapes: as in `export_training_step`; by default the first axis of every input is the batch, and the
+            axes that an ONNX model leaves open are dynamic.
         overwrite: as onnxruntime-training does by default; False keeps existing files.
 
     Raises:
@@ -121,11 +127,11 @@ def generate_artifacts(
             ("checkpoint", ""),
         )
     }
-    module, batch, resolved = _module_and_batch(model, loss, args, loss_input_names)
+    module, batch, resolved = _module_and_batch(model, loss, args, loss_input_names, requires_grad or ())
     untrained_loss_parameters(resolved, optimizer, module)
     frozen = _frozen(module, requires_grad, frozen_params)
     parameters = trainable_parameters(module, frozen)
-    shapes = dynamic_shapes if dynamic_shapes is not None else _batch_axes(batch)
+    shapes = dynamic_shapes if dynamic_shapes is not None else _default_shapes(module, batch, resolved)
     with _modes_kept(module):
         if not module.training:
             module.train()
@@ -141,6 +147,11 @@ def generate_artifacts(
         chosen.check_steps(updated)
         programs["optimizer_model"] = _optimizer_program(chosen, updated, opset_version)
     protos = {key: _model(program, opset_version) for key, program in programs.items()}
+    returned = _returned(programs["training_model"], additional_output_names, isinstance(module, OnnxModule))
+    for key in ("training_model", "eval_model"):  # in eval mode a forward may return less
+        names = returned or [output.name for output in programs[key].outputs if output.kind in ("value", "output")]
+        kept = [output.name for output in programs[key].outputs if output.name in names]
+        protos[key].metadata_props.add(key=RETURNED, value=json.dumps(sorted(kept, key=names.index)))
     state = {spec.name: spec.value.detach() for spec in state_inputs(module)}
     if chosen is not None:
         state.update(_optimizer_state(chosen, updated))
@@ -167,7 +178,7 @@ def _modes_kept(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _module_and_batch(
-    model: Any, loss: Any, args: Any, loss_input_names: Sequence[str] | None
+    model: Any, loss: Any, args: Any, loss_input_names: Sequence[str] | None, trainable: Sequence[str]
 ) -> tuple[torch.nn.Module, tuple[Any, ...], Loss]:
     resolved = Loss(_first_output, ()) if loss is None else resolve_loss(_loss(loss))
     if loss_input_names is not None:
@@ -185,7 +196,9 @@ def _module_and_batch(
         raise ArgumentTypeError(
             f"model is a {type(model).__name__}, expected a torch.nn.Module or an ONNX model or file"
         )
-    module = OnnxModule(model)
+    if loss is LossType.CrossEntropyLoss and loss_input_names is None:
+        resolved = Loss(resolved.function, ("labels",))  # the name that onnxruntime-training gives this target
+    module = OnnxModule(model, trainable)
     if args is None:
         inputs = module.example_inputs()
         with torch.no_grad():
@@ -240,12 +253,14 @@ def _frozen(
     module: torch.nn.Module, requires_grad: Sequence[str] | None, frozen_params: Sequence[str] | None
 ) -> list[str]:
     names = [name for name, _ in module.named_parameters()]
+    others = module.initializers if isinstance(module, OnnxModule) else ()  # they stay as they are in any case
+    known = {"requires_grad": names, "frozen_params": [*names, *others]}
     for option, given in (("requires_grad", requires_grad), ("frozen_params", frozen_params)):
-        if unknown := [name for name in given or () if name not in names]:
+        if unknown := [name for name in given or () if name not in known[option]]:
             raise ArgumentTypeError(f"{option} names no parameter of the model: {', '.join(unknown)}")
     if both := set(requires_grad or ()) & set(frozen_params or ()):
         raise ArgumentTypeError(f"requires_grad and frozen_params both name {', '.join(sorted(both))}")
-    frozen = list(frozen_params or ())
+    frozen = [name for name in frozen_params or () if name in names]
     if requires_grad is not None:
         if fixed := [name for name in requires_grad if not module.get_parameter(name).requires_grad]:
             raise ArgumentTypeError(
@@ -255,8 +270,27 @@ def _frozen(
     return frozen
 
 
-def _batch_axes(batch: Sequence[Any]) -> tuple[Any, ...]:
+def _default_shapes(module: torch.nn.Module, batch: Sequence[Any], loss: Loss) -> tuple[Any, ...]:
+    if isinstance(module, OnnxModule) and all(isinstance(value, Tensor) for value in batch):
+        return module.dynamic_shapes(batch, loss.output)
     return tuple({0: "batch"} if isinstance(value, Tensor) and value.dim() else None for value in batch)
+
+
+def _returned(program: CapturedProgram, names: Sequence[str] | None, from_onnx: bool) -> list[str] | None:
+    """What `training.api.Module` returns: the loss, then the outputs of these names; None for all.
+
+    Raises:
+        ArgumentTypeError: the forward has no output of a name.
+    """
+    if names is None:
+        return [LOSS] if from_onnx else None
+    available = [output.name for output in program.outputs if output.kind == "output"]
+    full = {name: name if name in available else f"output.{name}" for name in names}
+    if unknown := [name for name in names if full[name] not in available]:
+        raise ArgumentTypeError(
+            f"additional_output_names names {', '.join(unknown)}, the forward's outputs are {', '.join(available)}"
+        )
+    return [LOSS, *full.values()]
 
 
 def _forward(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -363,10 +365,86 @@ def test_an_onnx_forward_model_is_trained(tmp_path: Path) -> None:
         np.testing.assert_array_equal(state.arrays[name], eager.get_buffer(name))
     optimizer.set_learning_rate(0.1)
     reference, data = torch.optim.SGD(eager.parameters(), lr=0.1), batches(3, torch.float32)
-    losses = [loss for loss, *_ in train_artifacts(module, optimizer, data)]
+    losses = [float(loss) for loss in train_artifacts(module, optimizer, data)]
     assert losses == pytest.approx(train_in_pytorch(eager, functional.cross_entropy, reference, data), rel=1e-4)
     for name in state.parameter_names:
         np.testing.assert_allclose(state.arrays[name], eager.get_parameter(name).detach(), rtol=1e-3, atol=1e-5)
+
+
+def in_training_form(module: nn.Module, *args: torch.Tensor, dynamic: dict[int, str]) -> onnx.ModelProto:
+    """As onnxruntime-training's instructions have it: the old exporter, nothing folded."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            args,
+            file,
+            input_names=["input"],
+            output_names=["output"],
+            dynamic_axes={"input": dynamic, "output": dynamic} if dynamic else None,
+            opset_version=15,
+            do_constant_folding=False,
+            training=torch.onnx.TrainingMode.TRAINING,
+            dynamo=False,
+        )
+    return onnx.load_model_from_string(file.getvalue())
+
+
+class Viewed(nn.Module):
+    """A Linear over three dimensions, whose weight torch.onnx transposes in the graph, and sizes made of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.inner, self.outer = nn.Linear(9, 2), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.max_pool2d(self.norm(self.convolution(x)), 2)
+        return self.outer(self.inner(x.view(x.size(0), 4, -1)).view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("dynamic", [{}, {0: "n"}], ids=["fixed batch", "open batch"])
+def test_a_script_of_onnxruntime_trainings_runs(dynamic: dict[int, str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    eager, data = Viewed(), batches(2, torch.float32)
+    model = in_training_form(copy.deepcopy(eager), data[0][0], dynamic=dynamic)
+    trained = [name for name, _ in eager.named_parameters() if name != "convolution.bias"]
+    others = [initializer.name for initializer in model.graph.initializer if initializer.name not in trained]
+    assert "norm.running_mean" in others
+    write(tmp_path, model, requires_grad=trained, frozen_params=others, optimizer=artifacts.OptimType.SGD)
+    state, module, optimizer = load(tmp_path)
+    assert module.input_names() == ["input", "labels"]
+    assert module.output_names() == module.eval().output_names() == ["loss"]
+    optimizer.set_learning_rate(0.1)
+    eager.convolution.bias.requires_grad_(False)
+    losses = [float(loss) for loss in train_artifacts(module.train(), optimizer, data)]
+    reference = torch.optim.SGD(eager.parameters(), lr=0.1)
+    assert losses == pytest.approx(train_in_pytorch(eager, functional.cross_entropy, reference, data), rel=1e-4)
+    for name, value in eager.named_parameters():  # the old exporter has moved the statistics of its copy
+        np.testing.assert_allclose(state.arrays[name], value.detach(), rtol=1e-3, atol=1e-5, err_msg=name)
+    module.export_model_for_inferencing(tmp_path / "inference.onnx", ["output"])
+    assert cg.GradientSession(tmp_path / "inference.onnx").output_names == ("output",)
+
+
+def test_additional_outputs_follow_the_loss(tmp_path: Path) -> None:
+    x, y = (value.numpy() for value in batches(1, torch.float32)[0])
+    write(tmp_path, TwoOutputs(), loss_input_names=["logits", "labels"], additional_output_names=["logits"])
+    loss, logits = load(tmp_path)[1](x, y)
+    assert loss == pytest.approx(functional.cross_entropy(torch.tensor(logits), torch.tensor(y)).item(), rel=1e-5)
+    with pytest.raises(cg.ArgumentTypeError, match="additional_output_names names scores, the forward's outputs are"):
+        write(tmp_path, TwoOutputs(), loss_input_names=["logits", "labels"], additional_output_names=["scores"])
+
+
+def test_axes_that_an_onnx_model_leaves_open_are_dynamic(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3))
+    model = in_training_form(network, torch.randn(2, 1, 9, 9), dynamic={0: "n", 2: "h", 3: "w"})
+    write(tmp_path, model)
+    module = load(tmp_path)[1]
+    for height, width in ((9, 7), (5, 12)):
+        x, y = torch.randn(3, 1, height, width), torch.randint(0, 2, (3, height - 4, width - 4))
+        expected = functional.cross_entropy(network(x), y).item()
+        assert module(x.numpy(), y.numpy()) == pytest.approx(expected, rel=1e-4)
 
 
 class TwoOutputs(nn.Module):
@@ -390,7 +468,7 @@ def test_the_loss_takes_the_output_that_is_named(as_onnx: bool, tmp_path: Path) 
             write(tmp_path, model)
     with pytest.raises(cg.ArgumentTypeError, match="got 'scores'"):
         write(tmp_path, model, loss_input_names=["scores", "labels"])
-    write(tmp_path, model, loss_input_names=["logits", "labels"])
+    write(tmp_path, model, loss_input_names=["logits", "labels"], additional_output_names=["hidden", "logits"])
     _, module, _ = load(tmp_path)
     assert module.input_names() == ["x", "labels"]
     assert module.output_names() == ["loss", "hidden", "logits"]
