@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
-from collections.abc import Sequence
+import os
+from collections.abc import Sequence, Set
+from pathlib import Path
 from typing import Any
 
 from .errors import ArgumentTypeError, GeometryError
@@ -208,3 +210,32 @@ def _pair_padding(value: Sequence[Any], rank: int) -> tuple[tuple[Any, Any], ...
         (as_int(lo, f"padding[{axis}][0]", 0), as_int(hi, f"padding[{axis}][1]", 0))
         for axis, (lo, hi) in enumerate(value)
     )
+
+
+def as_names(value: Any, name: str, example: str) -> list[str]:
+    """Names as a list.
+
+    Raises:
+        ArgumentTypeError: a single name (its letters would be taken for names), or anything but a sequence or set of
+            texts.
+    """
+    if isinstance(value, Sequence | Set) and not isinstance(value, str | bytes):
+        if all(isinstance(item, str) for item in value):
+            return list(value)
+        wrong = next(item for item in value if not isinstance(item, str))
+        raise ArgumentTypeError(
+            f"{name} holds {wrong!r:.80} ({type(wrong).__name__}), expected names alone, such as {example!r}"
+        )
+    hint = f": put it into a list, [{value!r:.80}]" if isinstance(value, str) else f", such as [{example!r}]"
+    raise ArgumentTypeError(f"{name} is {value!r:.80} ({type(value).__name__}), expected a sequence of names{hint}")
+
+
+def as_path(value: Any, name: str) -> Path:
+    """A path, without looking at the disk.
+
+    Raises:
+        ArgumentTypeError: neither a text nor a path.
+    """
+    if isinstance(value, str | os.PathLike):
+        return Path(value)
+    raise ArgumentTypeError(f"{name} is {value!r:.80} ({type(value).__name__}), expected a path, such as 'step.onnx'")

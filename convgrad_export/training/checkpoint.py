@@ -1,7 +1,7 @@
 """Checkpoints: named tensors in one safetensors file, written so that a crash never loses the previous one.
 
 Runs without torch. The format (https://github.com/huggingface/safetensors) holds no code and nothing is executed when a
-file is read; a checksum in its header shows damage that leaves the layout intact.
+file is read; a checksum of tensors and texts in its header shows damage that leaves the layout intact.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DTypeError, ModelFileError
+from ..arguments import as_path
+from ..errors import ArgumentTypeError, DTypeError, ModelFileError
 from ..files import check_output, write_atomically
 from ..runtime import tensors
 from .checkpoint_file import DTYPES, FORMAT, bytes_of, digest, open_checkpoint
@@ -56,17 +57,41 @@ def save_checkpoint(
     Raises:
         OutputExistsError, OutputPathError: as in `convgrad_export.files.write_atomically`; also when the disk is full.
         DTypeError: complex numbers, texts or objects.
+        ArgumentTypeError: no path, no mapping, or metadata that are no texts.
     """
     from safetensors.numpy import save
 
-    target = check_output(path, overwrite=overwrite)
+    target = check_output(as_path(path, "path"), overwrite=overwrite)
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ArgumentTypeError(
+            f"state is a {type(state).__name__}, expected a mapping from names to arrays or tensors"
+        )
+    texts = _texts(metadata)
     arrays = {name: as_array(value) for name, value in state.items()}
     for name, array in arrays.items():
         if array.dtype not in DTYPES.values():
             raise DTypeError(f"{name} is {array.dtype}, which a checkpoint does not hold")
-    checksum = digest(arrays.items(), lambda name: bytes_of(arrays[name]))
-    header = {**(metadata or {}), "format": FORMAT, "sha256": checksum}
+    header = {**texts, "format": FORMAT}
+    header["sha256"] = digest(arrays.items(), lambda name: bytes_of(arrays[name]), header)
     return write_atomically(target, _in_order(save(arrays, metadata=header)), overwrite=overwrite)
+
+
+def _texts(metadata: Any) -> dict[str, str]:
+    """Further entries of the header, which holds texts alone.
+
+    Raises:
+        ArgumentTypeError: another type, or the name of an entry of the format's own.
+    """
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping):
+        raise ArgumentTypeError(f"metadata is a {type(metadata).__name__}, expected texts by name")
+    for name, text in metadata.items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ArgumentTypeError(f"metadata holds {name!r:.40}: {text!r:.40}, expected texts by name")
+        if name in ("format", "sha256"):
+            raise ArgumentTypeError(f"metadata has the entry {name!r}, which the checkpoint needs itself: rename it")
+    return dict(metadata)
 
 
 def _in_order(file: bytes) -> bytes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,11 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from ..arguments import as_path
 from ..errors import ModelFileError
 
-FORMAT = "convgrad_export.training 1"
+FORMAT = "convgrad_export.training 2"
+_WITHOUT_TEXTS = "convgrad_export.training 1"  # whose checksum is that of the tensors alone
 DTYPES: dict[str, Any] = {
     "BOOL": np.bool_,
     "U8": np.uint8,
@@ -81,14 +83,19 @@ def bytes_of(array: np.ndarray) -> memoryview:
     return memoryview(content)
 
 
-def digest(tensors: Iterable[tuple[str, Any]], content: Callable[[str], memoryview]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order of the names.
+def digest(
+    tensors: Iterable[tuple[str, Any]], content: Callable[[str], memoryview], texts: Mapping[str, str] | None
+) -> str:
+    """SHA-256 over names, types, shapes and bytes, and the header's texts, each in the order of the names.
 
     Args:
         tensors: names, and what has their ``dtype`` and ``shape``.
         content: the bytes of a name.
+        texts: the header's further entries; None leaves them out.
     """
     result = hashlib.sha256()
+    if texts is not None:
+        result.update(json.dumps(sorted(texts.items())).encode())
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         result.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         result.update(content(name))
@@ -101,19 +108,26 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[CheckpointFile]:
 
     Raises:
         ModelFileError: missing, truncated, changed since it was written, or no checkpoint.
+        ArgumentTypeError: no path.
     """
-    source = Path(path)
+    source = as_path(path, "checkpoint")
     if not source.is_file():
         raise ModelFileError(f"checkpoint {source} does not exist or is no file")
-    with source.open("rb", buffering=0) as stream:
+    try:
+        opened = source.open("rb", buffering=0)
+    except OSError as error:
+        raise ModelFileError(f"checkpoint {source} cannot be read: {error.strerror or error}") from error
+    with opened as stream:
         tensors, header = _layout(source, stream)
-        wanted = header.pop("sha256", None)
-        if header.pop("format", None) != FORMAT or wanted is None:
+        wanted, texts = header.pop("sha256", None), dict(header)
+        form = header.pop("format", None)
+        if form not in (FORMAT, _WITHOUT_TEXTS) or wanted is None:
             raise ModelFileError(
                 f"checkpoint {source} was not written by convgrad_export: its header has no {FORMAT!r}"
             )
         file = CheckpointFile(tensors, header, stream)
-        if digest(tensors.items(), lambda name: bytes_of(file.read(name))) != wanted:
+        covered = texts if form == FORMAT else None
+        if digest(tensors.items(), lambda name: bytes_of(file.read(name)), covered) != wanted:
             raise ModelFileError(f"checkpoint {source} is damaged: its contents do not match its checksum")
         yield file
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load
+from safetensors.numpy import load, save_file
 
 import convgrad_export as cg
 from convgrad_export.training.checkpoint import read_checkpoint, save_checkpoint
@@ -56,3 +59,51 @@ def test_what_could_not_be_read_again_is_not_written(value: Any, tmp_path: Path)
     with pytest.raises(cg.DTypeError, match=r"w is .* which a checkpoint does not hold"):
         save_checkpoint(tmp_path / "w.safetensors", {"w": value})
     assert not list(tmp_path.iterdir())
+
+
+def changed_header(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """The file with another header; the tensors stay."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": "100.0"},
+        {"trained": "w"},
+        {"property.epoch": "int:9"},
+        {"more": ""},
+        {"format": "convgrad_export.training 1"},
+    ],
+)
+def test_a_changed_text_of_the_header_is_damage(change: dict[str, str], tmp_path: Path) -> None:
+    texts = {"learning_rate": "0.1", "trained": "", "property.epoch": "int:3"}
+    file = save_checkpoint(tmp_path / "w.safetensors", {"w": np.ones(2)}, metadata=texts)
+    changed_header(file, lambda header: None)
+    assert read_checkpoint(file)[1] == texts
+    changed_header(file, lambda header: header["__metadata__"].update(change))
+    with pytest.raises(cg.ModelFileError, match="do not match its checksum"):
+        read_checkpoint(file)
+
+
+def test_a_text_that_is_gone_is_damage(tmp_path: Path) -> None:
+    file = save_checkpoint(tmp_path / "w.safetensors", {"w": np.ones(2)}, metadata={"calls": "3"})
+    changed_header(file, lambda header: header["__metadata__"].pop("calls"))
+    with pytest.raises(cg.ModelFileError, match="do not match its checksum"):
+        read_checkpoint(file)
+
+
+def test_checkpoints_of_the_first_format_are_read(tmp_path: Path) -> None:
+    """Their checksum is that of the tensors alone."""
+    array = np.arange(3, dtype=np.float32)
+    checksum = hashlib.sha256(json.dumps(["w", "float32", [3]]).encode() + array.tobytes()).hexdigest()
+    header = {"format": "convgrad_export.training 1", "sha256": checksum, "calls": "3"}
+    save_file({"w": array}, tmp_path / "w.safetensors", metadata=header)
+    arrays, texts = read_checkpoint(tmp_path / "w.safetensors")
+    np.testing.assert_array_equal(arrays["w"], array)
+    assert texts == {"calls": "3"}
