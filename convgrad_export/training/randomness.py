@@ -11,6 +11,7 @@ drawn more often than it should be. 48271 is the multiplier of Park, Miller and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import ArgumentTypeError, DTypeError, GeometryError, UnsupportedOperatorError
 from . import attention
+from .packed import PackedSequences, is_missing, unchecked_sizes
 
 Replacement = Callable[..., Any]
 _P = 2**31 - 1
@@ -70,19 +72,24 @@ class SeededRandomness(TorchFunctionMode):
         base = torch.remainder(seed, _P)
         self._base = _scrambled(torch.remainder(base * _MULTIPLIER + torch.remainder(step, _P), _P), base)
         self.draws = 0
+        self.packed = PackedSequences()
         self._states: list[tuple[Tensor, int]] = []
         self._originals: list[tuple[Any, Any]] = []
+        self._open: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> SeededRandomness:
         # `torch.utils.checkpoint` notes the generator's state before it calls a part of the forward, and sets it again
         # before it calls that part a second time. What decides the draws here is how many there were.
         self._originals.append((torch.get_rng_state, torch.set_rng_state))
         _set_state_functions(self._state, self._set_state)
+        self._open.append(contextlib.ExitStack())
+        self._open[-1].enter_context(unchecked_sizes())
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self._open.pop().close()
         _set_state_functions(*self._originals.pop())
 
     def _state(self) -> Tensor:
@@ -118,6 +125,9 @@ class SeededRandomness(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        known = self.packed.read(func, args, kwargs)
+        if not is_missing(known):
+            return known
         replacement = _REPLACEMENTS.get(func)
         if replacement is None:
             return func(*args, **(kwargs or {}))
@@ -196,15 +206,28 @@ _plain_dropout = _dropout(functional.dropout)
 def _recurrent(function: Any) -> Replacement:
     """Layer by layer, with dropout from the seed in between, which PyTorch's decomposition for traces leaves out."""
 
-    def replacement(
-        mode: SeededRandomness, input: Tensor, hx: Any, weights: Any, bias: Any, layers: int, p: float, *options: Any
+    def packed(
+        mode: SeededRandomness,
+        data: Tensor,
+        sizes: Tensor,
+        hx: Any,
+        weights: Any,
+        bias: bool,
+        layers: int,
+        p: float,
+        train: bool,
+        bidirectional: bool,
     ) -> Any:
-        packed = not isinstance(bias, bool)  # an argument more comes before the others then
-        count, dropout, train = (p, *options[:2]) if packed else (layers, p, options[0])
-        if not train or dropout == 0.0 or count == 1:
+        dropped = functools.partial(_plain_dropout, mode, p=p, training=train)
+        return mode.packed.run(function, dropped, data, sizes, hx, weights, bias, layers, train, bidirectional)
+
+    def replacement(
+        mode: SeededRandomness, input: Tensor, hx: Any, weights: Any, bias: Any, layers: Any, p: Any, *options: Any
+    ) -> Any:
+        if not isinstance(bias, bool):  # packed: the batch sizes come second
+            return packed(mode, input, hx, weights, bias, layers, p, *options)
+        if not options[0] or p == 0.0 or layers == 1:
             return function(input, hx, weights, bias, layers, p, *options)
-        if packed:
-            _refuse("A recurrent layer of packed sequences", dropout=dropout)
         directions, size = 2 if options[1] else 1, len(weights) // layers
         states = []
         for layer in range(layers):
@@ -325,6 +348,8 @@ _REPLACEMENTS: Mapping[Any, Replacement] = {
     **{function: _dropout(function) for function in _DROPOUTS},
     torch.dropout: lambda mode, input, p, train: _plain_dropout(mode, input, p, train),
     **{function: _recurrent(function) for function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+    torch._pack_padded_sequence: lambda mode, *args: mode.packed.pack(*args),
+    torch._pad_packed_sequence: lambda mode, *args: mode.packed.pad(*args),
     functional.scaled_dot_product_attention: _scaled_dot_product_attention,
     functional.multi_head_attention_forward: _multi_head_attention,
     torch.Tensor.bernoulli_: _bernoulli_,

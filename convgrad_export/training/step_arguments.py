@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from ..errors import ArgumentTypeError
 from ..integrations.arguments import CallArguments
@@ -106,6 +107,11 @@ def split_batch(
             f"loss's {count} target(s): {needed}"
         )
     inputs, targets = values[: len(values) - count], list(values[len(values) - count :])
+    if any(isinstance(value, PackedSequence) for value in values):
+        raise ArgumentTypeError(
+            "args holds a PackedSequence, whose tensors have another size for every batch: pass the padded tensor and "
+            "the lengths, and call pack_padded_sequence in the forward"
+        )
     if strange := [type(t).__name__ for t in targets if not isinstance(t, Tensor)]:
         raise ArgumentTypeError(f"args ends with {', '.join(strange)}, expected tensors for the loss's targets")
     loss.check_targets(targets)
