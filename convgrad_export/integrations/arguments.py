@@ -35,6 +35,7 @@ class CallArguments:
 
     def __init__(self, module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
         check_module(module)
+        module = unwrapped(module)
         if isinstance(args, torch.Tensor):
             args = (args,)
         if not isinstance(args, (list, tuple)):
@@ -87,7 +88,7 @@ class CallArguments:
         bound = [replaced(argument, value) for argument, value in self._arguments.items()]
         positional = len(self._args)
         keywords = list(self._arguments)[positional:]
-        return module(*bound[:positional], **dict(zip(keywords, bound[positional:], strict=True)))
+        return unwrapped(module)(*bound[:positional], **dict(zip(keywords, bound[positional:], strict=True)))
 
     def _spread(self, dynamic_shapes: Mapping[str, Any]) -> dict[str, Any]:
         """With the entries of `*args` (a sequence) and `**kwargs` (a dict), as torch.export takes them, one by one."""
@@ -140,6 +141,18 @@ def check_module(module: Any) -> None:
         raise ArgumentTypeError(
             f"module is {module!r:.80}, expected a torch.nn.Module instance; wrap a function in a module's forward"
         )
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The module that `torch.nn.DataParallel` or `DistributedDataParallel` calls on each device; any other as it is.
+
+    Their own forward spreads a batch over devices, which a graph does not. The names of the module's tensors stay those
+    of the wrapper's `state_dict`.
+    """
+    wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    while isinstance(module, wrappers) and not module._forward_hooks and not module._forward_pre_hooks:
+        module = module.module
+    return module
 
 
 def _free(name: str, taken: Set[str]) -> str:

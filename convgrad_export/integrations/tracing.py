@@ -85,6 +85,7 @@ def trace_function(
             return [output.tensor for output in outputs]
 
         recorded = _record(flat, fakes, mode)
+        _drop_profiling(recorded.graph)
         recorded.graph.eliminate_dead_code()
         taken = {name for spec in inputs for name in spec.names}
         constants = _lift_constants(recorded, taken)
@@ -153,6 +154,13 @@ def _record(
                 "branches only. Compute both and choose with torch.where, or move the decision out of the forward."
             ) from error
         raise CaptureError(f"{where}: the forward cannot be traced: {_first_line(error)}") from error
+
+
+def _drop_profiling(graph: torch.fx.Graph) -> None:
+    """Take out the marks of `torch.profiler.record_function` (DataParallel makes one), which compute nothing."""
+    for node in reversed(graph.nodes):
+        if getattr(node.target, "namespace", "") == "profiler":
+            graph.erase_node(node)
 
 
 @contextlib.contextmanager

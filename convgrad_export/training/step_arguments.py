@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..errors import ArgumentTypeError
-from ..integrations.arguments import CallArguments
+from ..integrations.arguments import CallArguments, unwrapped
 from ..integrations.program import GraphInput
 from .losses import Loss
 
@@ -116,7 +116,7 @@ def split_batch(
         raise ArgumentTypeError(f"args ends with {', '.join(strange)}, expected tensors for the loss's targets")
     loss.check_targets(targets)
     try:
-        inspect.signature(module.forward).bind(*inputs)
+        inspect.signature(unwrapped(module).forward).bind(*inputs)
     except TypeError as error:
         raise ArgumentTypeError(
             f"args: {type(module).__name__}.forward does not take the first {len(inputs)} of {len(values)} values, the "

@@ -17,7 +17,7 @@ import convgrad_export as cg
 from convgrad_export.training import artifacts
 from convgrad_export.training.api import CheckpointState, Module, Optimizer
 
-from .parity import assert_same_training, train_artifacts, train_in_pytorch
+from .parity import assert_same_training, batches, small_network, train_artifacts, train_in_pytorch
 
 
 def data(count: int = 3, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
@@ -191,3 +191,25 @@ def test_the_reports_state_stays_when_the_module_trains_on() -> None:
     with torch.no_grad():
         module.weight.fill_(7)
     assert torch.equal(report.state["weight"], before)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_module_under_data_parallel_keeps_the_names_of_its_state_dict(inside: bool, tmp_path: Path) -> None:
+    layers = small_network(torch.float32)
+    module: nn.Module = nn.Sequential(nn.DataParallel(layers[:5]), layers[5:]) if inside else nn.DataParallel(layers)
+    eager, data = copy.deepcopy(module), batches(3, torch.float32)
+    shapes = {"input": {0: "batch"}, "target": {0: "batch"}}
+    report = cg.export_training_step(module, "cross_entropy", "sgd", data[0], dynamic_shapes=shapes)
+    assert list(report.inputs)[:2] == ["input", "target"]
+    session = cg.TrainingSession(report.model, report.state, learning_rate=0.1)
+    optimizer = torch.optim.SGD(eager.parameters(), lr=0.1)
+    for x, y in data:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(eager(x), y)
+        loss.backward()
+        optimizer.step()
+        assert session.step(x, y)["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert set(session.state_dict()) == set(module.state_dict())
+    assert cg.export(module, (data[0][0],)).verified
+    artifacts.generate_artifacts(module, loss="cross_entropy", args=data[0], artifact_directory=tmp_path)
+    assert set(CheckpointState.load_checkpoint(tmp_path / "checkpoint").arrays) == set(module.state_dict())
