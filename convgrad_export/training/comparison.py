@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..integrations.eager_run import computing_in
+from ..integrations.eager_run import WidenedCasts, computing_in
 from .backward import gradients
 from .losses import Loss
 from .randomness import SeededRandomness
@@ -49,8 +50,14 @@ def train_with_pytorch(
     seed: int,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[list[float], torch.nn.Module]:
-    """Losses and the trained copy of `module`; oneDNN is off in float64, as in every reference of this package."""
+    """Losses and the trained copy of `module`, with the hooks of its parameters, which a copy would not have.
+
+    In float64 oneDNN is off, as in every reference of this package, and what the forward casts to float32 is float64.
+    """
     own = copy.deepcopy(module).to(dtype).train()
+    for name, parameter in module.named_parameters():
+        for hook in (parameter._backward_hooks or {}).values():
+            own.get_parameter(name).register_hook(hook)
     optimizer = make_optimizer(own.parameters())
     parameters = {name: tensor for name, tensor in own.named_parameters() if tensor.requires_grad}
     losses = []
@@ -60,7 +67,8 @@ def train_with_pytorch(
             inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
             target = target.to(dtype) if target.is_floating_point() else target
             optimizer.zero_grad()
-            with SeededRandomness(torch.tensor(seed), torch.tensor(step)):
+            wide = WidenedCasts(dtype) if dtype == torch.float64 else contextlib.nullcontext()
+            with SeededRandomness(torch.tensor(seed), torch.tensor(step)), wide:
                 value = loss.call(own(*inputs), target)
                 # in here for parts that are computed again, and not by value.backward(), which leaves the mode
                 found = gradients(value, parameters)

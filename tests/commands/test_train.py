@@ -201,3 +201,23 @@ def test_without_matplotlib_nothing_is_trained(
     (message,) = capsys.readouterr().err.splitlines()
     assert "convgrad-export[examples]" in message
     assert not (tmp_path / "out").exists()
+
+
+class Hooked(nn.Sequential):
+    """A mask on a weight's gradient, by a hook, and a forward that casts."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 1))
+        mask = (torch.arange(64).reshape(4, 16) % 2).float()
+        self[1].weight.register_hook(lambda gradient: gradient * mask)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float())
+
+
+def test_hooks_of_parameters_take_part_in_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = own_data(tmp_path / "data.npz")
+    arguments = ["train", "-o", str(tmp_path / "out"), "--module", f"{__name__}:Hooked", "--data", str(data)]
+    options = ["--loss", "mse", "--optimizer", "sgd", "--learning-rate", "0.1", "--epochs", "3", "--batch-size", "8"]
+    assert main([*arguments, *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["within_bound"]
