@@ -1,7 +1,8 @@
 """Optimizer updates as functions of tensors, so that a trace turns them into graph nodes.
 
 Each formula is that of the torch.optim class of the same name (torch 2.13, single-tensor form), with the learning rate
-and the step count as tensors: both are runtime inputs of the exported step.
+and the step count as tensors: both are runtime inputs of the exported step. Half parameters come in as float32, as
+PyTorch's kernels compute them, and the averages of Adam and RMSprop stay so.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from ..arguments import as_names
 from ..errors import ArgumentTypeError
+from ..integrations.half_widening import HALF
 from .optimizer_state import check_same_step, own_state
 
 State = dict[str, Tensor]
@@ -34,17 +37,25 @@ class Optimizer(Protocol):
         """New parameter and state. `step` is a 0-d float64 tensor that counts from 1."""
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check(optimizer: Any) -> None:
     """Refuse hyperparameters that are no numbers, or outside their range."""
     for field in dataclasses.fields(optimizer):
         value = getattr(optimizer, field.name)
+        if isinstance(value, list):  # as torch takes it; a rule has to be hashable
+            value = tuple(value)
+            object.__setattr__(optimizer, field.name, value)
         name = f"{type(optimizer).__name__}.{field.name}"
         if isinstance(field.default, bool):
             if not isinstance(value, bool):
                 raise ArgumentTypeError(f"{name} is {value!r}, expected True or False")
             continue
         values = value if isinstance(value, tuple) else (value,)
-        if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
+        several = isinstance(value, tuple) and field.name != "betas"
+        if several or not all(_is_finite(v) for v in values):
             raise ArgumentTypeError(f"{name} is {value!r}, expected a finite number")
         if any(v < 0 for v in values):
             raise ArgumentTypeError(f"{name} is {value!r}, expected no negative number")
@@ -114,7 +125,16 @@ def _power(base: float, exponent: Tensor) -> Tensor:
 
 def _adam_state(options: Adam | AdamW, parameter: Tensor) -> State:
     names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if options.amsgrad else ()))
-    return {name: torch.zeros_like(parameter) for name in names}
+    return {name: _average(parameter) for name in names}
+
+
+def _average(parameter: Tensor) -> Tensor:
+    """Zeros for an average of gradients or of their squares; in float32 for half parameters.
+
+    torch.optim keeps them in the parameter's type. In float16 a square of a gradient below 0.008, times 0.001, is zero,
+    and one above 8,000 infinite: the next parameter is infinite or not a number.
+    """
+    return torch.zeros_like(parameter, dtype=torch.float32 if parameter.dtype in HALF else parameter.dtype)
 
 
 @dataclass(frozen=True)
@@ -187,7 +207,7 @@ class RMSprop:
             *(["grad_avg"] if self.centered else []),
             *(["momentum_buffer"] if self.momentum else []),
         ]
-        return {name: torch.zeros_like(parameter) for name in names}
+        return {name: _average(parameter) for name in names}
 
     def update(
         self, parameter: Tensor, gradient: Tensor, state: State, learning_rate: Tensor, step: Tensor
@@ -221,18 +241,35 @@ class CustomOptimizer:
     function: UpdateFunction
     state_names: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ArgumentTypeError(
+                f"CustomOptimizer.function is {self.function!r:.80}, expected a function of (parameter, gradient, "
+                "state, learning_rate, step)"
+            )
+        names = as_names(self.state_names, "CustomOptimizer.state_names", "momentum")
+        if wrong := [name for name in names if not name or "." in name or names.count(name) > 1]:
+            raise ArgumentTypeError(f"CustomOptimizer.state_names holds {wrong}, expected different names without dots")
+        object.__setattr__(self, "state_names", tuple(names))
+
     def initial_state(self, parameter: Tensor) -> State:
         return {name: torch.zeros_like(parameter) for name in self.state_names}
 
     def update(
         self, parameter: Tensor, gradient: Tensor, state: State, learning_rate: Tensor, step: Tensor
     ) -> tuple[Tensor, State]:
-        new, new_state = self.function(parameter, gradient, state, learning_rate, step)
+        result = self.function(parameter, gradient, state, learning_rate, step)
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+            got = "tensor" if isinstance(result, Tensor) else type(result).__name__
+            raise ArgumentTypeError(
+                f"the update function returned a {got}, expected (new parameter, new state), the state a dict"
+            )
+        new, new_state = result
         if set(new_state) != set(self.state_names):
             raise ArgumentTypeError(
                 f"the update function returned the state {sorted(new_state)}, expected {sorted(self.state_names)}"
             )
-        return new, new_state
+        return new, dict(new_state)
 
 
 BY_NAME: Mapping[str, Callable[[], Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "rmsprop": RMSprop}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import ConstantGradientError
+from ..errors import ArgumentTypeError, ConstantGradientError
+from ..integrations.half_widening import HALF
 from ..integrations.outputs import updated
 from ..integrations.program import GraphInput, GraphOutput, TracedOutput
 from .losses import Loss
@@ -19,6 +22,26 @@ LEARNING_RATE, STEP = "learning_rate", "step"
 GRADIENT_NORM, MICRO_STEP, GRADIENT_SUM = "gradient_norm", "micro_step", "grad_sum"
 _ELEMENTWISE = (SGD, Adam, AdamW, RMSprop)  # an update function of the user's may look at the whole tensor
 _SHORT = 4096  # elements; copying a longer vector four times takes as long as starting its own nodes
+_UPDATING: ContextVar[bool] = ContextVar("updating", default=False)
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def is_updating() -> bool:
+    """Whether what is computed now follows the gradients; verification tells rounding before and after them apart."""
+    return _UPDATING.get()
+
+
+def _marked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    @functools.wraps(function)
+    def marked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        before = _UPDATING.set(True)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _UPDATING.reset(before)
+
+    return marked
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,7 @@ def calls_before(values: Mapping[str, Tensor], options: StepOptions) -> Tensor:
     return values[STEP] * options.accumulation + values[MICRO_STEP]
 
 
+@_marked
 def update(gradients: Mapping[str, Tensor], values: Mapping[str, Tensor], options: StepOptions) -> list[TracedOutput]:
     """New parameters and optimizer state.
 
@@ -81,9 +105,7 @@ def update(gradients: Mapping[str, Tensor], values: Mapping[str, Tensor], option
     if options.clip_value is not None:
         gradients = {name: g.clamp(-options.clip_value, options.clip_value) for name, g in gradients.items()}
     if options.clip_norm is not None:
-        norm = torch.stack([(g * g).sum() for g in gradients.values()]).sum().sqrt()
-        factor = torch.clamp(options.clip_norm / (norm + 1e-6), max=1.0)  # torch's clip_grad_norm_
-        gradients = {name: g * factor for name, g in gradients.items()}
+        norm, gradients = _clipped(gradients, options.clip_norm)
         outputs.append(TracedOutput(GraphOutput(GRADIENT_NORM, "output"), norm))
     step = values[STEP] + 1
     put(STEP, step if due is None else torch.where(due, step, values[STEP]))
@@ -95,6 +117,26 @@ def update(gradients: Mapping[str, Tensor], values: Mapping[str, Tensor], option
     return outputs
 
 
+def _clipped(gradients: Mapping[str, Tensor], limit: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """torch.nn.utils.clip_grad_norm_: the joint norm, in the widest of the gradients' types, and what is left of them.
+
+    Half gradients are squared and scaled in float32, as PyTorch's kernels do.
+    """
+    wide = functools.reduce(torch.promote_types, (g.dtype for g in gradients.values()), torch.float32)
+    squares = [_widened(g) for g in gradients.values()]
+    norm = torch.stack([(g * g).sum().to(wide) for g in squares]).sum().sqrt()
+    factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
+    return norm, {
+        name: (wider * factor.to(wider.dtype)).to(gradients[name].dtype)
+        for name, wider in zip(gradients, squares, strict=True)
+    }
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32) if tensor.dtype in HALF else tensor
+
+
+@_marked
 def apply_rules(
     gradients: Mapping[str, Tensor], values: Mapping[str, Tensor], optimizer: ResolvedOptimizer, count: Tensor
 ) -> dict[str, tuple[Tensor, State]]:
@@ -116,18 +158,22 @@ def apply_rules(
     results: dict[str, tuple[Tensor, State]] = {}
     for names in groups.values():
         rule, first = optimizer.rules[names[0]], values[names[0]].detach()
-        rate = values[LEARNING_RATE].to(first.dtype)
+        elementwise = type(rule.optimizer) in _ELEMENTWISE
+        rate = values[LEARNING_RATE].to(torch.float32 if elementwise and first.dtype in HALF else first.dtype)
         if rule.learning_rate_scale != 1.0:
             rate = rate * rule.learning_rate_scale
-        keys = list(rule.optimizer.initial_state(first))
+        kept = {key: value.dtype for key, value in rule.optimizer.initial_state(first).items()}
 
-        def joined(tensors: list[Tensor]) -> Tensor:
-            return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        def joined(tensors: list[Tensor], elementwise: bool = elementwise) -> Tensor:
+            tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+            return _widened(tensor) if elementwise else tensor
 
-        old = {key: joined([values[f"{name}.{key}"] for name in names]) for key in keys}
+        old = {key: joined([values[f"{name}.{key}"] for name in names]) for key in kept}
         parameter = joined([values[name].detach() for name in names])
         gradient = joined([gradients[name] for name in names])
         new, new_state = rule.optimizer.update(parameter, gradient, old, rate, count)
+        _check_update(names[0], parameter, new, old, new_state)
+        new, new_state = new.to(first.dtype), {key: tensor.to(kept[key]) for key, tensor in new_state.items()}
         if len(names) == 1:
             results[names[0]] = new, new_state
             continue
@@ -136,3 +182,20 @@ def apply_rules(
             start, stop = stop, stop + values[name].numel()
             results[name] = new[start:stop], {key: tensor[start:stop] for key, tensor in new_state.items()}
     return {name: results[name] for name in ruled}
+
+
+def _check_update(name: str, parameter: Tensor, new: Tensor, old: State, new_state: State) -> None:
+    """Refuse what an update function of the user's returns in another shape, which no memory of the state would fit.
+
+    Raises:
+        ArgumentTypeError: with the shapes, or with the names of its state.
+    """
+    if set(new_state) != set(old):
+        raise ArgumentTypeError(f"the update function returned the state {sorted(new_state)}, expected {sorted(old)}")
+    states = ((f"{key} of {name}", tensor, new_state[key]) for key, tensor in old.items())
+    for what, before, after in ((f"parameter {name}", parameter, new), *states):
+        got = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
+        if got != tuple(before.shape):
+            raise ArgumentTypeError(
+                f"the update function returned {got} for {what}, expected a tensor of shape {tuple(before.shape)}"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -295,3 +296,112 @@ def test_updates_are_compared_where_a_warm_up_starts_at_zero() -> None:
 def test_hyperparameters_out_of_range_are_refused(kind: type, options: dict[str, Any]) -> None:
     with pytest.raises(cg.ConvGradError, match=next(iter(options))):
         kind(**options)
+
+
+class OfTypes(nn.Module):
+    """A layer in float32, one in another type, and a factor without axes."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(64, 5), nn.Linear(5, 5).to(dtype)
+        self.scale = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second((self.first(x.flatten(1)) * self.scale).to(self.second.weight.dtype)).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("norm", [0.05, 100.0, float("inf")])
+def test_gradients_of_several_types_are_clipped_together(dtype: torch.dtype, norm: float) -> None:
+    module, data = OfTypes(dtype), batches(3, torch.float32)
+    eager = copy.deepcopy(module)
+    report = cg.export_training_step(module, "cross_entropy", "sgd", data[0], max_grad_norm=norm)
+    assert report.verified
+    session = cg.TrainingSession(report.model, report.state, learning_rate=0.5)
+    optimizer = torch.optim.SGD(eager.parameters(), lr=0.5)
+    tolerance = 1e-5 if dtype == torch.float64 else 2e-3
+    for x, y in data:
+        optimizer.zero_grad()
+        functional.cross_entropy(eager(x), y).backward()
+        expected = torch.nn.utils.clip_grad_norm_(eager.parameters(), norm)
+        optimizer.step()
+        assert session.step(x, y)["gradient_norm"] == pytest.approx(expected.item(), rel=tolerance)
+    for name, value in eager.named_parameters():
+        got = session.state()[name]
+        assert torch.from_numpy(got).dtype == value.dtype
+        np.testing.assert_allclose(got, value.detach(), rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def halves() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 5)).half()
+
+
+def scaled_loss(factor: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda output, target: functional.cross_entropy(output.float(), target) * factor
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 3000.0])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_averages_of_half_parameters_neither_vanish_nor_overflow(kind: type, factor: float) -> None:
+    """torch.optim keeps them in float16, where the squares of gradients of 1e-4 are zero and those of 1e4 infinite.
+
+    Held to PyTorch's own update of a float32 copy with the same gradients.
+    """
+    module, data, loss = halves(), batches(3, torch.float16), scaled_loss(factor)
+    optimizer = kind(module.parameters(), lr=1e-2)
+    report = cg.export_training_step(module, loss, optimizer, data[0])
+    assert report.verified
+    session = cg.TrainingSession(report.model, report.state)
+    eager = copy.deepcopy(module).float()
+    reference = kind(eager.parameters(), lr=1e-2)
+    for x, y in data:
+        session.step(x, y)
+        reference.zero_grad()
+        loss(eager(x.float()), y).backward()
+        reference.step()
+    for name, value in eager.named_parameters():
+        got = session.state()[name]
+        assert got.dtype == np.float16
+        np.testing.assert_allclose(got.astype(np.float32), value.detach(), atol=6e-3, err_msg=name)
+
+
+def test_updates_of_half_parameters_are_those_of_pytorchs_kernels() -> None:
+    """For a learning rate that float16 does not hold, and where torch.optim's float16 averages hold the numbers."""
+    for make, factor, tolerance in (
+        (lambda p: torch.optim.SGD(p, lr=1e-8), 1e5, 1.3e-4),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1), 1.0, 4e-3),
+        (lambda p: torch.optim.Adam(p, lr=1e-2, eps=1e-4), 100.0, 4e-3),
+    ):
+        module, data, loss = halves(), batches(3, torch.float16), scaled_loss(factor)
+        report = cg.export_training_step(module, loss, make(module.parameters()), data[0])
+        session = cg.TrainingSession(report.model, report.state)
+        optimizer = make(module.parameters())
+        for x, y in data:
+            session.step(x, y)
+            optimizer.zero_grad()
+            loss(module(x), y).backward()
+            optimizer.step()
+        for name, value in module.named_parameters():
+            got, start = session.state()[name], halves().get_parameter(name).detach().numpy()
+            np.testing.assert_allclose(got, value.detach(), rtol=tolerance, atol=tolerance, err_msg=name)
+            assert not np.array_equal(got, start)
+
+
+def test_a_scalar_parameter_keeps_its_type() -> None:
+    """The number of the step is float64, which a parameter without axes would take over."""
+
+    def decayed(parameter, gradient, state, learning_rate, step):
+        return parameter - learning_rate / step.sqrt() * gradient, {}
+
+    module = OfTypes(torch.float32)
+    report = cg.export_training_step(module, "cross_entropy", CustomOptimizer(decayed), batches(1, torch.float32)[0])
+    session = cg.TrainingSession(report.model, report.state)
+    session.step(*batches(1, torch.float32)[0])
+    assert session.state()["scale"].dtype == np.float32
+
+
+def test_betas_may_be_a_list() -> None:
+    assert Adam(betas=[0.8, 0.9]) == Adam(betas=(0.8, 0.9))  # type: ignore[arg-type]
+    assert hash(Adam(betas=[0.8, 0.9]))  # type: ignore[arg-type]
