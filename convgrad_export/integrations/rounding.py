@@ -12,10 +12,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._decomp import get_decompositions
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _PLACES = 4096
+_COPIES = (torch.ops.aten.clone.default, torch.ops.aten.lift_fresh_copy.default)
+# Kernels that subtract means inside, where no rounding would be seen: a sum of what they return cancels.
+_TAKEN_APART = get_decompositions([
+    torch.ops.aten.native_batch_norm_backward,
+    torch.ops.aten.native_layer_norm_backward,
+    torch.ops.aten.native_group_norm_backward,
+    torch.ops.aten._softmax_backward_data,
+    torch.ops.aten._log_softmax_backward_data,
+])  # fmt: skip
 
 
 class RandomRounding(TorchDispatchMode):
@@ -26,11 +36,12 @@ class RandomRounding(TorchDispatchMode):
     Args:
         amount: relative, several units of the last place of the arithmetic that is imitated.
         storage: the model's type, float32 for float32 and float64 models (a float64 computation that float32 holds
-            exactly is one without rounding).
+            exactly is one without rounding). None moves every number but zero, those inside of normalizations'
+            backward kernels too; a copy stays a copy.
         seed: of this run's rounding.
     """
 
-    def __init__(self, amount: float, storage: torch.dtype, seed: int) -> None:
+    def __init__(self, amount: float, storage: torch.dtype | None, seed: int) -> None:
         super().__init__()
         self._amount, self._storage = amount, storage
         self._generator = torch.Generator().manual_seed(seed)
@@ -39,18 +50,23 @@ class RandomRounding(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self._storage is None and func in _TAKEN_APART:
+            with self:
+                return _TAKEN_APART[func](*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         aliases = [r.alias_info for r in func._schema.returns] if isinstance(func, torch._ops.OpOverload) else []
-        if all(alias is None or alias.is_write for alias in aliases):  # a view holds no new values
+        copied = self._storage is None and func in _COPIES
+        if not copied and all(alias is None or alias.is_write for alias in aliases):  # a view holds no new values
             for tensor in pytree.tree_leaves(result):
                 if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
                     self._round(tensor)
         return result
 
     def _round(self, tensor: torch.Tensor) -> None:
-        exact = tensor.to(self._storage) == tensor
         moves = self._drawn(tensor.numel()).to(tensor.dtype).view(tensor.shape)
-        tensor.addcmul_(tensor, moves.masked_fill(exact, 0.0))
+        if self._storage is not None:
+            moves = moves.masked_fill(tensor.to(self._storage) == tensor, 0.0)
+        tensor.addcmul_(tensor, moves)
 
     def _drawn(self, count: int) -> torch.Tensor:
         """Relative moves from one long sequence, at a random place: drawing anew would take most of the time."""

@@ -12,6 +12,11 @@ and 2**-38, for float16 with 2**-9 and 2**-10, for bfloat16 with 2**-6 and 2**-7
 is its own reference, in its own types; as r is then rounded itself, the 8 becomes a 9. A gradient that is off by a
 factor, a missing border row or another loss reduction is outside by orders of magnitude.
 
+Where a result is zero because equal numbers cancel, the random runs may see nothing: the gradient of a mean that is
+subtracted is 1 - n * (1 / n), each part of which float32 holds, and whether the difference is zero or 2**-24 depends on
+how it is computed. What is still outside is therefore run with every number moved, held or not, and where the result is
+small beside the terms, and its move vanishes with the amount, e is that move (`cancelling_moves`).
+
 The report. Errors and bounds are relative to ||r||. Where r is nothing but cancellation (the gradient of a bias before
 a normalization), that would say nothing, and they are relative to the size of the terms that cancel: the distance that
 random rounding moves r, divided by the rounding's size.
@@ -20,7 +25,7 @@ random rounding moves r, divided by the rounding's size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +46,11 @@ _SEED = 20240
 # outputs are within 2**-16 of their norm, and then no run is needed to know that they are within the bound.
 _STAGES = (0, 1, 2, 8, 24)
 # Below this part of the terms that it sums up, a result is called cancelled.
-_CANCELLED = 2.0**-10
+CANCELLED = 2.0**-10
+# Runs in which numbers that do not round are moved as well, by each of two amounts.
+_WHOLE_RUNS = 4
+# The two amounts are that many times apart, and what vanishes with the smaller one shrinks at least this much.
+_FARTHER, _FARTHER_DOUBLE, _VANISHED = 2.0**-24, 2.0**12, 2.0**-5
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,8 @@ class Precision:
     Attributes:
         dtype: of the compared eager run. floor: relative error that is always allowed. rounding: of a stored value.
         perturbations: relative changes of inputs and weights, a few layers' rounding (training steps).
-        storage: type whose values count as exact. noise: relative rounding of each operator in the random runs.
+        storage: type whose values count as exact, None for none but zero. noise: relative rounding of each operator in
+        the random runs.
         slack: what the distance that rounding moves a result is multiplied by. stages: random runs, see `_STAGES`.
     """
 
@@ -59,7 +69,7 @@ class Precision:
     floor: float
     rounding: float
     perturbations: tuple[float, ...]
-    storage: torch.dtype
+    storage: torch.dtype | None
     noise: float
     slack: float = SLACK
     stages: tuple[int, ...] = _STAGES
@@ -107,9 +117,9 @@ def _computed_in(program: CapturedProgram) -> set[torch.dtype]:
     return found
 
 
-def _in_own_types(precision: Precision) -> Precision:
+def in_own_types(precision: Precision) -> Precision:
     """For a truth that is itself rounded: once more what rounding moves, and random runs from the start."""
-    storage = _COARSER.get(precision.storage, precision.storage)
+    storage = _COARSER.get(precision.storage, precision.storage) if precision.storage is not None else None
     return replace(precision, storage=storage, slack=precision.slack + 1, stages=precision.stages[2:])
 
 
@@ -147,7 +157,7 @@ def run_once(runner: Any, program: CapturedProgram) -> None:
 
 def _actual(runner: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     try:
-        results = runner.run({name: _numpy(inputs[name]) for name in runner.input_names})
+        results = runner.run({name: as_numpy(inputs[name]) for name in runner.input_names})
     except Exception as refused:
         shapes = {name: tuple(value.shape) for name, value in inputs.items()}
         raise VerificationError(f"the exported model fails on inputs {shapes} that eager takes: {refused}") from refused
@@ -167,7 +177,7 @@ def compare(runner: Any, program: CapturedProgram, inputs: Mapping[str, torch.Te
     """
     exact = run_eagerly(program, inputs, torch.float64)
     truth = {name: value.double() for name, value in exact.outputs.items()}
-    precision = precision_of(program) if exact.refusal is None else _in_own_types(precision_of(program))
+    precision = precision_of(program) if exact.refusal is None else in_own_types(precision_of(program))
     actual = _actual(runner, inputs)
     values: dict[str, torch.Tensor] = {}
     for spec in program.outputs:
@@ -189,6 +199,15 @@ def compare(runner: Any, program: CapturedProgram, inputs: Mapping[str, torch.Te
         doubtful = stage == 1 and any(error.cancelled for error in errors.values())
         if not doubtful and all(error.within for error in errors.values()):
             break
+    if exact.refusal is None and not all(error.within for error in errors.values()):
+
+        def moved(amount: float, storage: torch.dtype | None, seed: int) -> dict[str, float]:
+            rounded = _randomly_rounded(program, inputs, replace(precision, noise=amount, storage=storage), seed)
+            return _distances(_without(rounded, exact_infinities), truth)
+
+        norms = {name: float(value.norm()) for name, value in truth.items()}
+        cancelling = cancelling_moves(moved, norms, precision)
+        errors = _judged(program, values, truth, plain, runs, precision, cancelling)
     name, error = max(errors.items(), key=lambda item: item[1].relative / item[1].bound)
     if not all(error.within for error in errors.values()):
         reference = "float64 eager" if exact.refusal is None else "eager"
@@ -207,21 +226,49 @@ def _judged(
     plain: Mapping[str, float] | None,
     runs: Sequence[Mapping[str, float]],
     precision: Precision,
+    cancelling: Mapping[str, float] | None = None,
 ) -> dict[str, OutputError]:
     """Each output's error and bound; see this module's docstring."""
-    errors = {}
+    errors, cancelling = {}, cancelling or {}
     for spec in program.outputs:
         difference = values[spec.name] - truth[spec.name]
         norm, error = float(truth[spec.name].norm()), float(difference.norm())
         moved = [run[spec.name] for run in (*runs, *([plain] if plain is not None else []))]
-        allowed = precision.slack * max(moved, default=0.0) + precision.floor * norm
+        allowed = precision.slack * max(*moved, cancelling.get(spec.name, 0.0), 0.0) + precision.floor * norm
         # The least of the runs: a tie that fell the other way in some of them says nothing about cancellation.
-        terms = min((run[spec.name] for run in runs), default=0.0) / precision.noise
-        cancelled = norm < _CANCELLED * terms
+        least = min((run[spec.name] for run in runs), default=0.0)
+        terms = cancelling.get(spec.name, least) / precision.noise
+        cancelled = norm < CANCELLED * terms
         scale = (terms if cancelled else norm) or 1.0
         largest = float(difference.abs().max()) if difference.numel() else 0.0
         errors[spec.name] = OutputError(error / scale, (allowed + 1e-30) / scale, largest, cancelled)
     return errors
+
+
+def cancelling_moves(
+    moved: Callable[[float, torch.dtype | None, int], Mapping[str, float]],
+    norms: Mapping[str, float],
+    precision: Precision,
+) -> dict[str, float]:
+    """How far rounding moves the results that are zero only because equal numbers cancel, by name.
+
+    Here every number moves, also those that the model's type holds. A result is left out that is not small beside the
+    terms, or whose move does not vanish with the rounding: an index on the other side of an integer stays there.
+
+    Args:
+        moved: how far rounding moves each result, of the relative amount, the type whose values stay, and a seed.
+        norms: of what is compared.
+    """
+    noise = precision.noise
+    small, large = sorted((noise, noise * (_FARTHER_DOUBLE if precision is DOUBLE else _FARTHER)))
+    runs = {amount: [moved(amount, None, seed) for seed in range(_WHOLE_RUNS)] for amount in (small, large)}
+    found = {}
+    for name, norm in norms.items():
+        vanishes = max(run[name] for run in runs[small]) <= _VANISHED * min(run[name] for run in runs[large])
+        moves = [run[name] for run in runs[noise]]
+        if vanishes and norm < CANCELLED * min(moves) / noise:
+            found[name] = max(moves)
+    return found
 
 
 def _distances(results: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -243,7 +290,7 @@ def _randomly_rounded(
         return eager(program, inputs, torch.float64)
 
 
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.bfloat16:
         import ml_dtypes

@@ -46,7 +46,7 @@ from .step_arguments import (
     untrained_loss_parameters,
 )
 from .update import GRADIENT_NORM, LEARNING_RATE, STEP, StepOptions, calls_before, optimizer_inputs, update
-from .verification import verify_step
+from .verification import Settings, verify_step
 
 SEED, LOSS = "seed", "loss"
 
@@ -181,7 +181,8 @@ def export_training_step(
     check_model(ir.to_proto(model))
     if verify:
         rate = options.optimizer.learning_rate or 1e-3  # a warm-up starts at 0, where no update shows
-        verification = verify_step(model, program, state, rate)
+        settings: Settings = {LEARNING_RATE: lambda _: rate, SEED: lambda number: number}
+        verification = verify_step(model, program, state, settings)
         report.errors, report.verified_sizes = verification.errors, verification.sizes
         report.notes += verification.notes
     if target_path is not None:
