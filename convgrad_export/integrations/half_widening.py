@@ -15,8 +15,15 @@ import torch
 from torch.fx.node import map_arg
 
 HALF = (torch.float16, torch.bfloat16)
+WIDENED = "bfloat16 is computed in float32 and rounded after each operator: no runtime needs kernels"  # for reports
 _CONVERSION = torch.ops.aten._to_copy.default
 _ADDING = {torch.ops.aten.scatter_add.default, torch.ops.aten.scatter_reduce.two, torch.ops.aten.index_put.default}
+
+
+def has_bfloat16(graph_module: torch.fx.GraphModule) -> bool:
+    """Most operators take bfloat16 from opset 22 on only, and onnxruntime's CPU provider has no kernels for it."""
+    values = [node.meta.get("val") for node in graph_module.graph.nodes]
+    return any(isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 for value in values)
 
 
 def lacks_float16(node: torch.fx.Node) -> bool:

@@ -21,7 +21,7 @@ from convgrad_export.integrations.arguments import wrt_names
 from convgrad_export.integrations.capture import capture, capture_gradients
 from convgrad_export.integrations.decompositions import onnx_decompositions
 from convgrad_export.integrations.finishing import BASE_OPSET, check_model, check_opset, finish
-from convgrad_export.integrations.half_widening import widen_half
+from convgrad_export.integrations.half_widening import WIDENED, has_bfloat16, widen_half
 from convgrad_export.integrations.program import CapturedProgram
 from convgrad_export.integrations.progress import steps
 from convgrad_export.integrations.renaming import check_names, rename
@@ -288,7 +288,7 @@ def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> Exp
     with steps(settings.progress, seconds) as step, torch.inference_mode(False):
         step("capture")
         program = captured()
-        widened = _has_bfloat16(program) and widen_half(program.graph_module)
+        widened = has_bfloat16(program.graph_module) and widen_half(program.graph_module)
         step("translate")
         translation = translate(
             program,
@@ -320,9 +320,7 @@ def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> Exp
         elif settings.target is not None:
             report.notes.append(f"too large to be checked for {settings.target} here: convgrad check --target")
         if widened:
-            report.notes.append(
-                "bfloat16 is computed in float32 and rounded after each operator: no runtime needs kernels"
-            )
+            report.notes.append(WIDENED)
         if program.unused:
             report.notes.append(f"no gradient, the value does not depend on it: {', '.join(program.unused)}")
         if settings.verify:
@@ -341,12 +339,6 @@ def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> Exp
             report.sizes = {"weights": weights}
     report.seconds = seconds
     return report
-
-
-def _has_bfloat16(program: CapturedProgram) -> bool:
-    """Most operators take bfloat16 from opset 22 on only, and onnxruntime's CPU provider has no kernels for it."""
-    values = [node.meta.get("val") for node in program.graph_module.graph.nodes]
-    return any(isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 for value in values)
 
 
 def _verify(program: CapturedProgram, report: ExportReport, settings: _Settings) -> None:

@@ -7,11 +7,9 @@ The models hold standard operators only and run on any onnxruntime build; the ch
 from __future__ import annotations
 
 import contextlib
-import enum
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -19,47 +17,53 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from ..arguments import as_names
 from ..errors import ArgumentTypeError
-from ..files import check_output, staged, write_atomically
+from ..files import staged, write_atomically
 from ..integrations.arguments import CallArguments, named_tensors
 from ..integrations.capture import state_inputs
 from ..integrations.decompositions import onnx_decompositions
-from ..integrations.finishing import BASE_OPSET, check_model, finish
-from ..integrations.outputs import flat_output_names, named_outputs, updated
+from ..integrations.finishing import BASE_OPSET, check_model, check_opset, finish
+from ..integrations.half_widening import has_bfloat16, widen_half
+from ..integrations.outputs import named_outputs, updated
 from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
 from ..integrations.tracing import swapped_tensors, trace_function
 from ..integrations.translation import translate
 from .api import RETURNED
+from .artifact_arguments import (
+    LossType,
+    OptimType,
+    default_shapes,
+    file_paths,
+    frozen_names,
+    loss_input,
+    module_and_batch,
+    resolve_optimizer_type,
+)
 from .backward import gradients, leaves
 from .checkpoint import save_checkpoint
 from .cumulative import cumulative_averages
-from .losses import Loss, resolve_loss, scalar
+from .losses import Loss, scalar
 from .module_state import StandIns, copied_arguments, refuse_held_state, refuse_shared_memory
 from .onnx_module import OnnxModule
-from .optimizers import SGD, AdamW, ResolvedOptimizer, resolve_optimizer
+from .optimizers import ResolvedOptimizer, resolve_optimizer
 from .randomness import SeededRandomness
-from .step import LOSS, drop_input, refuse_unseeded_randomness
-from .step_arguments import check_names, split_batch, split_shapes, trainable_parameters, untrained_loss_parameters
+from .step import LOSS, drop_input, is_state, refuse_unseeded_randomness
+from .step_arguments import (
+    check_flags,
+    check_names,
+    split_batch,
+    split_shapes,
+    trainable_parameters,
+    untrained_loss_parameters,
+)
+from .surroundings import Autocast, apart
 from .update import apply_rules
+from .verification import Settings, verify_step
 
 RESET, LEARNING_RATE, SEED, STEP = "lazy_reset_grad", "learning_rate", "seed", "step"
 GRADIENT = ".grad"
-
-
-class LossType(enum.Enum):
-    """onnxruntime-training's losses."""
-
-    MSELoss = "mse"
-    CrossEntropyLoss = "cross_entropy"
-    BCEWithLogitsLoss = "bce_with_logits"
-    L1Loss = "l1"
-
-
-class OptimType(enum.Enum):
-    """onnxruntime-training's optimizers; SGD is plain, AdamW has torch's defaults."""
-
-    AdamW = "adamw"
-    SGD = "sgd"
+__all__ = ["LossType", "OptimType", "generate_artifacts"]
 
 
 def generate_artifacts(
@@ -80,6 +84,7 @@ def generate_artifacts(
     dynamic_shapes: Any = None,
     opset_version: int = BASE_OPSET,
     overwrite: bool = True,
+    verify: bool = True,
 ) -> None:
     """Write ``training_model.onnx``, ``eval_model.onnx``, ``optimizer_model.onnx`` and ``checkpoint``.
 
@@ -102,11 +107,14 @@ def generate_artifacts(
         dynamic_shapes: as in `export_training_step`; by default the first axis of every input is the batch, and the
             axes that an ONNX model leaves open are dynamic.
         overwrite: as onnxruntime-training does by default; False keeps existing files.
+        verify: run three steps of each model beside float64 eager PyTorch before anything is written, and one more at
+            another size of each dynamic dimension: losses, outputs, gradients, buffers, and the optimizer's update.
 
     Raises:
         ArgumentTypeError: an option without a meaning here (`ort_format`, `custom_op_library`, `nominal_checkpoint`), a
             name the model does not have or may not have (``step``, ``loss``), or a torch module without `args`.
         UnsupportedOperatorError: an operator of the ONNX model that is not known, with its name.
+        VerificationError: a model disagrees with PyTorch; nothing was written.
     """
     for name, value in (
         ("ort_format", ort_format),
@@ -117,41 +125,43 @@ def generate_artifacts(
             raise ArgumentTypeError(
                 f"{name} is {value!r}: not supported, the models are standard ONNX for any onnxruntime"
             )
-    folder = Path(artifact_directory) if artifact_directory is not None else Path.cwd()
-    paths = {
-        key: check_output(folder / f"{prefix}{key}{suffix}", overwrite=overwrite)
-        for key, suffix in (
-            ("training_model", ".onnx"),
-            ("eval_model", ".onnx"),
-            ("optimizer_model", ".onnx"),
-            ("checkpoint", ""),
-        )
-    }
-    module, batch, resolved = _module_and_batch(model, loss, args, loss_input_names, requires_grad or ())
+    check_opset(opset_version)
+    check_flags(overwrite=overwrite, verify=verify)
+    if additional_output_names is not None:
+        as_names(additional_output_names, "additional_output_names", "logits")
+    paths = file_paths(artifact_directory, prefix, overwrite)
+    module, batch, resolved = module_and_batch(model, loss, args, loss_input_names, requires_grad or ())
     untrained_loss_parameters(resolved, optimizer, module)
-    frozen = _frozen(module, requires_grad, frozen_params)
+    frozen = frozen_names(module, requires_grad, frozen_params)
     parameters = trainable_parameters(module, frozen)
-    shapes = dynamic_shapes if dynamic_shapes is not None else _default_shapes(module, batch, resolved)
-    with _modes_kept(module):
+    chosen = None if optimizer is None else resolve_optimizer(resolve_optimizer_type(optimizer), parameters)
+    shapes = dynamic_shapes if dynamic_shapes is not None else default_shapes(module, batch, resolved)
+    models: dict[str, onnx.ModelProto] = {}
+    updated: dict[str, Tensor] = {}
+
+    def add(key: str, program: CapturedProgram, learning_rate: float = 0.0) -> None:
+        models[key] = _model(program, opset_version)
+        if verify:
+            _verify(models[key], program, key, learning_rate)
+
+    with _modes_kept(module), apart() as autocast:
         if not module.training:
             module.train()
-        programs = {"training_model": _forward(module, batch, resolved, shapes, parameters, opset_version)}
-        programs["eval_model"] = _forward(module.eval(), batch, resolved, shapes, {}, opset_version)
-    chosen: ResolvedOptimizer | None = None
-    updated: dict[str, Tensor] = {}
-    if optimizer is not None:
-        chosen = resolve_optimizer(_optimizer(optimizer), parameters)
-        # As in PyTorch, a parameter that gets no gradient stays, weight decay or not.
-        unreached = programs["training_model"].unused
-        updated = {n: p for n, p in parameters.items() if n in chosen.rules and n not in unreached}
-        chosen.check_steps(updated)
-        programs["optimizer_model"] = _optimizer_program(chosen, updated, opset_version)
-    protos = {key: _model(program, opset_version) for key, program in programs.items()}
-    returned = _returned(programs["training_model"], additional_output_names, isinstance(module, OnnxModule))
-    for key in ("training_model", "eval_model"):  # in eval mode a forward may return less
-        names = returned or [output.name for output in programs[key].outputs if output.kind in ("value", "output")]
-        kept = [output.name for output in programs[key].outputs if output.name in names]
-        protos[key].metadata_props.add(key=RETURNED, value=json.dumps(sorted(kept, key=names.index)))
+        program = _forward(module, batch, resolved, shapes, parameters, opset_version, autocast)
+        if chosen is not None:
+            # As in PyTorch, a parameter that gets no gradient stays, weight decay or not.
+            updated = {n: p for n, p in parameters.items() if n in chosen.rules and n not in program.unused}
+            chosen.check_steps(updated)
+        returned = _returned(program, additional_output_names, isinstance(module, OnnxModule))
+        evaluated = _forward(module.eval(), batch, resolved, shapes, {}, opset_version, autocast)
+        for key, forward in (("training_model", program), ("eval_model", evaluated)):
+            add(key, forward)
+            names = returned or [output.name for output in forward.outputs if output.kind in ("value", "output")]
+            # in eval mode a forward may return less
+            kept = [output.name for output in forward.outputs if output.name in names]
+            models[key].metadata_props.add(key=RETURNED, value=json.dumps(sorted(kept, key=names.index)))
+        if chosen is not None:
+            add("optimizer_model", _optimizer_program(chosen, updated, opset_version), chosen.learning_rate)
     state = {spec.name: spec.value.detach() for spec in state_inputs(module)}
     if chosen is not None:
         state.update(_optimizer_state(chosen, updated))
@@ -160,10 +170,29 @@ def generate_artifacts(
         "parameters": "\n".join(spec.name for spec in state_inputs(module) if spec.kind == "parameter"),
         "learning_rate": repr(chosen.learning_rate if chosen is not None else 1e-3),
     }
-    with staged(folder) as temporary:
-        for key, proto in protos.items():
+    with staged(paths["checkpoint"].parent) as temporary:
+        for key, proto in models.items():
             write_atomically(temporary / paths[key].name, proto.SerializeToString(deterministic=True))
         save_checkpoint(temporary / paths["checkpoint"].name, state, metadata=metadata)
+
+
+def _verify(model: onnx.ModelProto, program: CapturedProgram, key: str, learning_rate: float) -> None:
+    """Run a model beside PyTorch; gradients are added up in every second run, and an optimizer's are drawn.
+
+    Raises:
+        VerificationError, DynamicShapeError: as `verify_step`.
+    """
+    rate = learning_rate or 1e-3  # a warm-up starts at 0, where no update shows
+    settings: Settings = {
+        SEED: lambda number: number,
+        STEP: lambda number: number,
+        RESET: lambda number: number % 2 == 0,
+        LEARNING_RATE: lambda _: rate,
+    }
+    state = {spec.name: spec.value.detach() for spec in program.inputs if is_state(spec)}
+    optimizer = key == "optimizer_model"
+    drawn = [name for name in state if name.endswith(GRADIENT)] if optimizer else []
+    verify_step(model, program, state, settings, drawn=drawn, what=key.replace("_", " "))
 
 
 @contextlib.contextmanager
@@ -175,105 +204,6 @@ def _modes_kept(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training  # not train(), which would reach the parts below
-
-
-def _module_and_batch(
-    model: Any, loss: Any, args: Any, loss_input_names: Sequence[str] | None, trainable: Sequence[str]
-) -> tuple[torch.nn.Module, tuple[Any, ...], Loss]:
-    resolved = Loss(_first_output, ()) if loss is None else resolve_loss(_loss(loss))
-    if loss_input_names is not None:
-        if len(loss_input_names) != len(resolved.target_names) + 1:
-            raise ArgumentTypeError(
-                f"loss_input_names has {len(loss_input_names)} names, expected the output and "
-                f"{len(resolved.target_names)} target(s)"
-            )
-        resolved = Loss(resolved.function, tuple(loss_input_names[1:]), loss_input_names[0])
-    if isinstance(model, torch.nn.Module):
-        if args is None:
-            raise ArgumentTypeError("args is missing: a torch module needs an example batch, the targets last")
-        return model, (args,) if isinstance(args, Tensor) else tuple(args), resolved
-    if not isinstance(model, (onnx.ModelProto, str, os.PathLike)):
-        raise ArgumentTypeError(
-            f"model is a {type(model).__name__}, expected a torch.nn.Module or an ONNX model or file"
-        )
-    if loss is LossType.CrossEntropyLoss and loss_input_names is None:
-        resolved = Loss(resolved.function, ("labels",))  # the name that onnxruntime-training gives this target
-    module = OnnxModule(model, trainable)
-    if args is None:
-        inputs = module.example_inputs()
-        with torch.no_grad():
-            output = module.eval()(*inputs)  # in training mode it would move BatchNorm's statistics
-        module.train()
-        args = (*inputs, *(_target_like(_loss_input(output, resolved, True), resolved) for _ in resolved.target_names))
-    return module, (args,) if isinstance(args, Tensor) else tuple(args), resolved
-
-
-def _target_like(output: Tensor, loss: Loss) -> Tensor:
-    """An example target: class indices for cross entropy, values like the output's otherwise."""
-    if loss.function is resolve_loss("cross_entropy").function:
-        return torch.zeros([output.shape[0], *output.shape[2:]], dtype=torch.int64)
-    return torch.zeros_like(output)
-
-
-def _first_output(result: Any) -> Any:
-    return torch.utils._pytree.tree_leaves(result)[0]
-
-
-def _loss_input(result: Any, loss: Loss, from_onnx: bool) -> Any:
-    """What of a forward's result the loss takes: the output of its name, or the result as it is.
-
-    Raises:
-        ArgumentTypeError: none of several outputs has the name, or the loss of an ONNX model's has none.
-    """
-    flat = torch.utils._pytree.tree_leaves(result)
-    if len(flat) == 1 and (from_onnx or loss.output is not None):
-        return flat[0]
-    if loss.output is None and not (from_onnx and loss.target_names):
-        return result
-    names = flat_output_names(result, flat)
-    if loss.output not in names:
-        raise ArgumentTypeError(
-            f"the model has the outputs {', '.join(names)}, of which loss_input_names has to name the one that the "
-            f"loss takes, before the targets; got {loss.output!r}"
-        )
-    return flat[names.index(loss.output)]
-
-
-def _loss(loss: Any) -> Any:
-    return loss.value if isinstance(loss, LossType) else loss
-
-
-def _optimizer(optimizer: Any) -> Any:
-    if isinstance(optimizer, OptimType):
-        return AdamW() if optimizer is OptimType.AdamW else SGD()
-    return optimizer
-
-
-def _frozen(
-    module: torch.nn.Module, requires_grad: Sequence[str] | None, frozen_params: Sequence[str] | None
-) -> list[str]:
-    names = [name for name, _ in module.named_parameters()]
-    others = module.initializers if isinstance(module, OnnxModule) else ()  # they stay as they are in any case
-    known = {"requires_grad": names, "frozen_params": [*names, *others]}
-    for option, given in (("requires_grad", requires_grad), ("frozen_params", frozen_params)):
-        if unknown := [name for name in given or () if name not in known[option]]:
-            raise ArgumentTypeError(f"{option} names no parameter of the model: {', '.join(unknown)}")
-    if both := set(requires_grad or ()) & set(frozen_params or ()):
-        raise ArgumentTypeError(f"requires_grad and frozen_params both name {', '.join(sorted(both))}")
-    frozen = [name for name in frozen_params or () if name in names]
-    if requires_grad is not None:
-        if fixed := [name for name in requires_grad if not module.get_parameter(name).requires_grad]:
-            raise ArgumentTypeError(
-                f"requires_grad names {', '.join(fixed)}, which the module itself freezes: call requires_grad_() on it"
-            )
-        frozen += [name for name in names if name not in requires_grad]
-    return frozen
-
-
-def _default_shapes(module: torch.nn.Module, batch: Sequence[Any], loss: Loss) -> tuple[Any, ...]:
-    if isinstance(module, OnnxModule) and all(isinstance(value, Tensor) for value in batch):
-        return module.dynamic_shapes(batch, loss.output)
-    return tuple({0: "batch"} if isinstance(value, Tensor) and value.dim() else None for value in batch)
 
 
 def _returned(program: CapturedProgram, names: Sequence[str] | None, from_onnx: bool) -> list[str] | None:
@@ -300,6 +230,7 @@ def _forward(
     dynamic_shapes: Any,
     parameters: Mapping[str, Tensor],
     opset: int,
+    autocast: Autocast,
 ) -> CapturedProgram:
     """Loss and outputs; with parameters to train also their gradients, added to what was there before."""
     inputs, targets = split_batch(module, batch, loss)
@@ -330,9 +261,10 @@ def _forward(
         zero = torch.zeros((), dtype=torch.int64)
         random = SeededRandomness(values.get(SEED, zero), values.get(STEP, zero))
         with cumulative_averages(module), swapped_tensors(module, state, own.tensors), random:
-            result = arguments.call(module, given)
-            first = _loss_input(result, loss, isinstance(module, OnnxModule))
-            value = scalar(loss.call(first, *(given[s.name] for s in labels)))
+            with autocast():
+                result = arguments.call(module, given)
+                first = loss_input(result, loss, isinstance(module, OnnxModule))
+                value = scalar(loss.call(first, *(given[s.name] for s in labels)))
             found = gradients(value, trained) if training else {}
         outputs = [TracedOutput(GraphOutput(LOSS, "value"), value.detach())]
         named = named_outputs(result, (LOSS, *(spec.name for spec in specs)))
@@ -389,6 +321,8 @@ def _optimizer_program(optimizer: ResolvedOptimizer, parameters: Mapping[str, Te
 
 def _model(program: CapturedProgram, opset: int) -> onnx.ModelProto:
     as_inputs: Callable[[GraphInput], bool] = lambda spec: spec.kind != "constant"  # noqa: E731
+    if has_bfloat16(program.graph_module):
+        widen_half(program.graph_module)
     model = finish(translate(program, opset=opset, as_inputs=as_inputs).model, opset=opset)
     proto = ir.to_proto(model)
     check_model(proto)

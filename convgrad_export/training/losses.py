@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..arguments import as_number
 from ..errors import ArgumentTypeError, DTypeError, UnsupportedOperatorError
 
 _BY_NAME: Mapping[str, Callable[..., Tensor]] = {
@@ -104,6 +105,7 @@ def resolve_loss(loss: Any, label_smoothing: float = 0.0) -> Loss:
     Raises:
         ArgumentTypeError: another loss, or smoothing of another loss than cross entropy.
     """
+    label_smoothing = as_number(label_smoothing, "label_smoothing", "a number from 0 to 1")
     if isinstance(loss, str):
         if loss not in _BY_NAME:
             raise ArgumentTypeError(

@@ -108,10 +108,12 @@ class OnnxModule(nn.Module):
         """Under its own name, dots included: submodules hold the parts."""
         *parents, leaf = name.split(".")
         place: nn.Module = self
-        for part in parents:
-            if not hasattr(place, part):
+        for index, part in enumerate(parents):
+            while hasattr(place, part) and part not in place._modules:
+                part = f"{part}_"  # a method's name, or a weight's
+            if part not in place._modules:
                 place.add_module(part, nn.Module())
-            place = getattr(place, part)
+            parents[index], place = part, place.get_submodule(part)
         leaf = leaf if not hasattr(place, leaf) else f"{leaf}_"
         if trainable:
             place.register_parameter(leaf, nn.Parameter(value))

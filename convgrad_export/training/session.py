@@ -255,7 +255,7 @@ class TrainingSession:
 
     def _results(self, made: Mapping[str, Any]) -> dict[str, Any]:
         """What the caller gets of a phase's outputs: numbers, and arrays of his own."""
-        arrays = {name: np.array(value.numpy()) for name, value in made.items() if name in self._returned}
+        arrays = {name: np.array(tensors.to_numpy(value)) for name, value in made.items() if name in self._returned}
         return {name: array.item() if array.ndim == 0 else array for name, array in arrays.items()}
 
     def _check_whole(self) -> None:

@@ -21,13 +21,14 @@ from ..integrations.arguments import CallArguments, check_module, named_tensors
 from ..integrations.capture import state_inputs
 from ..integrations.decompositions import onnx_decompositions
 from ..integrations.finishing import BASE_OPSET, check_model, check_opset, finish
+from ..integrations.half_widening import WIDENED, has_bfloat16, widen_half
 from ..integrations.outputs import named_outputs
 from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
 from ..integrations.report import ExportReport, describe
 from ..integrations.tracing import swapped_tensors, trace_function
 from ..integrations.translation import translate
 from ..lowering import CPU
-from ..selection.policy import AUTO
+from ..selection.policy import AUTO, check_name
 from ..selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 from .backward import gradients, leaves
 from .checkpoint import checkpoint_path, save_checkpoint
@@ -38,13 +39,16 @@ from .optimizers import resolve_optimizer
 from .preparation import METADATA
 from .randomness import SeededRandomness
 from .step_arguments import (
+    check_flags,
     check_names,
     check_numbers,
+    check_provider,
     split_batch,
     split_shapes,
     trainable_parameters,
     untrained_loss_parameters,
 )
+from .surroundings import Autocast, apart
 from .update import GRADIENT_NORM, LEARNING_RATE, STEP, StepOptions, calls_before, optimizer_inputs, update
 from .verification import Settings, verify_step
 
@@ -125,6 +129,7 @@ def export_training_step(
     Raises:
         ArgumentTypeError: a loss, optimizer, name or option that does not exist, or a batch that does not fit.
         DTypeError: class indices in another type than int64.
+        ProviderError: a provider's name that is none.
         UnsupportedOperatorError: operators without a translation, or that draw random numbers in a way not known here;
             a parameter with a hook that runs after its gradient was accumulated.
         VerificationError: the model disagrees with PyTorch; nothing was written.
@@ -134,6 +139,9 @@ def export_training_step(
     check_threads(threads)
     check_error_factor(max_error_factor)
     check_numbers(max_grad_norm, max_grad_value, gradient_accumulation)
+    check_flags(return_outputs=return_outputs, verify=verify, overwrite=overwrite)
+    check_provider(provider)
+    check_name(lowering)
     target_path = None if path is None else saving.check_path(path, overwrite)
     if target_path is not None:
         saving.check_path(checkpoint_path(target_path), overwrite)
@@ -144,47 +152,51 @@ def export_training_step(
     options = StepOptions(
         resolved_loss,
         resolve_optimizer(optimizer, parameters),
-        gradient_accumulation,
-        max_grad_norm,
-        max_grad_value,
-        return_outputs,
+        int(gradient_accumulation),
+        None if max_grad_norm is None else float(max_grad_norm),
+        None if max_grad_value is None else float(max_grad_value),
+        bool(return_outputs),
     )
-    program = _capture(module, args, options, dynamic_shapes, parameters, opset_version)
-    translation = translate(
-        program,
-        lowering=lowering,
-        provider=provider,
-        opset=opset_version,
-        as_inputs=lambda spec: spec.kind != "constant",
-        threads=threads,
-        max_error_factor=max_error_factor,
-    )
-    model = finish(translation.model, opset=opset_version)
-    # copies: the module may train on before a session takes the report's state
-    state = {spec.name: spec.value.detach().clone() for spec in program.inputs if _is_state(spec, program)}
-    model.metadata_props[METADATA] = _metadata(module, options, state)
-    report = TrainingStepReport(
-        path=target_path,
-        opset=opset_version,
-        lowerings=translation.choices,
-        model=model,
-        state=state,
-        learning_rate=options.optimizer.learning_rate,
-        **describe(model),
-    )
-    if options.optimizer.states:
-        report.notes.append(f"the optimizer's state was taken over, at step {options.optimizer.step}")
-    if program.unused:
-        report.notes.append(f"not trained, the loss does not depend on it: {', '.join(program.unused)}")
-    if loss_constants:
-        report.notes.append(f"not trained, the loss's own: {', '.join(loss_constants)}")
-    check_model(ir.to_proto(model))
-    if verify:
-        rate = options.optimizer.learning_rate or 1e-3  # a warm-up starts at 0, where no update shows
-        settings: Settings = {LEARNING_RATE: lambda _: rate, SEED: lambda number: number}
-        verification = verify_step(model, program, state, settings)
-        report.errors, report.verified_sizes = verification.errors, verification.sizes
-        report.notes += verification.notes
+    with apart() as autocast:
+        program = _capture(module, args, options, dynamic_shapes, parameters, opset_version, autocast)
+        widened = has_bfloat16(program.graph_module) and widen_half(program.graph_module)
+        translation = translate(
+            program,
+            lowering=lowering,
+            provider=provider,
+            opset=opset_version,
+            as_inputs=lambda spec: spec.kind != "constant",
+            threads=threads,
+            max_error_factor=max_error_factor,
+        )
+        model = finish(translation.model, opset=opset_version)
+        # copies: the module may train on before a session takes the report's state
+        state = {spec.name: spec.value.detach().clone() for spec in program.inputs if is_state(spec)}
+        model.metadata_props[METADATA] = _metadata(module, options, state)
+        report = TrainingStepReport(
+            path=target_path,
+            opset=opset_version,
+            lowerings=translation.choices,
+            model=model,
+            state=state,
+            learning_rate=options.optimizer.learning_rate,
+            **describe(model),
+        )
+        if options.optimizer.states:
+            report.notes.append(f"the optimizer's state was taken over, at step {options.optimizer.step}")
+        if widened:
+            report.notes.append(WIDENED)
+        if program.unused:
+            report.notes.append(f"not trained, the loss does not depend on it: {', '.join(program.unused)}")
+        if loss_constants:
+            report.notes.append(f"not trained, the loss's own: {', '.join(loss_constants)}")
+        check_model(ir.to_proto(model))
+        if verify:
+            rate = options.optimizer.learning_rate or 1e-3  # a warm-up starts at 0, where no update shows
+            settings: Settings = {LEARNING_RATE: lambda _: rate, SEED: lambda number: number}
+            verification = verify_step(model, program, state, settings)
+            report.errors, report.verified_sizes = verification.errors, verification.sizes
+            report.notes += verification.notes
     if target_path is not None:
         report.checkpoint = checkpoint_path(target_path)
         with staged(target_path.parent) as folder:  # a model beside another model's state is worse than neither
@@ -201,6 +213,7 @@ def _capture(
     dynamic_shapes: Any,
     parameters: Mapping[str, Tensor],
     opset: int,
+    autocast: Autocast,
 ) -> CapturedProgram:
     inputs, targets = split_batch(module, args, options.loss)
     arguments = CallArguments(module, inputs, None)
@@ -228,8 +241,9 @@ def _capture(
         # the seed is no input of a step that draws nothing
         random = SeededRandomness(values.get(SEED, torch.zeros_like(values[STEP])), calls_before(values, options))
         with swapped_tensors(module, state, own.tensors), cumulative_averages(module), random:
-            result = arguments.call(module, given)
-            value = scalar(options.loss.call(result, *(given[s.name] for s in labels)))
+            with autocast():
+                result = arguments.call(module, given)
+                value = scalar(options.loss.call(result, *(given[s.name] for s in labels)))
             found = gradients(value, trained)
         draws[:] = [random.draws]
         unused[:] = [name for name in trained if name not in found]
@@ -278,7 +292,7 @@ def drop_input(program: CapturedProgram, name: str) -> None:
     program.graph_module.recompile()
 
 
-def _is_state(spec: GraphInput, program: CapturedProgram) -> bool:
+def is_state(spec: GraphInput) -> bool:
     return spec.kind in ("parameter", "buffer")
 
 

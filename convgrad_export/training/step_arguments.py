@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..errors import ArgumentTypeError
+from ..arguments import as_bool, as_names
+from ..errors import ArgumentTypeError, ProviderError
 from ..integrations.arguments import CallArguments, unwrapped
 from ..integrations.program import GraphInput
+from ..lowering import CPU, CUDA
 from .losses import Loss
 
 
 def check_numbers(max_grad_norm: Any, max_grad_value: Any, accumulation: Any) -> None:
     for name, value in (("max_grad_norm", max_grad_norm), ("max_grad_value", max_grad_value)):
-        if value is not None and not (isinstance(value, (int, float)) and value > 0):
-            raise ArgumentTypeError(f"{name} is {value!r}, expected a number above 0 or None")
-    if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if value is not None and not (number and value > 0):  # infinity too, for the norm alone
+            raise ArgumentTypeError(f"{name} is {value!r:.80}, expected a number above 0 or None")
+    if isinstance(accumulation, bool) or not isinstance(accumulation, numbers.Integral) or int(accumulation) < 1:
         raise ArgumentTypeError(f"gradient_accumulation is {accumulation!r}, expected an integer of at least 1")
+
+
+def check_flags(**given: Any) -> None:
+    """Refuse an option that is neither True nor False: "no", say, which is true."""
+    for name, value in given.items():
+        as_bool(value, name)
+
+
+def check_provider(provider: Any) -> None:
+    """Refuse what is no full name of a provider: lowerings are chosen for the CPU or for CUDA by it."""
+    if not isinstance(provider, str) or not provider.endswith("ExecutionProvider"):
+        raise ProviderError(f"provider is {provider!r:.80}, expected an onnxruntime name like {CPU!r} or {CUDA!r}")
 
 
 def check_names(module: torch.nn.Module, specs: Sequence[GraphInput], reserved: Sequence[str]) -> None:
@@ -65,8 +81,7 @@ def untrained_loss_parameters(loss: Loss, optimizer: Any, module: torch.nn.Modul
 
 def trainable_parameters(module: torch.nn.Module, frozen: Sequence[str]) -> dict[str, Tensor]:
     """Parameters that are updated, by name; a frozen module's parameters are frozen."""
-    if isinstance(frozen, str) or not isinstance(frozen, (Sequence, Set)):
-        raise ArgumentTypeError(f"frozen is {frozen!r}, expected a sequence of names")
+    frozen = as_names(frozen, "frozen", "fc.weight")
     parameters = dict(module.named_parameters())
     modules = {name for name, _ in module.named_modules() if name}
     every_name = {name for name, _ in module.named_parameters(remove_duplicate=False)}

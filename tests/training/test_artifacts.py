@@ -447,6 +447,24 @@ def test_axes_that_an_onnx_model_leaves_open_are_dynamic(tmp_path: Path) -> None
         assert module(x.numpy(), y.numpy()) == pytest.approx(expected, rel=1e-4)
 
 
+def test_weights_under_the_name_of_a_method_are_trained(tmp_path: Path) -> None:
+    class Run(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.run = nn.Linear(64, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.run(x.flatten(1))
+
+    eager, path = Run(), tmp_path / "forward.onnx"
+    cg.export(eager, (torch.randn(2, 1, 8, 8),), path, dynamic_shapes=({0: "batch"},), verify=False)
+    write(tmp_path, path, optimizer=artifacts.OptimType.SGD)
+    state, module, _ = load(tmp_path)
+    assert state.parameter_names == ["run_.weight", "run_.bias"]
+    x, y = batches(1, torch.float32)[0]
+    assert module(x, y) == pytest.approx(functional.cross_entropy(eager(x), y).item(), rel=1e-5)
+
+
 class TwoOutputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -548,6 +566,14 @@ def test_parameters_that_the_module_freezes_cannot_be_asked_for(tmp_path: Path) 
     model[7].bias.requires_grad_(False)
     with pytest.raises(cg.ArgumentTypeError, match=r"requires_grad names 7\.bias, which the module itself freezes"):
         write(tmp_path, model, requires_grad=["7.weight", "7.bias"])
+
+
+def test_a_prefix_may_lead_into_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    write(tmp_path, prefix="run/first_")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    names = {"training_model.onnx", "eval_model.onnx", "optimizer_model.onnx", "checkpoint"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {f"first_{name}" for name in names}
 
 
 def test_wrong_calls_are_refused(tmp_path: Path) -> None:
