@@ -54,7 +54,7 @@ class VerificationError(ConvGradError, RuntimeError):
 
 
 class NonFiniteLossError(ConvGradError, ArithmeticError):
-    """A training step's loss became infinite or not a number; the state is that before the step."""
+    """A training step's loss or gradient norm became infinite or not a number; the state is that before the step."""
 
 
 class ModelFileError(ConvGradError, ValueError):

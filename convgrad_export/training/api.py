@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentTypeError, GeometryError, ModelFileError
+from ..arguments import as_int, as_names, as_path
+from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError
 from ..runtime import tensors
 from ..runtime.cuda_options import CudaOptions
 from ..runtime.providers import onnxruntime
 from ..runtime.session import GradientSession
+from .checkpoint import as_array
 from .checkpoint_state import CheckpointState, Parameter, Parameters, Path
+from .session import check_rate, check_seed
 
 _UPDATED, _GRADIENT = ".updated", ".grad"
 __all__ = ["CheckpointState", "LinearLRScheduler", "Module", "Optimizer", "Parameter", "Parameters"]
@@ -45,6 +48,10 @@ class Module:
         device: str = "cpu",
         session_options: Any = None,
     ) -> None:
+        if not isinstance(state, CheckpointState):
+            raise ArgumentTypeError(
+                f"state is a {type(state).__name__}, expected a CheckpointState: CheckpointState.load_checkpoint(path)"
+            )
         self.training = True
         self._state = state
         self._open = functools.partial(GradientSession, providers=_provider(device), session_options=session_options)
@@ -88,7 +95,7 @@ class Module:
         names = self._user_names(session)
         if len(user_inputs) != len(names):
             raise ArgumentTypeError(f"the module takes {len(names)} inputs, {names}, got {len(user_inputs)}")
-        given = [value.numpy() if isinstance(value, ort_value) else np.asarray(value) for value in user_inputs]
+        given = [_array(value) for value in user_inputs]
         feeds = dict(zip(names, given, strict=True))
         state = self._state
         for name in session.input_names:
@@ -97,7 +104,7 @@ class Module:
             if name == "lazy_reset_grad":
                 feeds[name] = np.array(self._reset)
             elif name == "seed":
-                feeds[name] = np.array(self.seed, np.int64)
+                feeds[name] = np.array(check_seed(self.seed), np.int64)
             elif name == "step":
                 feeds[name] = np.array(state.calls, np.int64)
             elif name.endswith(_GRADIENT) and name not in state.arrays:
@@ -167,9 +174,11 @@ class Module:
         """Take all parameters from one vector, an OrtValue or an array: what a federated server sends back.
 
         Raises:
-            GeometryError: another number of elements; nothing is changed.
+            GeometryError: another number of elements; nothing is changed. DTypeError: no numbers.
         """
-        vector = np.asarray(buffer.numpy() if hasattr(buffer, "numpy") else buffer).ravel()
+        vector = _array(buffer).ravel()
+        if vector.dtype.kind not in "fiu":
+            raise DTypeError(f"buffer is {vector.dtype}, expected numbers, as get_contiguous_parameters gives them")
         names = self._names(trainable_only)
         expected = self.get_parameters_size(trainable_only)
         if vector.size != expected:
@@ -195,14 +204,17 @@ class Module:
 
         if self._eval_path is None:
             raise ArgumentTypeError("the module has no eval model: give eval_model_uri")
-        model = ir.load(self._eval_path)
+        names = list(dict.fromkeys(as_names(graph_output_names, "graph_output_names", "output")))
+        if not names:
+            raise ArgumentTypeError("graph_output_names is empty, expected the outputs that inference shall return")
+        model = ir.load(as_path(self._eval_path, "eval_model_uri"))
         available = {value.name: value for value in model.graph.outputs}
-        if unknown := [name for name in graph_output_names if name not in available]:
+        if unknown := [name for name in names if name not in available]:
             raise ArgumentTypeError(
                 f"graph_output_names holds {unknown}, the eval model has {sorted(map(str, available))}"
             )
         model.graph.outputs.clear()
-        model.graph.outputs.extend(available[name] for name in graph_output_names)
+        model.graph.outputs.extend(available[name] for name in names)
         for value in list(model.graph.inputs):
             if value.name in self._state.arrays:
                 value.const_value = ir.tensor(self._state.arrays[value.name], name=value.name)
@@ -214,7 +226,17 @@ class Module:
             model.graph.inputs.remove(value)  # the targets
         proto = ir.to_proto(model)
         onnx.checker.check_model(proto, full_check=True)
-        write_atomically(inference_model_uri, proto.SerializeToString(), overwrite=True)
+        write_atomically(as_path(inference_model_uri, "inference_model_uri"), proto.SerializeToString(), overwrite=True)
+
+
+def _array(value: Any) -> np.ndarray:
+    """An OrtValue, an array, a tensor or nested lists as an array."""
+    if isinstance(value, onnxruntime().OrtValue):
+        return np.asarray(value.numpy())
+    try:
+        return as_array(value)
+    except (TypeError, ValueError) as error:  # lists of different lengths, say
+        raise ArgumentTypeError(f"a {type(value).__name__} is no array: {error}") from error
 
 
 def _returned(session: GradientSession) -> list[str]:
@@ -256,6 +278,10 @@ class Optimizer:
     """
 
     def __init__(self, optimizer_uri: Path, module: Module) -> None:
+        if not isinstance(module, Module):
+            raise ArgumentTypeError(
+                f"module is a {type(module).__name__}, expected a convgrad_export.training.api.Module"
+            )
         self._state = module._state
         self._session = module._open(optimizer_uri)
         types = {value.name: value.type for value in self._session.inference_session.get_inputs()}
@@ -290,7 +316,7 @@ class Optimizer:
             state.arrays[name.removesuffix(_UPDATED)] = value
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        self._state.learning_rate = float(learning_rate)
+        self._state.learning_rate = check_rate(learning_rate)
 
     def get_learning_rate(self) -> float:
         return self._state.learning_rate
@@ -307,6 +333,10 @@ class LinearLRScheduler:
     """
 
     def __init__(self, optimizer: Optimizer, warmup_step_count: int, total_step_count: int, initial_lr: float) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise ArgumentTypeError(f"optimizer is a {type(optimizer).__name__}, expected the Optimizer of this module")
+        warmup_step_count = as_int(warmup_step_count, "warmup_step_count")
+        total_step_count = as_int(total_step_count, "total_step_count")
         if not 0 <= warmup_step_count <= total_step_count:
             raise ArgumentTypeError(
                 f"warmup_step_count is {warmup_step_count}, expected a number from 0 to {total_step_count}"
@@ -315,7 +345,7 @@ class LinearLRScheduler:
             optimizer,
             warmup_step_count,
             total_step_count,
-            initial_lr,
+            check_rate(initial_lr),
         )
         self.step()
 

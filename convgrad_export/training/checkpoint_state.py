@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentTypeError, GeometryError, ModelFileError
-from .checkpoint import read_checkpoint, save_checkpoint
+from .checkpoint import as_array, read_checkpoint, save_checkpoint
 
 Path = str | os.PathLike[str]
 
@@ -32,7 +32,7 @@ class Parameter:
 
     @data.setter
     def data(self, value: np.ndarray) -> None:
-        old = self._state.arrays[self.name]
+        old, value = self._state.arrays[self.name], as_array(value)
         if value.shape != old.shape or value.dtype != old.dtype:
             raise GeometryError(f"{self.name} is {old.dtype} {old.shape}, but {value.dtype} {value.shape} was assigned")
         self._state.arrays[self.name] = np.array(value)
@@ -126,6 +126,8 @@ class CheckpointState:
 
         Without the optimizer's state, its tensors and the number of calls are written as zeros, as they start.
         """
+        if not isinstance(state, CheckpointState):
+            raise ArgumentTypeError(f"state is a {type(state).__name__}, expected a CheckpointState")
         arrays = dict(state.arrays)
         if not include_optimizer_state:
             for name in state.optimizer_names:
@@ -135,6 +137,8 @@ class CheckpointState:
         for key, value in state.properties.items():
             plain = value.item() if isinstance(value, np.generic) else value  # a mean of losses is a numpy.float64
             kind = next((kind for kind in (int, float, str) if isinstance(plain, kind)), None)
+            if not isinstance(key, str):
+                raise ArgumentTypeError(f"property {key!r} has a {type(key).__name__} for a name, expected a str")
             if isinstance(plain, bool) or kind is None:
                 raise ArgumentTypeError(f"property {key!r} is {value!r}, expected an int, a float or a str")
             header[f"property.{key}"] = f"{kind.__name__}:{kind(plain)}"

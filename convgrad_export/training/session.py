@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import check_threads
+from ..arguments import as_bool, as_names, check_threads
 from ..errors import ArgumentTypeError, DTypeError, GeometryError, NonFiniteLossError, ProviderError
 from ..runtime import tensors
 from ..runtime.model_source import model_source
@@ -28,6 +28,7 @@ from .phase_session import STATE_SUFFIX, PhaseSession
 from .preparation import prepare, training_metadata
 
 _SETTINGS = ("learning_rate", "seed")
+_GRADIENT_NORM = "gradient_norm"
 
 
 class TrainingSession:
@@ -39,7 +40,8 @@ class TrainingSession:
         providers: as in `GradientSession`. threads: size of the intra-op thread pool, None for onnxruntime's choice.
         learning_rate: used by `step` when it is given none; by default the exported optimizer's.
         seed: for dropout; with the number of the call, which the state holds, it decides every random number.
-        stop_on_non_finite: raise `NonFiniteLossError` before the update is taken over.
+        stop_on_non_finite: raise `NonFiniteLossError` before the update is taken over, if the loss is not finite, or
+            the norm of the gradients where the step returns it.
         in_place: write parameters and optimizer state over the old ones, in a second phase after the gradients', so
             that the state is held once; on the CPU alone. By default from a million elements on: with less state the
             second phase costs more time than it saves. State whose old value may still be read when the new one is
@@ -66,6 +68,10 @@ class TrainingSession:
     ) -> None:
         self._ort = onnxruntime()
         check_threads(threads)
+        as_bool(stop_on_non_finite, "stop_on_non_finite")
+        as_bool(blocked_layout, "blocked_layout")
+        if in_place is not None:
+            as_bool(in_place, "in_place")
         source = model_source(model)
         wanted = resolve(providers)
         self._device = "cuda" if wanted[0][0].startswith("CUDA") else "cpu"
@@ -83,8 +89,8 @@ class TrainingSession:
         self._carried = frozenset(cut.carried if cut else ())
         self._in_place = cut.in_place if cut else frozenset()
         self._metadata = training_metadata(self._phases[0].metadata)
-        self.learning_rate = _rate(self._metadata["learning_rate"] if learning_rate is None else learning_rate)
-        self.seed = _seed(seed)
+        self.learning_rate = check_rate(self._metadata["learning_rate"] if learning_rate is None else learning_rate)
+        self.seed = check_seed(seed)
         self.stop_on_non_finite = stop_on_non_finite
         inputs = {name: value for phase in self._phases for name, value in phase.inputs.items()}
         self._inputs = {name: value for name, value in inputs.items() if name not in self._carried}
@@ -170,6 +176,8 @@ class TrainingSession:
                 under all their names, and no buffers that are not persistent.
         """
         state, aliases = self.state(), self._metadata["aliases"]
+        if names is not None and not isinstance(names, Mapping):
+            names = as_names(names, "names", "fc.weight")
         if names is None:
             trained = set(self._metadata["trained"])
             counters = ("step", "micro_step") if self._metadata["accumulation"] > 1 else ("step",)
@@ -202,7 +210,7 @@ class TrainingSession:
                 an operator refuses (a label outside the classes); a learning rate that is no number. The state stays.
             NonFiniteLossError: with the step's number; the state stays.
         """
-        rate, seed = _rate(self.learning_rate if learning_rate is None else learning_rate), _seed(self.seed)
+        rate, seed = check_rate(self.learning_rate if learning_rate is None else learning_rate), check_seed(self.seed)
         if len(batch) > len(self.batch_names):
             raise ArgumentTypeError(
                 f"step got {len(batch)} arrays, expected {len(self.batch_names)}: {self.batch_names}"
@@ -233,11 +241,13 @@ class TrainingSession:
                 f"the classes is the usual cause: {error}"
             ) from error
         result = self._results(made)
-        if self.stop_on_non_finite and not math.isfinite(result["loss"]):
-            raise NonFiniteLossError(
-                f"the loss is {result['loss']} at step {self.steps + 1}: the update was not taken over. Lower the "
-                "learning rate, look at the batch, or pass stop_on_non_finite=False"
-            )
+        # The norm too, where the gradients' phase gives it: a finite loss may have a gradient that is not.
+        for name in ("loss", _GRADIENT_NORM) if self.stop_on_non_finite else ():
+            if name in result and not math.isfinite(result[name]):
+                raise NonFiniteLossError(
+                    f"the {name.replace('_', ' ')} is {result[name]} at step {self.steps + 1}: the update was not "
+                    "taken over. Lower the learning rate, look at the batch, or pass stop_on_non_finite=False"
+                )
         self._lost = f"the update of step {self.steps + 1} broke off"
         for phase in self._phases[1:]:
             try:
@@ -280,18 +290,18 @@ class TrainingSession:
                 )
 
 
-def _rate(value: Any) -> float:
+def check_rate(value: Any) -> float:
     """A learning rate; with not-a-number the state would be lost in a step whose loss is still finite."""
     try:
         rate = float(value)
     except (TypeError, ValueError):
         rate = math.nan
-    if not math.isfinite(rate) or isinstance(value, str):
+    if not math.isfinite(rate) or isinstance(value, str | bytes | bool):
         raise ArgumentTypeError(f"learning_rate is {value!r}, expected a finite number")
     return rate
 
 
-def _seed(value: Any) -> int:
+def check_seed(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not -(2**63) <= int(value) < 2**63:
         raise ArgumentTypeError(f"seed is {value!r}, expected a 64-bit integer")
     return int(value)

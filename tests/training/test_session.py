@@ -256,6 +256,20 @@ def test_a_loss_that_is_not_finite_is_reported_before_the_update(step_file: Path
     assert careless.steps == 1
 
 
+def test_a_norm_that_is_not_finite_is_reported_before_the_update() -> None:
+    """The loss of zeros is 0 here, its gradient not a number."""
+    module = nn.Linear(3, 2, bias=False)
+    example = torch.randn(4, 3)
+    report = cg.export_training_step(module, lambda out: out.abs().sqrt().mean(), "adam", (example,), max_grad_norm=1.0)
+    session = cg.TrainingSession(report.model, report.state, in_place=True)
+    before = session.state()
+    with pytest.raises(cg.NonFiniteLossError, match="the gradient norm is nan at step 1"):
+        session.step(torch.zeros(4, 3))
+    for name, value in session.state().items():
+        np.testing.assert_array_equal(value, before[name])
+    assert np.isfinite(session.step(example)["gradient_norm"])
+
+
 def test_models_that_are_no_training_step_are_refused() -> None:
     model = cg.build_model("conv1d_input", input_shape=(1, 1, 3), weight_shape=(1, 1, 1))
     with pytest.raises(cg.ModelFileError, match="no training step"):
