@@ -184,17 +184,17 @@ def compare(runner: Any, program: CapturedProgram, inputs: Mapping[str, torch.Te
         _check_shape(spec.name, actual[spec.name].shape, truth[spec.name].shape)
         values[spec.name] = torch.from_numpy(actual[spec.name].astype(np.float64))
     exact_infinities = {name: value.isinf() & (value == truth[name]) for name, value in values.items()}
-    truth = _without(truth, exact_infinities)
-    values = _without(values, exact_infinities)
+    truth = without(truth, exact_infinities)
+    values = without(values, exact_infinities)
     runs: list[dict[str, float]] = []
     errors: dict[str, OutputError] = {}
     plain: dict[str, float] | None = None
     for stage in precision.stages:
         if stage and plain is None:
-            plain = _distances(_without(eager(program, inputs, precision.dtype), exact_infinities), truth)
+            plain = _distances(without(eager(program, inputs, precision.dtype), exact_infinities), truth)
         for seed in range(len(runs), stage):
             rounded = _randomly_rounded(program, inputs, precision, seed)
-            runs.append(_distances(_without(rounded, exact_infinities), truth))
+            runs.append(_distances(without(rounded, exact_infinities), truth))
         errors = _judged(program, values, truth, plain, runs, precision)
         doubtful = stage == 1 and any(error.cancelled for error in errors.values())
         if not doubtful and all(error.within for error in errors.values()):
@@ -203,7 +203,7 @@ def compare(runner: Any, program: CapturedProgram, inputs: Mapping[str, torch.Te
 
         def moved(amount: float, storage: torch.dtype | None, seed: int) -> dict[str, float]:
             rounded = _randomly_rounded(program, inputs, replace(precision, noise=amount, storage=storage), seed)
-            return _distances(_without(rounded, exact_infinities), truth)
+            return _distances(without(rounded, exact_infinities), truth)
 
         norms = {name: float(value.norm()) for name, value in truth.items()}
         cancelling = cancelling_moves(moved, norms, precision)
@@ -275,7 +275,7 @@ def _distances(results: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Te
     return {name: float((results[name].double() - exact).norm()) for name, exact in truth.items()}
 
 
-def _without(results: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without(results: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Zeros where both sides have the same infinity (a mask's), whose difference is no number."""
     return {
         name: results[name].masked_fill(where, 0.0) if where.any() else results[name] for name, where in places.items()

@@ -39,6 +39,7 @@ from ..integrations.verification import (
     cancelling_moves,
     in_own_types,
     precision_of,
+    without,
 )
 from .update import is_updating
 
@@ -118,18 +119,22 @@ def _compare(
     with_state = _with_values(program, current)
     exact = run_eagerly(with_state, inputs, torch.float64)
     precision = precision_of(program) if exact.refusal is None else in_own_types(precision_of(program))
+    truth = {spec.name: exact.outputs[spec.name].double() for spec in program.outputs}
+    values = {name: torch.from_numpy(np.asarray(value).astype(np.float64)) for name, value in actual.items()}
+    for name, wanted in truth.items():
+        if values[name].shape != wanted.shape:
+            got = tuple(values[name].shape)
+            raise VerificationError(f"output {name!r} has shape {got}, PyTorch gives {tuple(wanted.shape)}")
+    infinities = {name: value.isinf() & (value == values[name]) for name, value in truth.items()}
     comparison = _Comparison(
         with_state,
         inputs,
         {s.name: current[s.target] for s in program.outputs if s.target is not None and s.target in current},
-        {spec.name: exact.outputs[spec.name].double() for spec in program.outputs},
-        {name: torch.from_numpy(np.asarray(value).astype(np.float64)) for name, value in actual.items()},
+        without(truth, infinities),
+        without(values, infinities),
+        infinities,
         precision,
     )
-    for spec in program.outputs:
-        got, wanted = tuple(comparison.values[spec.name].shape), tuple(comparison.truth[spec.name].shape)
-        if got != wanted:
-            raise VerificationError(f"output {spec.name!r} has shape {got}, PyTorch gives {wanted}")
     errors = comparison.errors(exact.refusal is None)
     for name, error in errors.items():
         if not error.within:
@@ -149,6 +154,7 @@ class _Comparison:
         program: with the state of this run. inputs: the batch and the settings.
         before: the old value of each output that is a state tensor's new one.
         truth, values: PyTorch's outputs and the model's, in float64.
+        infinities: where both have the same one (a mask's), which is zero in them here.
     """
 
     program: CapturedProgram
@@ -156,6 +162,7 @@ class _Comparison:
     before: Mapping[str, torch.Tensor]
     truth: Mapping[str, torch.Tensor]
     values: Mapping[str, torch.Tensor]
+    infinities: Mapping[str, torch.Tensor]
     precision: Precision
 
     def errors(self, in_float64: bool) -> dict[str, OutputError]:
@@ -201,7 +208,7 @@ class _Comparison:
         """How far eager in the model's own type is from the truth, under small changes of everything it is given."""
         largest = dict.fromkeys(self.truth, 0.0)
         for seed, amount in enumerate(self.precision.perturbations):
-            outputs = eager(self.program, self.inputs, self.precision.dtype, amount, seed)
+            outputs = without(eager(self.program, self.inputs, self.precision.dtype, amount, seed), self.infinities)
             for spec in self.program.outputs:
                 name = spec.name
                 moved = (
@@ -213,7 +220,7 @@ class _Comparison:
     def _rounded(self, amount: float, storage: torch.dtype | None, seed: int) -> dict[str, float]:
         """How far rounding before the update moves each output, without what it does to a state tensor as a whole."""
         with _BeforeUpdate(amount, storage, seed):
-            outputs = eager(self.program, self.inputs, torch.float64)
+            outputs = without(eager(self.program, self.inputs, torch.float64), self.infinities)
         moved = {}
         for name, truth in self.truth.items():
             own = amount * float(truth.norm()) if name in self.before else 0.0

@@ -209,3 +209,30 @@ def test_artifacts_of_several_kinds_are_verified(tmp_path: Path) -> None:
     module[1].eval()
     write(tmp_path, module, frozen_params=["0.weight"], optimizer=torch.optim.RMSprop(module.parameters(), lr=0.0))
     write(tmp_path, nn.Sequential(nn.Linear(3, 1)), args=(torch.randn(4, 3),), loss=lambda out: out.square().mean())
+
+
+class Masked(nn.Module):
+    """Scores of which one class is ruled out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.mask = nn.Linear(64, 5), torch.tensor([False, False, False, False, True])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x.flatten(1)).masked_fill(self.mask, -torch.inf)
+
+
+def test_infinities_that_both_have_are_equal_and_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (x, y), options = batches(1, torch.float32)[0], {"return_outputs": True}
+    batch = (x, y % 4)
+    assert cg.export_training_step(Masked(), "cross_entropy", "adam", batch, **options).verified
+    write(tmp_path, Masked(), args=batch)
+
+    def change(results: dict[str, np.ndarray]) -> None:
+        results["output"][0, 4] = np.inf
+
+    change_results(monkeypatch, change)
+    with pytest.raises(cg.VerificationError, match="output 'output' of the exported step"):
+        cg.export_training_step(Masked(), "cross_entropy", "adam", batch, **options)
