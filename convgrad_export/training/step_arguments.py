@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..arguments import as_bool, as_names
-from ..errors import ArgumentTypeError, ProviderError
+from ..errors import ArgumentTypeError, DTypeError, ProviderError
 from ..integrations.arguments import CallArguments, unwrapped
 from ..integrations.program import GraphInput
 from ..lowering import CPU, CUDA
@@ -80,7 +80,17 @@ def untrained_loss_parameters(loss: Loss, optimizer: Any, module: torch.nn.Modul
 
 
 def trainable_parameters(module: torch.nn.Module, frozen: Sequence[str]) -> dict[str, Tensor]:
-    """Parameters that are updated, by name; a frozen module's parameters are frozen."""
+    """Parameters that are updated, by name; a frozen module's parameters are frozen.
+
+    Raises:
+        ArgumentTypeError: `frozen` names nothing, or everything. DTypeError: a complex parameter or buffer.
+    """
+    complex_names = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_complex()]
+    if complex_names:
+        raise DTypeError(
+            f"{', '.join(complex_names)} of {type(module).__name__} is complex, which ONNX operators do not take: make "
+            "the real and the imaginary part two tensors, and compute with these"
+        )
     frozen = as_names(frozen, "frozen", "fc.weight")
     parameters = dict(module.named_parameters())
     modules = {name for name, _ in module.named_modules() if name}

@@ -57,6 +57,15 @@ def test_names_that_the_step_uses_are_refused(name: str, options: dict[str, Any]
         cg.export_training_step(Named(name, kind), "cross_entropy", "sgd", batch, **options)
 
 
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_complex_tensors_are_refused(kind: str) -> None:
+    module = Named("factor", kind)
+    tensor = torch.ones(1, dtype=torch.complex64)
+    module.factor = nn.Parameter(tensor) if kind == "parameter" else tensor
+    with pytest.raises(cg.DTypeError, match="factor of Named is complex"):
+        cg.export_training_step(module, "cross_entropy", "sgd", batches(1, torch.float32)[0], verify=False)
+
+
 def test_a_function_is_no_module() -> None:
     for loss in ("mse", nn.MSELoss()):
         with pytest.raises(cg.ArgumentTypeError, match=r"expected a torch.nn.Module instance"):
