@@ -70,8 +70,7 @@ class TrainingSession:
         check_threads(threads)
         as_bool(stop_on_non_finite, "stop_on_non_finite")
         as_bool(blocked_layout, "blocked_layout")
-        if in_place is not None:
-            as_bool(in_place, "in_place")
+        in_place = None if in_place is None else as_bool(in_place, "in_place")
         source = model_source(model)
         wanted = resolve(providers)
         self._device = "cuda" if wanted[0][0].startswith("CUDA") else "cpu"
