@@ -55,12 +55,19 @@ def as_bool(value: Any, name: str) -> bool:
 
 
 def as_number(
-    value: Any, name: str, *, minimum: float = -math.inf, above: float | None = None, finite: bool = False
+    value: Any,
+    name: str,
+    *,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    above: float | None = None,
+    finite: bool = False,
 ) -> float:
     """`value` as a float that is a number.
 
     Args:
-        minimum: the least that it may be. above: what it has to be larger than. finite: infinity is refused.
+        minimum, maximum: the least and the most that it may be. above: what it has to be larger than. finite: infinity
+            is refused.
 
     Raises:
         ArgumentTypeError: no number, or one out of range.
@@ -69,11 +76,13 @@ def as_number(
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):
             number = float(value)
-    in_range = number >= minimum and (above is None or number > above)  # which NaN is not
+    in_range = minimum <= number <= maximum and (above is None or number > above)  # which NaN is not
     if in_range and not (finite and math.isinf(number)):
         return number
     expected = "a finite number" if finite else "a number"
-    if minimum > -math.inf:
+    if maximum < math.inf:
+        expected += f" from {minimum:g} to {maximum:g}"
+    elif minimum > -math.inf:
         expected += f", {minimum:g} or above"
     if above is not None:
         expected += f" above {above:g}"

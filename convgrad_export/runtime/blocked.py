@@ -57,11 +57,15 @@ def put_blocked_layout(model: Any) -> bool:
     return _rewrite(model, intact(model, [entry for entry in entries if _applies(entry, block)]), block)
 
 
-def in_blocked_layout(source: Path | bytes) -> Path | bytes:
-    """The same for a model's file or bytes, as they came where nothing changes."""
-    if not _mentions(source, METADATA.encode()):
-        return source
-    model = loaded(source)
+def in_blocked_layout(source: Path | bytes, parsed: Any | None = None) -> Path | bytes:
+    """The same for a model's file or bytes, as they came where nothing changes.
+
+    Args:
+        parsed: the onnx.ModelProto that is in it, to be changed; read from it without one.
+    """
+    model = parsed
+    if model is None and _mentions(source, METADATA.encode()):
+        model = loaded(source)
     return source if model is None or not put_blocked_layout(model) else model.SerializeToString()
 
 

@@ -10,14 +10,25 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import ArgumentTypeError, ModelFileError
 from .graph_nodes import subgraphs
 
 
-def model_source(model: Any) -> Path | bytes:
-    """What to hand to `onnxruntime.InferenceSession`.
+class ModelSource(NamedTuple):
+    """Attributes:
+    content: what to hand to `onnxruntime.InferenceSession`.
+    parsed: the onnx.ModelProto of a file, without external data, as the check read it; None for bytes, and without
+        onnx.
+    """
+
+    content: Path | bytes
+    parsed: Any | None = None
+
+
+def model_source(model: Any) -> ModelSource:
+    """A model of any accepted kind, checked.
 
     Raises:
         ModelFileError: no such file, one that may not be read, not a protobuf of an ONNX model, or external data
@@ -29,17 +40,16 @@ def model_source(model: Any) -> Path | bytes:
         try:
             if not path.is_file():
                 raise ModelFileError(f"model {path} {'is not a file' if path.exists() else 'does not exist'}")
-            _check_external_data(path)
+            return ModelSource(path, _with_own_data(path))
         except OSError as error:  # may not be read, or not be looked at
             raise ModelFileError(f"model {path} cannot be read: {error.strerror or error}") from error
-        return path
     if isinstance(model, bytes | bytearray):
-        return bytes(model)
+        return ModelSource(bytes(model))
     if hasattr(model, "SerializeToString"):
-        return bytes(model.SerializeToString())
+        return ModelSource(bytes(model.SerializeToString()))
     onnx_ir = sys.modules.get("onnx_ir")
     if onnx_ir is not None and isinstance(model, onnx_ir.Model):
-        return bytes(onnx_ir.to_proto(model).SerializeToString())
+        return ModelSource(bytes(onnx_ir.to_proto(model).SerializeToString()))
     raise ArgumentTypeError(
         f"model is a {type(model).__name__}, expected a path, bytes, an onnx.ModelProto or an onnx_ir.Model"
     )
@@ -58,12 +68,13 @@ def loaded(source: Path | bytes) -> Any | None:
         return None
 
 
-def _check_external_data(path: Path) -> None:
+def _with_own_data(path: Path) -> Any | None:
+    """The onnx.ModelProto of a file that takes data from its own folder only; None without onnx."""
     try:
         import onnx
         from google.protobuf.message import DecodeError
     except ImportError:
-        return
+        return None
     try:
         model = onnx.load(str(path), load_external_data=False)
     except (DecodeError, ValueError) as error:
@@ -72,6 +83,7 @@ def _check_external_data(path: Path) -> None:
         raise ModelFileError(f"{path} is not an ONNX model: it holds no graph")
     for name, location in external_locations(model):
         check_location(path, name, location)
+    return model
 
 
 def external_locations(model: Any) -> list[tuple[str, str]]:

@@ -70,7 +70,7 @@ class GradientSession:
         blocked_layout: bool = True,
     ) -> None:
         ort = onnxruntime()
-        source = model_source(model)
+        source, parsed = model_source(model)
         wanted = resolve(providers)
         check_threads(threads)
         if session_options is not None and not isinstance(session_options, ort.SessionOptions):
@@ -81,7 +81,8 @@ class GradientSession:
         self._requested, settings = wanted[0]
         stream = cuda_run.stream_for(settings) if self._requested == CUDA else None
         on_cpu = is_cpu_alone(wanted)
-        rewritten = in_blocked_layout(source) if blocked_layout and on_cpu else source
+        rewritten = in_blocked_layout(source, parsed) if blocked_layout and on_cpu else source
+        del parsed  # its weights: the session has its own
         if session_options is None:
             session_options = ort.SessionOptions()
             if on_cpu:

@@ -101,11 +101,9 @@ def read_signature(path: str | os.PathLike[str]) -> ModelSignature:
         ModelFileError: missing, truncated, no inputs or outputs, or external data missing or outside the folder.
         DTypeError: an input or output that is no dense tensor of numbers.
     """
-    import onnx
-
-    source = model_source(Path(path))
+    source, model = model_source(Path(path))
     assert isinstance(source, Path)
-    model = onnx.load(str(source), load_external_data=False)
+    assert model is not None  # onnx is a dependency
     held = {tensor.name for tensor in model.graph.initializer}
     inputs = tuple(_tensor(source, value) for value in model.graph.input if value.name not in held)
     outputs = tuple(_tensor(source, value) for value in model.graph.output)

@@ -105,7 +105,7 @@ def resolve_loss(loss: Any, label_smoothing: float = 0.0) -> Loss:
     Raises:
         ArgumentTypeError: another loss, or smoothing of another loss than cross entropy.
     """
-    label_smoothing = as_number(label_smoothing, "label_smoothing", "a number from 0 to 1")
+    label_smoothing = as_number(label_smoothing, "label_smoothing", minimum=0, maximum=1)
     if isinstance(loss, str):
         if loss not in _BY_NAME:
             raise ArgumentTypeError(
@@ -117,8 +117,6 @@ def resolve_loss(loss: Any, label_smoothing: float = 0.0) -> Loss:
                 raise ArgumentTypeError(
                     f"label_smoothing is {label_smoothing} with loss {loss!r}, expected cross_entropy"
                 )
-            if not 0.0 <= label_smoothing <= 1.0:
-                raise ArgumentTypeError(f"label_smoothing is {label_smoothing}, expected a number from 0 to 1")
             function = functools.partial(functional.cross_entropy, label_smoothing=label_smoothing)
         return Loss(function, ("target",))
     if label_smoothing:

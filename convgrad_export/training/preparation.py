@@ -24,15 +24,18 @@ METADATA = "convgrad.training"
 _WORTH_A_CUT = 1 << 20  # elements of state: below, the gradients' way from one phase to the other costs more time
 
 
-def prepare(source: Path | bytes, in_place: bool | None, blocked_layout: bool) -> tuple[Path | bytes, Phases | None]:
+def prepare(
+    source: Path | bytes, parsed: Any | None, in_place: bool | None, blocked_layout: bool
+) -> tuple[Path | bytes, Phases | None]:
     """The model of the first phase, or of the whole step, and what the second phase needs.
 
     Args:
         source: as it came; it comes back unchanged where onnxruntime shall say what is wrong with it, where onnx is
             missing, and where tensors lie in other files.
+        parsed: the onnx.ModelProto that is in it, to be changed; read from it without one.
         in_place, blocked_layout: as in `TrainingSession`.
     """
-    model = loaded(source)
+    model = loaded(source) if parsed is None else parsed
     if model is None or any(tensor.external_data for tensor in model.graph.initializer):
         return source, None
     if blocked_layout:

@@ -71,13 +71,14 @@ class TrainingSession:
         as_bool(stop_on_non_finite, "stop_on_non_finite")
         as_bool(blocked_layout, "blocked_layout")
         in_place = None if in_place is None else as_bool(in_place, "in_place")
-        source = model_source(model)
+        source, parsed = model_source(model)
         wanted = resolve(providers)
         self._device = "cuda" if wanted[0][0].startswith("CUDA") else "cpu"
         on_cpu = is_cpu_alone(wanted)
         if in_place and not on_cpu:
             raise ArgumentTypeError(f"in_place is {in_place}, expected None or False: it is for the CPU provider alone")
-        content, cut = prepare(source, in_place, blocked_layout) if on_cpu else (source, None)
+        content, cut = prepare(source, parsed, in_place, blocked_layout) if on_cpu else (source, None)
+        del parsed  # its weights: the session has its own
         self._phases = [PhaseSession(content, wanted, threads, shared=cut is not None)]
         whole: dict[str, tuple[int, ...]] = {}
         if cut is not None:

@@ -308,3 +308,15 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(cg.ModelFileError, match="outside"):
         check_location(folder / "model.onnx", "w", "data.bin")
     check_location(folder / "model.onnx", "w", "other.bin")
+
+
+def test_a_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the check of its external data, and for the blocked layout."""
+    path = tmp_path / "depthwise.onnx"
+    onnx.save(cg.build_model("conv2d_input", input_shape=(2, 16, 8, 8), weight_shape=(16, 1, 3, 3), groups=16), path)
+    parsed = []
+    for name in ("load", "load_model_from_string"):
+        original = getattr(onnx, name)
+        monkeypatch.setattr(onnx, name, lambda *a, original=original, **k: parsed.append(a) or original(*a, **k))
+    cg.GradientSession(path)
+    assert len(parsed) == 1
