@@ -342,13 +342,7 @@ def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> Exp
 
 
 def _verify(program: CapturedProgram, report: ExportReport, settings: _Settings) -> None:
-    random = sorted(
-        {
-            str(node.target)
-            for node in program.graph_module.graph.nodes
-            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        }
-    )
+    random = sorted({str(node.target) for node in program.random_nodes})
     with _own_session(report) as runner:
         if random:
             run_once(runner, program)

@@ -58,6 +58,11 @@ class TracedOutput:
     tensor: torch.Tensor
 
 
+def is_random(node: torch.fx.Node) -> bool:
+    """Whether a node draws random numbers from PyTorch's generator."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 @dataclass
 class CapturedProgram:
     """A functional ATen graph with named inputs and outputs, in placeholder and output order.
@@ -89,6 +94,10 @@ class CapturedProgram:
     def symbol_names(self) -> dict[str, str]:
         """The tracer's symbols ("s77") to dimension names."""
         return {str(expression): name for name, expression in self.dimensions.items() if expression.is_Symbol}
+
+    @property
+    def random_nodes(self) -> list[torch.fx.Node]:
+        return [node for node in self.graph_module.graph.nodes if is_random(node)]
 
     def run(self, *user_inputs: torch.Tensor, **replaced: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the graph eagerly; parameters, buffers and constants keep their values unless given by name."""

@@ -36,7 +36,7 @@ from convgrad_export.integrations.compiled_modules import as_written
 from convgrad_export.integrations.differentiable import DifferentiableReplacements
 from convgrad_export.integrations.fake_inputs import check_dynamic, fake_inputs
 from convgrad_export.integrations.module_attributes import kept_attributes
-from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
+from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput, is_random
 from convgrad_export.integrations.slice_sums import slice_sums
 
 Decompositions = Mapping[Any, Callable[..., Any]]
@@ -239,7 +239,7 @@ def _refuse_constant_outputs(
     placeholders = [node for node in recorded.graph.nodes if node.op == "placeholder"]
     living = {node for node, spec in zip(placeholders, inputs, strict=False) if spec.kind != "constant"}
     for node in recorded.graph.nodes:
-        if node.op == "call_function" and (_is_random(node.target) or any(a in living for a in node.all_input_nodes)):
+        if node.op == "call_function" and (is_random(node) or any(a in living for a in node.all_input_nodes)):
             living.add(node)
     (output,) = [node for node in recorded.graph.nodes if node.op == "output"]
     for spec, node in zip(specs, output.args[0], strict=True):
@@ -251,10 +251,6 @@ def _refuse_constant_outputs(
             f"a constant (pytorch#89675). It was computed {where}, from tensors that are neither arguments nor "
             "registered parameters or buffers. Compute it inside the forward, from the forward's arguments."
         )
-
-
-def _is_random(target: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
 def _functionalize(

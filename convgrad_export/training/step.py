@@ -268,8 +268,7 @@ def refuse_unseeded_randomness(program: CapturedProgram) -> None:
     random = sorted(
         {
             f"{node.target} (called by {node.meta.get('nn_module_path') or 'the top module'})"
-            for node in program.graph_module.graph.nodes
-            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            for node in program.random_nodes
         }
     )
     if random:
