@@ -37,7 +37,7 @@ from convgrad_export.integrations.arguments import (
 )
 from convgrad_export.integrations.outputs import buffer_outputs, named_outputs
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
-from convgrad_export.integrations.tracing import Decompositions, swapped_tensors, trace_function
+from convgrad_export.integrations.tracing import Decompositions, run_backward, swapped_tensors, trace_function
 
 
 def capture(
@@ -173,7 +173,7 @@ def capture_gradients(
             wanted = [recorded[name] if kind == "activation" else leaves[name] for name, kind in targets.items()]
             grads: Sequence[torch.Tensor | None] = [None] * len(wanted)
             if scalar.requires_grad:
-                grads = torch.autograd.grad(scalar, wanted, allow_unused=True, create_graph=hessian_vector)
+                grads = run_backward(scalar, wanted, create_graph=hessian_vector)
             elif wanted and unused != "zeros":
                 raise ConstantGradientError(
                     f"the value depends on nothing that wrt names ({', '.join(list(targets)[:4])}): the forward runs "
@@ -284,7 +284,7 @@ def _hessian_vector_products(
     total = terms[0]
     for term in terms[1:]:
         total = total + term
-    products = torch.autograd.grad(total, leaves, allow_unused=True)
+    products = run_backward(total, leaves)
     return [torch.zeros_like(x) if p is None else p for p, x in zip(products, leaves, strict=True)]
 
 

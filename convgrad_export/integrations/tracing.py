@@ -24,6 +24,7 @@ import torch
 import torch.fx.experimental._config
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -97,6 +98,27 @@ def trace_function(
         slice_sums(functional.graph)
     dimensions = check_dynamic(inputs, fakes, shape_env)
     return _program(functional, [*inputs, *constants], specs, dimensions, shape_env, function)
+
+
+def run_backward(
+    value: torch.Tensor, wanted: Sequence[torch.Tensor], *, create_graph: bool = False
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of a 0-d tensor, None where it does not depend on one of `wanted`.
+
+    torch.autograd.grad would leave the active torch function modes, and a part of the forward that
+    `torch.utils.checkpoint` calls again in here has to stay in them: for its random numbers, and for what stands in for
+    fused operators. It ends in this call.
+    """
+    found: tuple[torch.Tensor | None, ...] = _engine_run_backward(
+        (value,),
+        (torch.ones_like(value),),
+        create_graph,  # keep the graph
+        create_graph,
+        tuple(wanted),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    return found
 
 
 @contextlib.contextmanager

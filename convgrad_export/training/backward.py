@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 
 from ..errors import ConstantGradientError, UnsupportedOperatorError
+from ..integrations.tracing import run_backward
 
 
 def leaves(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -51,15 +50,5 @@ def gradients(value: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
             "the loss depends on no parameter that is trained: the forward or the loss runs under torch.no_grad, "
             "detaches, or reads tensors that are no parameters"
         )
-    # torch.autograd.grad would leave the active torch function modes, and a recomputed dropout has to stay in them. It
-    # ends in this call: keep no graph, build none, allow tensors that are not reached, and return the gradients.
-    found = _engine_run_backward(
-        (value,),
-        (torch.ones_like(value),),
-        False,
-        False,
-        tuple(wanted.values()),
-        allow_unreachable=True,
-        accumulate_grad=False,
-    )
+    found = run_backward(value, list(wanted.values()))
     return {name: gradient for name, gradient in zip(wanted, found, strict=True) if gradient is not None}
