@@ -16,6 +16,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
   a float64 value to float32.
 - mv, addmv: onnxruntime is wrong for a transposed matrix times a vector.
 - log1p, expm1, logaddexp, logaddexp2, logcumsumexp: right for a part of the arguments (`exact_decompositions.py`).
+- erfc, erfcx: no digit is right for large arguments (`error_functions.py`).
 - scatter_reduce: the translation of "mean" overwrites.
 - convolution in float64: onnxruntime's CPU provider has no kernel.
 - pooling, padding and weight_norm backward: no translation, or none for every size.
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 from convgrad_export.integrations import (
+    error_functions,
     exact_decompositions,
     float64_decompositions,
     max_pooling_decompositions,
@@ -289,6 +291,7 @@ OWN: Table = {
     aten.unfold_backward.default: unfold_backward,
     aten._trilinear.default: trilinear,
     aten.rrelu_with_noise_functional.default: rrelu_with_noise_functional,
+    **error_functions.TABLE,
     **exact_decompositions.TABLE,
     **normalization_decompositions.TABLE,
     **pooling_decompositions.TABLE,

@@ -7,63 +7,29 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from convgrad_export.integrations.error_functions import erfc_of_positive
 
 aten = torch.ops.aten
 
 
 @functools.cache
-def _erf_series() -> tuple[list[float], list[float]]:
-    """Maclaurin coefficients in x*x of erf(x) / x, and Chebyshev coefficients of exp(x*x) * erfc(x).
-
-    The first series is for |x| <= 1, where its next term is below 2**-56. The second is for 1 <= |x| <= 6, in the
-    variable t = 2 / (1 + |x|) mapped from its range to [-1, 1], in which the function is smooth.
-    """
+def _erf_series() -> list[float]:
+    """Maclaurin coefficients in x*x of erf(x) / x, for |x| <= 1, where the next term is below 2**-56."""
     terms = range(19)
-    small = [2 / math.sqrt(math.pi) * (-1) ** n / (math.factorial(n) * (2 * n + 1)) for n in terms]
-    count = 32
-    nodes = np.cos(np.pi * (np.arange(count) + 0.5) / count)
-    arguments = 2 / ((nodes + _ERF_SHIFT) * _ERF_SCALE) - 1
-    values = np.array([math.erfc(a) * math.exp(a * a) for a in arguments])
-    angles = np.pi * np.outer(np.arange(24), np.arange(count) + 0.5) / count
-    large = 2 / count * (np.cos(angles) @ values)
-    large[0] /= 2
-    return small, [float(c) for c in large]
-
-
-# t runs from 2/7 (x = 6) to 1 (x = 1); u = t / _ERF_SCALE - _ERF_SHIFT from -1 to 1
-_ERF_SCALE = (1 - 2 / 7) / 2
-_ERF_SHIFT = 2 / 7 / _ERF_SCALE + 1
-
-
-def _erf_parts(x: Tensor) -> tuple[Tensor, Tensor]:
-    """erf(x) for |x| <= 1, and erfc(|x|) for 1 <= |x| <= 6; beyond, something no larger."""
-    small, large = _erf_series()
-    size = x.abs()
-    square = torch.minimum(size, torch.ones_like(size)).square()
-    near = torch.zeros_like(x)
-    for coefficient in reversed(small):
-        near = near * square + coefficient
-    limited = torch.minimum(torch.maximum(size, torch.ones_like(size)), torch.ones_like(size) * 6.0)
-    u = 2 / (1 + limited) / _ERF_SCALE - _ERF_SHIFT
-    later, latest = torch.zeros_like(x), torch.zeros_like(x)
-    for coefficient in reversed(large[1:]):  # Clenshaw, Math. Comp. 9 (1955)
-        latest, later = 2 * u * latest - later + coefficient, latest
-    return x * near, torch.exp(-size.square()) * (u * latest - later + large[0])
+    return [2 / math.sqrt(math.pi) * (-1) ** n / (math.factorial(n) * (2 * n + 1)) for n in terms]
 
 
 def erf(x: Tensor) -> Tensor:
     """The error function to a few units in the last place, from polynomials and exp."""
-    near, tail = _erf_parts(x)
-    return torch.where(x.abs() < 1, near, torch.sign(x) * (1 - tail))
-
-
-def erfc(x: Tensor) -> Tensor:
-    """1 - erf(x), without cancellation up to x = 6, where it is 2e-17."""
-    near, tail = _erf_parts(x)
-    return torch.where(x.abs() < 1, 1 - near, torch.where(x > 0, tail, 2 - tail))
+    size = x.abs()
+    square = torch.minimum(size, torch.ones_like(size)).square()
+    near = torch.zeros_like(x)
+    for coefficient in reversed(_erf_series()):
+        near = near * square + coefficient
+    return torch.where(size < 1, x * near, torch.sign(x) * (1 - erfc_of_positive(size)))
 
 
 def atan(x: Tensor) -> Tensor:
@@ -138,6 +104,6 @@ def _in_float64(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 TABLE: dict[Any, Callable[..., Any]] = {
     getattr(aten, function.__name__).default: _in_float64(function)
-    for function in (erf, erfc, atan, atan2, asin, acos, tan, sinh, cosh, asinh, acosh, atanh, log2, log10)
+    for function in (erf, atan, atan2, asin, acos, tan, sinh, cosh, asinh, acosh, atanh, log2, log10)
 }
 """ATen overload to decomposition; other types keep the ONNX operator."""
