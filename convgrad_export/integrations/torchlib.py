@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ def registry() -> Any:
     result.functions = {target: list(entries) for target, entries in translations().functions.items()}
     aten = torch.ops.aten
     result.register_op(torch.ops.prims.prod.default, _reduce_prod)
+    result.register_op(torch.ops.prims.var.default, _variance)
     result.register_op(aten.sym_numel.default, _size)
     result.register_op(aten.scalar_tensor.default, _scalar_tensor)
     result.register_op(aten.max_pool2d_with_indices.default, _max_pool_with_indices(2))
@@ -79,6 +81,32 @@ def _reduce_prod(x: Any, dims: Sequence[int] | None = None, output_dtype: Any = 
         return op.ReduceProd(x, keepdims=0)
     axes: Any = op.Constant(value_ints=[int(d) for d in dims])
     return op.ReduceProd(x, axes, keepdims=0)
+
+
+def _variance(inp: Any, dims: Sequence[int] | None = None, correction: float = 1.0, *, output_dtype: Any = None) -> Any:
+    """Over n elements, with the divisor n - correction, or 0 where that is negative, as in PyTorch."""
+    axes = list(range(len(inp.shape))) if not dims else [int(d) for d in dims]
+    if not axes:  # a number
+        return op.Mul(op.Sub(inp, inp), _number(inp, _share(1, correction)))
+    along: Any = op.Constant(value_ints=axes)
+    centred = op.Sub(inp, op.ReduceMean(inp, along, keepdims=1))
+    mean = op.ReduceMean(op.Mul(centred, centred), along, keepdims=0)
+    if correction == 0:
+        return mean
+    sizes = [inp.shape[axis] for axis in axes]
+    if all(isinstance(size, int) for size in sizes):
+        return op.Mul(mean, _number(inp, _share(math.prod(sizes), correction)))
+    count = op.CastLike(op.ReduceProd(op.Gather(op.Shape(inp), along), keepdims=0), inp)
+    return op.Mul(mean, op.Div(count, op.Max(op.Sub(count, _number(inp, correction)), _number(inp, 0.0))))
+
+
+def _share(count: int, correction: float) -> float:
+    """What a mean of squares is multiplied by."""
+    return count / (count - correction) if count > correction else math.inf if count else math.nan
+
+
+def _number(like: Any, value: float) -> Any:
+    return op.Constant(value=ir.to_proto(ir.tensor(value, dtype=like.dtype)))
 
 
 def _rounded_division(otherwise: Callable[..., Any]) -> Callable[..., Any]:

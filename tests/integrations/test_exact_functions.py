@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import convgrad_export as cg
+from convgrad_export.integrations.compile_backend import convgrad_ort
 
 from .gradient_modules import Apply
 
@@ -17,6 +19,7 @@ INF = math.inf
 TINY = [1e-9, -1e-9, 1e-5, 0.0, -0.3, 0.7, 20.0, INF]
 WIDE = [-200.0, 0.0, 200.0, -INF, INF]
 LARGE = [2**31 - 2, 2**53 + 1, -7, 50331650, 0]
+NORMAL = [-8.0, -0.5, 0.0, 0.5, 1.0, 3.0, 5.0, 9.0]
 CASES: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
     "log1p": (torch.log1p, [*TINY, -1.0]),
     "expm1": (torch.expm1, [*TINY, -30.0, -INF]),
@@ -24,6 +27,9 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
     "logaddexp-equal": (lambda x: torch.logaddexp(x, x), WIDE),
     "logaddexp2": (lambda x: torch.logaddexp2(x, x.flip(0) * 0.5), WIDE),
     "logcumsumexp": (lambda x: torch.logcumsumexp(x, 0), [-200.0, -150.0, 0.0, 5.0, 200.0, 3.0]),
+    "erfc": (torch.erfc, [*NORMAL, INF, -INF]),
+    "erfcx": (torch.special.erfcx, [*NORMAL, 1e10, INF]),
+    "log_ndtr": (torch.special.log_ndtr, [*NORMAL, -1e4, INF, -INF]),
     "logcumsumexp-gradient": (
         lambda x: torch.func.grad(lambda v: torch.logcumsumexp(v, 0).sum())(x),
         [-200.0, -150.0, 0.0, 5.0, 200.0, 3.0],
@@ -38,7 +44,30 @@ def test_values_far_from_the_examples(name: str, dtype: torch.dtype) -> None:
     x = torch.tensor(values, dtype=dtype)
     report = cg.export(Apply(function), (torch.linspace(0.1, 0.9, len(values), dtype=dtype),))
     (actual,) = cg.GradientSession(report.model).run({"input": x}).values()
-    torch.testing.assert_close(actual, function(x), rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0.0)
+    tolerance = 4e-6 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(actual, function(x.double()).to(dtype), rtol=tolerance, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64])
+def test_erfc_of_other_types(dtype: torch.dtype) -> None:
+    x = torch.tensor([-2, 0, 1, 2], dtype=dtype)
+    report = cg.export(Apply(torch.erfc), (x,))
+    (actual,) = cg.GradientSession(report.model).run({"input": x}).values()
+    torch.testing.assert_close(actual, torch.erfc(x))
+
+
+@pytest.mark.parametrize("correction", [0, 1, 2, 5, 0.5])
+@pytest.mark.parametrize("dim", [None, 1, (0, 2)])
+def test_a_variance_of_too_few_elements(dim: Any, correction: float) -> None:
+    """Not a number where they are equal, infinite where not; one element is equal to itself."""
+
+    def spread(x: Tensor) -> tuple[Tensor, ...]:
+        return (*torch.var_mean(x, dim, correction=correction), torch.std(x, dim, correction=correction, keepdim=True))
+
+    for x in (torch.randn(2, 1, 2), torch.randn(1, 1, 1, dtype=torch.float64), torch.ones(2, 1, 1)):
+        torch._dynamo.reset()
+        actual = torch.compile(spread, backend=convgrad_ort)(x)
+        torch.testing.assert_close(actual, spread(x), equal_nan=True)
 
 
 @pytest.mark.parametrize("rounding", ["floor", "trunc"])
