@@ -20,6 +20,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - scatter_reduce: the translation of "mean" overwrites.
 - convolution in float64: onnxruntime's CPU provider has no kernel.
 - pooling, padding and weight_norm backward: no translation, or none for every size.
+- antialiased upsampling: the translation ignores scale factors, and has no gradient.
 - softmax along an inner axis, max pooling backward of windows side by side: right, but slow.
 """
 
@@ -36,6 +37,7 @@ from convgrad_export.integrations import (
     error_functions,
     exact_decompositions,
     float64_decompositions,
+    interpolation,
     max_pooling_decompositions,
     normalization_decompositions,
     pooling_decompositions,
@@ -293,6 +295,7 @@ OWN: Table = {
     aten.rrelu_with_noise_functional.default: rrelu_with_noise_functional,
     **error_functions.TABLE,
     **exact_decompositions.TABLE,
+    **interpolation.TABLE,
     **normalization_decompositions.TABLE,
     **pooling_decompositions.TABLE,
     **max_pooling_decompositions.TABLE,

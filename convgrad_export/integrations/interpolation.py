@@ -2,7 +2,8 @@
 
 The gradient of a gather adds at computed positions (ScatterND with a reduction: opset 16, one thread in onnxruntime);
 that of a product with a matrix is a product with its transpose. Row i of an axis' matrix holds the weights with which
-output position i reads the input. Repeating by a whole factor is an expansion, and its gradient a sum.
+output position i reads the input; of antialiased upsampling, those of a wider filter. Repeating by a whole factor is an
+expansion, and its gradient a sum.
 """
 
 from __future__ import annotations
@@ -56,6 +57,45 @@ def _cubic(outputs: Any, size: Any, factor: float | None, align_corners: bool, l
         part = (column == columns).to(weight.dtype) * weight.unsqueeze(1)
         matrix = part if matrix is None else matrix + part
     return matrix.to(like.dtype)
+
+
+def _antialiased(
+    weight: Callable[[Tensor], Tensor],
+    outputs: Any,
+    size: Any,
+    factor: float | None,
+    align_corners: bool,
+    like: Tensor,
+) -> Tensor:
+    """The matrix of an axis whose filter becomes wider as the axis becomes shorter: it sees every input.
+
+    Args:
+        weight: of a distance in pixels, where the axis grows.
+    """
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    step: Any = 1.0 / factor if factor else size / outputs
+    if align_corners:
+        step = (size - 1) / (outputs - 1) if outputs != 1 else 0.0
+    if isinstance(step, float):
+        reach: Any = max(step, 1.0)
+    else:  # of dynamic sizes
+        step = torch.scalar_tensor(step, dtype=wide, device=like.device)
+        reach = torch.clamp(step, min=1.0)
+    centre = (torch.arange(outputs, device=like.device).to(wide) + 0.5) * step  # with aligned corners, too
+    pixel = torch.arange(size, device=like.device).to(wide) + 0.5
+    weights = weight((pixel.unsqueeze(0) - centre.unsqueeze(1)).abs() / reach)
+    return (weights / weights.sum(1, keepdim=True)).to(like.dtype)
+
+
+def _cubic_weight(distance: Tensor) -> Tensor:
+    """Keys' cubic with a = -1/2, which antialiased upsampling takes; the other takes -3/4."""
+    near = (1.5 * distance - 2.5) * distance * distance + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+
+
+def _lanczos_weight(distance: Tensor) -> Tensor:
+    return torch.where(distance < 3, torch.sinc(distance) * torch.sinc(distance / 3), 0.0)
 
 
 def _nearest(offset: float, outputs: Any, size: Any, factor: float | None, align_corners: bool, like: Tensor) -> Tensor:
@@ -123,3 +163,40 @@ def interpolate(
         else:
             x = apply_along(x, _MATRICES[mode](after, before, factor, bool(align_corners), x), spatial)
     return x
+
+
+def _antialiased_pair(name: str, weight: Callable[[Tensor], Tensor]) -> dict[Any, Callable[..., Tensor]]:
+    """Decompositions of an antialiased operator and of its gradient, by overload."""
+
+    def forward(
+        x: Tensor, output_size: Any, align_corners: bool, scales_h: float | None = None, scales_w: float | None = None
+    ) -> Tensor:
+        if not x.dtype.is_floating_point:
+            return NotImplemented
+        for axis, outputs, factor in ((-2, output_size[0], scales_h), (-1, output_size[1], scales_w)):
+            x = apply_along(x, _antialiased(weight, outputs, x.shape[axis], factor, align_corners, x), axis)
+        return x
+
+    def backward(
+        grad: Tensor,
+        output_size: Any,
+        input_size: Any,
+        align_corners: bool,
+        scales_h: float | None = None,
+        scales_w: float | None = None,
+    ) -> Tensor:
+        for axis, outputs, factor in ((-2, output_size[0], scales_h), (-1, output_size[1], scales_w)):
+            matrix = _antialiased(weight, outputs, input_size[axis], factor, align_corners, grad)
+            grad = apply_along(grad, matrix.t(), axis)
+        return grad
+
+    aten = torch.ops.aten
+    return {getattr(aten, name).default: forward, getattr(aten, f"{name}_backward").default: backward}
+
+
+TABLE: dict[Any, Callable[..., Tensor]] = {
+    **_antialiased_pair("_upsample_bilinear2d_aa", _hat),
+    **_antialiased_pair("_upsample_bicubic2d_aa", _cubic_weight),
+}
+if hasattr(torch.ops.aten, "_upsample_lanczos2d_aa"):  # from torch 2.13 on
+    TABLE.update(_antialiased_pair("_upsample_lanczos2d_aa", _lanczos_weight))

@@ -125,6 +125,21 @@ PADDING_AND_SAMPLING: list[Case] = [
             lambda x: functional.interpolate(x, scale_factor=1.6, mode="bilinear", recompute_scale_factor=True)
         ),
     ),
+    *[
+        (
+            f"antialiased-{mode}-{name}",
+            IMAGE,
+            lambda mode=mode, options=options: Apply(  # type: ignore[misc]
+                lambda x: functional.interpolate(x, mode=mode, antialias=True, **options)
+            ),
+        )
+        for mode in ("bilinear", "bicubic")
+        for name, options in {
+            "size": {"size": (5, 13)},
+            "factor": {"scale_factor": (0.37, 1.6)},
+            "corners": {"size": (1, 3), "align_corners": True},
+        }.items()
+    ],
     ("area", IMAGE, lambda: Apply(lambda x: functional.interpolate(x, (4, 5), mode="area"))),
     ("pixel_shuffle", IMAGE, lambda: nn.PixelShuffle(2)),
     ("pixel_unshuffle", (2, 3, 6, 8), lambda: nn.PixelUnshuffle(2)),
