@@ -9,8 +9,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - batch normalization: the translation of `_native_batch_norm_legit_functional` ignores `training=True`.
 - nll_loss_forward: the translation has no total weight, so mean-reduced losses lose a factor in the gradient.
 - hardtanh_backward (ReLU6): the translation lets the gradient through exactly at the clamps; a zero is common there.
-- threshold_backward, leaky_relu_backward, hardswish_backward, hardsigmoid_backward: right, but slow (Where); a
-  non-finite gradient times 0 is not-a-number.
+- threshold_backward, leaky_relu_backward, hardswish_backward, hardsigmoid_backward: right, but slow (Where).
 - copy: the translation does not broadcast.
 - full, full_like, scalar_tensor, clamp, hardtanh, arange, addcmul, addcdiv, addmv, addbmm, sinc: the translation rounds
   a float64 value to float32.
@@ -34,6 +33,7 @@ import torch
 from torch import Tensor
 
 from convgrad_export.integrations import (
+    activation_decompositions,
     error_functions,
     exact_decompositions,
     float64_decompositions,
@@ -72,35 +72,6 @@ def onnx_decompositions(opset: int = 18) -> Table:
     # Nothing may take the convolution apart: it is what the lowerings are for.
     table.pop(aten.convolution_backward.default, None)
     return table
-
-
-def threshold_backward(grad: Tensor, x: Tensor, threshold: Any) -> Tensor:
-    """The gradient of ReLU as a product: onnxruntime's Where takes eleven times as long."""
-    return grad * (x > threshold).to(grad.dtype)
-
-
-def hardtanh_backward(grad: Tensor, x: Tensor, min_val: float, max_val: float) -> Tensor:
-    """The gradient of ReLU6, zero at both clamps."""
-    return grad * ((x > min_val).to(grad.dtype) * (x < max_val).to(grad.dtype))
-
-
-def hardswish_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Slope x/3 + 1/2 between -3 and 3, 0 below and 1 above; clamped first, so that no infinite x meets a zero."""
-    outside = (x <= -3).to(grad.dtype) - (x >= 3).to(grad.dtype)
-    return grad * (x.clamp(-3, 3) / 3 + (outside * 0.5 + 0.5))
-
-
-# PyTorch's own kernel: on the CPU its float64 slope is the float32 next to 1/6.
-_SIXTH = float(aten.hardsigmoid_backward(torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)))
-
-
-def hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient inside (-3, 3) alone, times 1/6."""
-    return grad * ((x > -3).to(grad.dtype) * (x < 3).to(grad.dtype) * _SIXTH)
-
-
-def leaky_relu_backward(grad: Tensor, x: Tensor, negative_slope: float, self_is_result: bool) -> Tensor:
-    return grad * ((x > 0).to(grad.dtype) * (1 - negative_slope) + negative_slope)
 
 
 def copy(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -272,11 +243,6 @@ _PYTORCH_IS_RIGHT = (aten.nll_loss_forward.default,)
 
 OWN: Table = {
     aten.copy.default: copy,
-    aten.threshold_backward.default: threshold_backward,
-    aten.hardtanh_backward.default: hardtanh_backward,
-    aten.hardswish_backward.default: hardswish_backward,
-    aten.hardsigmoid_backward.default: hardsigmoid_backward,
-    aten.leaky_relu_backward.default: leaky_relu_backward,
     aten.mv.default: matrix_vector,
     aten.addmv.default: matrix_vector_sum,
     aten.as_strided.default: as_strided,
@@ -293,6 +259,7 @@ OWN: Table = {
     aten.unfold_backward.default: unfold_backward,
     aten._trilinear.default: trilinear,
     aten.rrelu_with_noise_functional.default: rrelu_with_noise_functional,
+    **activation_decompositions.TABLE,
     **error_functions.TABLE,
     **exact_decompositions.TABLE,
     **interpolation.TABLE,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convgrad_export.integrations.activation_decompositions import masked
 from convgrad_export.integrations.pooling_decompositions import along_axis, per_axis
 
 aten = torch.ops.aten
@@ -55,8 +56,8 @@ def max_pool2d_backward(
     candidates = (inside == aten.upsample_nearest2d(highest, covered)).to(x.dtype) * order
     # No element equals a NaN: the smallest order keeps the maximum of such a window from being that of all.
     first = aten.max_pool2d_with_indices(candidates, kernel)[0].clamp(min=1)
-    chosen = (candidates == aten.upsample_nearest2d(first, covered)).to(x.dtype)
-    result = chosen * aten.upsample_nearest2d(grad, covered)
+    chosen = candidates == aten.upsample_nearest2d(first, covered)
+    result = masked(aten.upsample_nearest2d(grad, covered), chosen)
     missing = [size - reached for size, reached in zip(x.shape[-2:], covered, strict=True)]
     if all(isinstance(size, int) and size == 0 for size in missing):
         return result

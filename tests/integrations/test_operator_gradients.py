@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import convgrad_export as cg
 from convgrad_export.errors import UnsupportedOperatorError
 
 from .gradient_modules import Apply
@@ -458,3 +459,38 @@ def test_an_operator_without_translation_is_refused_with_its_module() -> None:
     model = nn.Sequential(nn.Conv2d(4, 3, 1), Spectrum())
     with pytest.raises(UnsupportedOperatorError, match=r"(?s)aten\._linalg_svd.*called by 1.*Nothing was written"):
         compare_gradients(model, (data(*IMAGE),))
+
+
+BEHIND = {
+    "sqrt": Tensor.sqrt,
+    "log": Tensor.log,
+    "reciprocal": Tensor.reciprocal,
+    "root": lambda y: y**0.3,
+}
+IN_FRONT: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "relu6": functional.relu6,
+    "hardsigmoid": functional.hardsigmoid,
+    "hardswish": lambda x: functional.hardswish(x).abs(),
+    "max_pool": lambda x: functional.max_pool2d(torch.relu(x), 2),
+}
+
+
+@pytest.mark.parametrize("behind", BEHIND)
+@pytest.mark.parametrize("in_front", IN_FRONT)
+def test_an_infinite_gradient_meets_a_slope_of_zero(in_front: str, behind: str) -> None:
+    """PyTorch's kernels give 0 there, and a product would give not-a-number."""
+    module = Apply(lambda x: BEHIND[behind](IN_FRONT[in_front](x)))
+    x = data(*IMAGE) * 4
+    report = cg.export_gradient(module, (x,), verify=False)
+    (gradient,) = [v for n, v in cg.GradientSession(report.model).run({"input": x}).items() if n.endswith(".grad")]
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad(module(leaf).sum(), leaf)[0], rtol=1e-4, atol=1e-4)
+    assert "Where" in report.operators
+
+
+def test_gradients_of_convolutions_meet_a_slope_of_zero_in_a_product() -> None:
+    """Where takes onnxruntime eleven times as long."""
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Hardswish())
+    report = cg.export_gradient(nn.Sequential(net, nn.Conv2d(4, 2, 1)), (data(*IMAGE),), wrt="parameters")
+    assert "Where" not in report.operators
