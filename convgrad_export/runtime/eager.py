@@ -1,8 +1,8 @@
 """Drop-in replacements for torch.nn.grad and `aten::convolution_backward`, run by onnxruntime.
 
 Each call looks up a session for its geometry in a bounded cache; the batch is dynamic in it, so a new batch size costs
-nothing. torch tensors or numpy arrays go in, the same kind comes out. A tracer (torch.export, make_fx) records
-`aten::convolution_backward` (`by_torch.py`).
+nothing. torch tensors or numpy arrays go in, the same kind comes out. A tracer (torch.export, make_fx) or compiler
+records `aten::convolution_backward` (`by_torch.py`, `compiled.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..geometry import ConvGeometry
 from ..lowering import GRADIENTS, LOWERINGS, candidates, preferred_opset
 from ..selection.policy import AUTO, choose
 from . import tensors
+from .compiled import one_call
 from .cuda_options import CudaOptions
 from .providers import Providers, resolve
 from .session_cache import cached_session, thread_count
@@ -42,7 +43,8 @@ _INPUT_DOC = """torch.nn.grad.conv{rank}d_input on onnxruntime: the gradient wit
     Returns:
         Shape `input_size`, dtype and device of `grad_output`; a torch tensor or a numpy array, as the arguments.
         Differentiable like torch.nn.grad's, in reverse and forward mode and under torch.func's transforms; under
-        `torch.vmap` sample by sample. Traced (torch.export, make_fx), it is `aten::convolution_backward`.
+        `torch.vmap` sample by sample. Traced or compiled (torch.export, make_fx, torch.compile), it is
+        `aten::convolution_backward`.
 
     Raises:
         GeometryError, ArgumentTypeError, DTypeError, DeviceError, UnsupportedLoweringError, ProviderError.
@@ -59,7 +61,8 @@ _WEIGHT_DOC = """torch.nn.grad.conv{rank}d_weight on onnxruntime: the gradient w
     Returns:
         Shape `weight_size`, dtype and device of `grad_output`; a torch tensor or a numpy array, as the arguments.
         Differentiable like torch.nn.grad's, in reverse and forward mode and under torch.func's transforms; under
-        `torch.vmap` sample by sample. Traced (torch.export, make_fx), it is `aten::convolution_backward`.
+        `torch.vmap` sample by sample. Traced or compiled (torch.export, make_fx, torch.compile), it is
+        `aten::convolution_backward`.
 
     Raises:
         GeometryError, ArgumentTypeError, DTypeError, DeviceError, UnsupportedLoweringError, ProviderError.
@@ -132,7 +135,7 @@ def _input_gradient(rank: int) -> InputGradient:
         return differentiable(geometry, ("input",), operands, lowering, providers)["input"]
 
     _describe(gradient, f"conv{rank}d_input", _INPUT_DOC, rank)
-    return gradient
+    return one_call(gradient)
 
 
 def _weight_gradient(rank: int) -> WeightGradient:
@@ -165,7 +168,7 @@ def _weight_gradient(rank: int) -> WeightGradient:
         return differentiable(geometry, ("weight",), operands, lowering, providers)["weight"]
 
     _describe(gradient, f"conv{rank}d_weight", _WEIGHT_DOC, rank)
-    return gradient
+    return one_call(gradient)
 
 
 def _describe(function: Any, name: str, doc: str, rank: int) -> None:
@@ -180,6 +183,7 @@ conv1d_input, conv2d_input, conv3d_input = (_input_gradient(rank) for rank in (1
 conv1d_weight, conv2d_weight, conv3d_weight = (_weight_gradient(rank) for rank in (1, 2, 3))
 
 
+@one_call
 def convolution_backward(
     grad_output: Any,
     input: Any,

@@ -102,3 +102,19 @@ def test_a_session_refuses_tensors_that_it_cannot_read() -> None:
         session.run({"weight": torch.nested.nested_tensor([weight[0]]), "grad_output": grad})
     with pytest.raises(cg.ArgumentTypeError, match="weight is a masked array"):
         session.run({"weight": np.ma.masked_array(weight.numpy(), True), "grad_output": grad.numpy()})
+
+
+@pytest.mark.parametrize(("function", "operands"), CASES)
+def test_a_compiler_records_the_operator_too(function: Callable[..., Any], operands: tuple[torch.Tensor, ...]) -> None:
+    class Calling(torch.nn.Module):
+        def forward(self, *values: torch.Tensor) -> Any:
+            return function(*values)
+
+    program = torch.export.export(Calling(), operands, strict=True)
+    targets = [node.target for node in program.graph.nodes]
+    assert torch.ops.aten.convolution_backward.default in targets
+    others = tuple(torch.randn_like(value) for value in operands)
+    torch.testing.assert_close(program.module()(*others), function(*others), rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*others), function(*others), rtol=1e-4, atol=1e-4)
