@@ -100,6 +100,15 @@ def read_call(
     return ConvolutionCall(geometry, dynamic, wanted, found["grad_output"], grad_output.device.type)
 
 
+def has_no_form(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether PyTorch takes a call and no lowering can: complex numbers and integers, sizes without an example."""
+    return any(
+        str(tensor.dtype).removeprefix("torch.") not in dtypes.NAMES
+        or any(_is_symbolic(size) and not size.node.has_hint() for size in tensor.shape)
+        for tensor in tensors
+    )
+
+
 def plan(call: ConvolutionCall, lowering: str = AUTO, gradients: Sequence[str] | None = None) -> Plan:
     """For each gradient asked for: its lowering, the name of the dynamic form, or None to keep PyTorch's kernel."""
     wanted = call.gradients if gradients is None else gradients

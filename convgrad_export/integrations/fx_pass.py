@@ -26,7 +26,7 @@ from ..errors import ArgumentTypeError, ConvGradError
 from ..lowering import GRADIENTS
 from ..selection import aten_measurements
 from ..selection.aten_policy import AUTO, FASTEST, check_lowering
-from .aten_convolution import ConvolutionCall, Plan, decomposition, normalized, plan, read_call, run_plan
+from .aten_convolution import ConvolutionCall, Plan, decomposition, has_no_form, normalized, plan, read_call, run_plan
 from .source_hash import source_hash
 
 TARGET = torch.ops.aten.convolution_backward.default
@@ -180,6 +180,8 @@ def _replacement(
     node: torch.fx.Node, lowering: str, table: Any, cache: dict[Any, torch.fx.GraphModule]
 ) -> _Replacement | None:
     arguments = normalized(map_arg(node.args, _value), map_arg(dict(node.kwargs), _value))
+    if lowering == FASTEST and has_no_form(arguments[:3]):
+        return None
     call = read_call(*arguments)
     used = _used_gradients(node, call)
     chosen = plan(call, lowering, used)
