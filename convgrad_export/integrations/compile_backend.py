@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentTypeError
-from ..selection.policy import AUTO
+from ..selection.policy import AUTO, check_name
 
 Compiled = Callable[..., Any]
 
@@ -64,7 +64,7 @@ def convgrad_ort(
         options: ``{"lowering": name}`` for one catalogue lowering in every convolution gradient.
 
     Raises:
-        ArgumentTypeError: an unknown mode or option.
+        ArgumentTypeError: an unknown mode or option. UnsupportedLoweringError: no lowering of that name.
     """
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import default_partition
@@ -75,7 +75,7 @@ def convgrad_ort(
     if mode not in (None, "default"):
         raise ArgumentTypeError(f"mode is {mode!r}, expected None: convgrad_ort has no modes")
     settings = dict(options or {})
-    lowering = settings.pop("lowering", AUTO)
+    lowering = check_name(settings.pop("lowering", AUTO))
     if settings:
         raise ArgumentTypeError(f"options holds {sorted(settings)}, expected 'lowering' only")
 
