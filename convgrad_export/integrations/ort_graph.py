@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sympy
@@ -16,14 +16,16 @@ from ..lowering import CPU
 from ..runtime.providers import CUDA
 from ..selection.policy import AUTO
 from .half_widening import widen_half
-from .ort_partition import assign, is_random, is_size, name_once, why_not_onnxruntime
+from .ort_partition import assign, is_size, name_once, read_from_values, why_not_onnxruntime
 from .ort_segment import OrtSegment
+from .program import is_random
 
 
 class OrtGraph:
     """Runs a functional ATen graph, onnxruntime first, eager PyTorch where it must.
 
-    Sizes are evaluated from the input sizes, so one instance serves every size that the graph was traced for.
+    Sizes are evaluated from those of the inputs, and of results whose sizes follow from values (`nonzero`), so one
+    instance serves every size that the graph was traced for.
 
     Args:
         graph_module: a graph from AOTAutograd, its nodes with fake tensors in ``meta["val"]``. Changed in place.
@@ -46,6 +48,8 @@ class OrtGraph:
                 break
             refused.update(failed)
         for node, reason in refused.items():
+            if node.meta.get("val") is None:
+                continue  # an assertion
             name_once(node, reason)
 
     @property
@@ -68,7 +72,7 @@ class OrtGraph:
         return [_read(value, values, sizes) for value in output]  # type: ignore[union-attr]
 
     def _refused(self, device: torch.device | None) -> dict[torch.fx.Node, str]:
-        refused = {}
+        refused = dict.fromkeys(read_from_values(self._module.graph), "a size or a number follows from its values")
         for node in self._module.graph.nodes:
             if node.op != "call_function" or is_size(node) or is_random(node):
                 continue
@@ -128,6 +132,7 @@ class _Call:
         args = map_arg(node.args, lambda a: _read(a, values, sizes))
         kwargs = map_arg(node.kwargs, lambda a: _read(a, values, sizes))
         values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        sizes.update(_bound(node.meta.get("val"), values[node]))
 
 
 class _Session:
@@ -166,14 +171,14 @@ class _Sizes:
         self._sources: dict[Any, tuple[torch.fx.Node, int | None]] = {}
         for node in graph.nodes:
             value = node.meta.get("val") if node.op == "placeholder" else None
-            if isinstance(value, torch.SymInt):
+            if isinstance(value, (torch.SymInt, torch.SymFloat)):
                 self._add(value, node, None)
             elif isinstance(value, torch.Tensor):
                 for axis, size in enumerate(value.shape):
                     self._add(size, node, axis)
 
     def _add(self, size: Any, node: torch.fx.Node, axis: int | None) -> None:
-        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+        if isinstance(size, (torch.SymInt, torch.SymFloat)) and size.node.expr.is_Symbol:
             self._sources.setdefault(size.node.expr, (node, axis))
 
     def bind(self, values: dict[torch.fx.Node, Any]) -> dict[Any, Any]:
@@ -184,15 +189,31 @@ class _Sizes:
         }
 
 
+def _bound(expected: Any, result: Any) -> Iterator[tuple[Any, Any]]:
+    """The symbols of a node's value that its result gives a number to."""
+    if isinstance(expected, (torch.SymInt, torch.SymFloat)) and expected.node.expr.is_Symbol:
+        yield expected.node.expr, result
+    elif isinstance(expected, torch.SymBool):
+        for symbol in expected.node.expr.free_symbols:  # Eq(symbol, 1)
+            yield symbol, int(result)
+    elif isinstance(expected, torch.Tensor):
+        yield from _bound(tuple(expected.shape), tuple(result.shape))
+    elif isinstance(expected, (tuple, list)):
+        for item, found in zip(expected, result, strict=True):
+            yield from _bound(item, found)
+
+
 def _size(size: Any, sizes: dict[Any, Any]) -> Any:
     if not isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return size
-    return _evaluate(size.node.expr, tuple(sizes.items()))
+    expression = size.node.expr
+    value = sizes[expression] if expression in sizes else _evaluate(expression, tuple(sizes.items()))
+    return float(value) if isinstance(size, torch.SymFloat) else value
 
 
 @functools.lru_cache(maxsize=65536)
-def _evaluate(expression: Any, sizes: tuple[tuple[Any, int], ...]) -> int | float | bool:
-    value = expression.xreplace({symbol: sympy.Integer(number) for symbol, number in sizes})
+def _evaluate(expression: Any, sizes: tuple[tuple[Any, int | float], ...]) -> int | float | bool:
+    value = expression.xreplace({symbol: sympy.sympify(number) for symbol, number in sizes})
     if getattr(value, "is_Boolean", False):
         return bool(value)
     return int(value) if value.is_integer else float(value)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from ..lowering import CPU
+from .program import is_random
 from .torchlib import translations
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ _named: set[str] = set()
 @dataclass(frozen=True)
 class Assignment:
     """Attributes:
-    side: who computes the node; "size" for integers, which are computed from the input sizes alone.
-    level: groups of one side and level run together.
+    side: who computes the node; "size" for numbers, which are computed from sizes of inputs and of PyTorch's results.
+    level: groups of one side and level run together. That of a number is 0, or of the node that it depends on.
     """
 
     side: Side
@@ -64,34 +65,58 @@ def why_not_onnxruntime(node: torch.fx.Node, provider: str = CPU) -> str | None:
     return None
 
 
-def is_random(node: torch.fx.Node) -> bool:
-    """Random operators stay with PyTorch, whose generator and seeds they use."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
 def is_size(node: torch.fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
+def symbols_in(value: Any) -> set[Any]:
+    """The symbols that a number, or the sizes of one tensor or of several, are made of."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return set(value.node.expr.free_symbols)
+    if isinstance(value, (tuple, list)):
+        return {symbol for item in value for symbol in symbols_in(item)}
+    return symbols_in(tuple(value.shape)) if isinstance(value, torch.Tensor) else set()
+
+
+def read_from_values(graph: torch.fx.Graph) -> dict[torch.fx.Node, set[Any]]:
+    """Nodes whose result has a size, or is a number, that follows from a tensor's values; and the symbols for it."""
+    known: set[Any] = set()
+    found = {}
+    for node in graph.nodes:
+        symbols = symbols_in(node.meta.get("val")) - known
+        if symbols and node.op == "call_function":
+            found[node] = symbols
+        known |= symbols
+    return found
+
+
 def assign(graph: torch.fx.Graph, refused: Mapping[torch.fx.Node, str]) -> dict[torch.fx.Node, Assignment]:
-    """Side and level of every call; nodes in `refused` go to PyTorch."""
+    """Side and level of every call; nodes in `refused` go to PyTorch, as do random ones, for its generator and seeds.
+
+    So do those whose values decide on sizes: onnxruntime writes into memory of a known size.
+    """
     assignments: dict[torch.fx.Node, Assignment] = {}
+    readers, levels = read_from_values(graph), {}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if is_size(node):
-            assignments[node] = Assignment("size", 0)
+        if is_size(node) and node not in readers:
+            needed = symbols_in(node.meta["val"])
+            assignments[node] = Assignment("size", max((levels.get(symbol, 0) for symbol in needed), default=0))
             continue
         if node.target is operator.getitem and node.args[0] in assignments:
             assignments[node] = assignments[node.args[0]]
             continue
-        side: Side = "torch" if node in refused or is_random(node) else "onnxruntime"
+        side: Side = "torch" if node in refused or node in readers or is_random(node) else "onnxruntime"
         level = 0 if side == "onnxruntime" else 1
         for argument in node.all_input_nodes:
             before = assignments.get(argument)
             if before is not None and before.side != "size":
                 level = max(level, before.level + (before.side != side))
+            elif before is not None and before.level:  # PyTorch made what it depends on
+                level = max(level, before.level + (side != "torch"))
         assignments[node] = Assignment(side, level)
+        levels.update(dict.fromkeys(readers.get(node, ()), level))
     return assignments
 
 

@@ -122,7 +122,7 @@ class OrtSegment:
                 binding.bind_cpu_input(name, value)
                 alive.append(value)
                 continue
-            dense = value.detach().contiguous()
+            dense = value.detach().resolve_neg().contiguous()
             alive.append(dense)
             if dense.numel() == 0:  # no memory to point at
                 binding.bind_cpu_input(name, np.empty(tuple(dense.shape), tensors.type_name(dense)))

@@ -376,6 +376,7 @@ def test_rounded_halves_on_onnxruntime_match_eager_bfloat16_values(graphs):
     [
         (convgrad_ort, {"options": {"lowring": "auto"}}, "lowring"),
         (convgrad_ort, {"mode": "max-autotune"}, "max-autotune"),
+        (convgrad_ort, {"options": {"lowering": "no.such"}}, "no.such"),
         (convgrad, {"options": {"lowering": "no.such"}}, "no.such"),
     ],
 )
@@ -454,3 +455,58 @@ def test_ort_takes_factors_of_dynamic_sizes_in_float64():
         x = torch.randn(n, 3, 6, dtype=torch.float64, requires_grad=True)
         (ours,), (expected,) = (torch.autograd.grad(f(x), x) for f in (compiled, function))
         torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-13)
+
+
+def sized_by_a_number(x, n):
+    k = n.item()
+    torch._check(k >= 0)
+    torch._check(k <= x.shape[0])
+    return x[:k].sum(0) * k + x.mean().item()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        sized_by_a_number,
+        lambda x, n: (x + 1).relu() * (x * 2).sum().item() * n.item(),
+        lambda x, n: F.conv1d(x[x[:, 0, 0] > 0].exp(), torch.ones(1, 2, 3)).sum() + n,
+        lambda x, n: torch.ones(n.item() + 1, 5).sum(1) * x.sum(),
+    ],
+)
+def test_ort_takes_numbers_and_sizes_that_follow_from_values(function):
+    """PyTorch reads them between two sessions, and the sizes of what follows are made of them."""
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(function, backend=convgrad_ort, fullgraph=True)
+        for n in (2, 3):
+            x = torch.randn(6, 2, 7, requires_grad=True)
+            ours, expected = compiled(x, torch.tensor(n)), function(x, torch.tensor(n))
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+            (ours,), (expected,) = (torch.autograd.grad(y.sum(), x) for y in (ours, expected))
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions_of_sizes_that_follow_from_values_keep_the_kernel():
+    """The pass of Inductor has no example of such a size, and PyTorch's kernel takes any."""
+
+    def function(x):
+        return F.conv1d(x[x[:, 0, 0] > 0].exp(), torch.ones(1, 2, 3)).sum()
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        x = torch.randn(6, 2, 7, requires_grad=True)
+        gradients = [
+            torch.autograd.grad(f(x), x)[0]
+            for f in (torch.compile(function, backend=convgrad, fullgraph=True), function)
+        ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_ort_reads_negative_views_with_their_sign():
+    x = torch._neg_view(torch.randn(4))
+    torch.testing.assert_close(torch.compile(lambda x: x * 2, backend=convgrad_ort)(x), x * 2)
+
+
+def test_ort_gives_zero_for_what_comes_from_outside_times_a_slope_of_zero():
+    x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+    y = torch.compile(torch.relu, backend=convgrad_ort)(x)
+    (gradient,) = torch.autograd.grad(y, x, torch.tensor([float("inf"), float("nan"), 3.0]))
+    assert gradient.tolist() == [0.0, 0.0, 3.0]
