@@ -50,7 +50,8 @@ def may_be_infinite(grad: Tensor) -> bool:
     slot: Any = None if mode is None else get_proxy_slot(grad, mode.tracer, None)
     if slot is None:
         return mode is None  # nothing is known of a tensor that is not traced
-    waiting, seen = [slot.proxy.node], set()
+    waiting: list[torch.fx.Node] = [slot.proxy.node]
+    seen: set[torch.fx.Node] = set()
     while waiting and len(seen) < _MOST_NODES:
         node = waiting.pop()
         if node in seen:

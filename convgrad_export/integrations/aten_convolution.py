@@ -104,7 +104,7 @@ def has_no_form(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether PyTorch takes a call and no lowering can: complex numbers and integers, sizes without an example."""
     return any(
         str(tensor.dtype).removeprefix("torch.") not in dtypes.NAMES
-        or any(_is_symbolic(size) and not size.node.has_hint() for size in tensor.shape)
+        or any(_is_unbacked(size) for size in tensor.shape)
         for tensor in tensors
     )
 
@@ -223,6 +223,10 @@ def _in_memory_format(value: Any, memory_format: torch.memory_format) -> Any:
 
 def _is_symbolic(value: Any) -> bool:
     return isinstance(value, torch.SymInt) and value.node.maybe_as_int() is None
+
+
+def _is_unbacked(value: Any) -> bool:
+    return _is_symbolic(value) and not value.node.has_hint()
 
 
 def _example(value: Any) -> Any:

@@ -96,7 +96,8 @@ def assign(graph: torch.fx.Graph, refused: Mapping[torch.fx.Node, str]) -> dict[
     So do those whose values decide on sizes: onnxruntime writes into memory of a known size.
     """
     assignments: dict[torch.fx.Node, Assignment] = {}
-    readers, levels = read_from_values(graph), {}
+    readers = read_from_values(graph)
+    levels: dict[Any, int] = {}  # of the symbols in `readers`
     for node in graph.nodes:
         if node.op != "call_function":
             continue
