@@ -64,7 +64,7 @@ class OrtSegment:
 
     Raises:
         UnsupportedOperatorError: a node cannot be translated after all.
-        RuntimeError: onnxruntime refuses the model (a kernel it lacks).
+        RuntimeError: onnxruntime refuses the model (a kernel it lacks), or gives a result another type.
     """
 
     def __init__(self, nodes: Sequence[torch.fx.Node], lowering: str = AUTO, provider: str = CPU) -> None:
@@ -104,6 +104,9 @@ class OrtSegment:
         self._positions = {node.name: index for index, node in enumerate(self.inputs)}
         self._writes = [value.name for value in self._session.get_outputs()]
         self._dtypes = [node.meta["val"].dtype for node in self.outputs]
+        for value, dtype in zip(self._session.get_outputs(), self._dtypes, strict=True):
+            if tensors.onnx_type(value.type)[0] != _CODES[dtype]:  # torch.any of uint8 is uint8
+                raise RuntimeError(f"it gives {value.name} as {value.type}, and PyTorch as {dtype}")
 
     def __call__(self, values: Sequence[Any], shapes: Sequence[tuple[int, ...]], device: torch.device) -> list[Any]:
         """Args:
