@@ -109,17 +109,17 @@ def _summable(x: Tensor, dtype: torch.dtype | None) -> Tensor | None:
 
 def sum_all(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     converted = _summable(x, dtype)
-    return NotImplemented if converted is None else converted.sum()
+    return NotImplemented if converted is None else converted.sum(dtype=converted.dtype)
 
 
 def sum_dims(x: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     converted = _summable(x, dtype)
-    return NotImplemented if converted is None else converted.sum(dim, keepdim)
+    return NotImplemented if converted is None else converted.sum(dim, keepdim, dtype=converted.dtype)
 
 
 def cumulative_sum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     converted = _summable(x, dtype)
-    return NotImplemented if converted is None else converted.cumsum(dim)
+    return NotImplemented if converted is None else converted.cumsum(dim, dtype=converted.dtype)
 
 
 def maximum_along(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ def maximum_along(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, T
 def hypotenuse(x: Tensor, y: Tensor) -> Tensor:
     """Scaled by the larger one, so that nothing overflows that need not."""
     larger, smaller = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
-    ratio = smaller / torch.where(larger > 0, larger, 1.0)
+    ratio = torch.where(larger == smaller, 1.0, smaller / larger)  # of two infinities and of two zeros, too
     return larger * (1 + ratio * ratio).sqrt()
 
 

@@ -81,6 +81,14 @@ def _scatter(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return scatter
 
 
+def remainder(x: Tensor, y: Tensor | float) -> Tensor:
+    """From fmod, which is exact; x - floor(x / y) * y is off by the rounding of x, and not below y for large ones."""
+    if not x.dtype.is_floating_point or (isinstance(y, Tensor) and y.dtype != x.dtype):
+        return NotImplemented
+    rest = torch.fmod(x, y)
+    return torch.where((rest != 0) & ((rest < 0) != (y < 0)), rest + y, rest)
+
+
 def signbit(x: Tensor) -> Tensor:
     """Negative zeros count."""
     negative = x < 0
@@ -116,6 +124,8 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.logaddexp.default: logaddexp,
     aten.logaddexp2.default: logaddexp2,
     aten.logcumsumexp.default: logcumsumexp,
+    aten.remainder.Tensor: remainder,
+    aten.remainder.Scalar: remainder,
     aten.signbit.default: signbit,
     aten.copysign.Tensor: copysign,
     aten.copysign.Scalar: copysign,

@@ -13,6 +13,7 @@ from torch import Tensor
 from convgrad_export.integrations.error_functions import erfc_of_positive
 
 aten = torch.ops.aten
+_LARGE = 1e9  # its square and the square plus 1 are one
 
 
 @functools.cache
@@ -75,11 +76,13 @@ def cosh(x: Tensor) -> Tensor:
 
 def asinh(x: Tensor) -> Tensor:
     size = x.abs()
-    return torch.sign(x) * torch.log1p(size + size * size / (1 + (size * size + 1).sqrt()))
+    near = torch.log1p(size + size * size / (1 + (size * size + 1).sqrt()))
+    return torch.sign(x) * torch.where(size > _LARGE, size.log() + math.log(2), near)
 
 
 def acosh(x: Tensor) -> Tensor:
-    return (x + ((x - 1) * (x + 1)).sqrt()).log()
+    near = (x + (x - 1).sqrt() * (x + 1).sqrt()).log()
+    return torch.where(x > _LARGE, x.log() + math.log(2), near)
 
 
 def atanh(x: Tensor) -> Tensor:

@@ -27,6 +27,10 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
     "logaddexp-equal": (lambda x: torch.logaddexp(x, x), WIDE),
     "logaddexp2": (lambda x: torch.logaddexp2(x, x.flip(0) * 0.5), WIDE),
     "logcumsumexp": (lambda x: torch.logcumsumexp(x, 0), [-200.0, -150.0, 0.0, 5.0, 200.0, 3.0]),
+    "remainder": (lambda x: torch.remainder(x, 0.75) + torch.remainder(x, -3.0), [1e6, -1e6, 1e15, -50.5, 0.0]),
+    "hypot": (lambda x: torch.hypot(x, x.flip(0)), [INF, 3.0, 0.0, 0.0, 4.0, -INF]),
+    "asinh": (torch.asinh, [1e-9, -2.0, 1e9, -1e30, INF, -INF]),
+    "acosh": (lambda x: torch.acosh(x + 1), [0.0, 1.0, 1e9, 1e30, INF]),
     "erfc": (torch.erfc, [*NORMAL, INF, -INF]),
     "erfcx": (torch.special.erfcx, [*NORMAL, 1e10, INF]),
     "log_ndtr": (torch.special.log_ndtr, [*NORMAL, -1e4, INF, -INF]),
@@ -149,3 +153,23 @@ def test_the_sign_of_zero_is_copied() -> None:
     report = cg.export(Apply(lambda x: torch.copysign(torch.ones_like(x), x)), (x,))
     (actual,) = cg.GradientSession(report.model).run({"input": torch.tensor([0.0, -0.0, INF, -INF])}).values()
     assert actual.tolist() == [1.0, -1.0, 1.0, -1.0]
+
+
+def test_sums_of_integers_in_a_type_of_their_own() -> None:
+    def sums(x: Tensor) -> tuple[Tensor, ...]:
+        x = x.to(torch.int16)
+        return x.sum(dtype=torch.int32), x.sum(0, dtype=torch.int32), x.cumsum(0, dtype=torch.int32), x.sum()
+
+    x = torch.tensor([[1, 2], [30000, 30000]])
+    report = cg.export(Apply(sums), (x,))
+    for actual, expected in zip(cg.GradientSession(report.model).run(None, {"input": x}), sums(x), strict=True):
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
+
+
+def test_the_compile_backend_leaves_results_of_another_type_to_pytorch() -> None:
+    """torch.any of uint8 is uint8, where ONNX has a boolean."""
+    x = torch.tensor([0, 3], dtype=torch.uint8)
+    found = torch.compile(lambda x: x.any(), backend=convgrad_ort)(x)
+    assert found.dtype == torch.uint8
+    assert found == 1
