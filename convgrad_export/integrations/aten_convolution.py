@@ -103,8 +103,7 @@ def read_call(
 def has_no_form(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether PyTorch takes a call and no lowering can: complex numbers and integers, sizes without an example."""
     return any(
-        str(tensor.dtype).removeprefix("torch.") not in dtypes.NAMES
-        or any(_is_unbacked(size) for size in tensor.shape)
+        str(tensor.dtype).removeprefix("torch.") not in dtypes.NAMES or any(_is_unbacked(size) for size in tensor.shape)
         for tensor in tensors
     )
 

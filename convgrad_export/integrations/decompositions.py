@@ -107,19 +107,24 @@ def _summable(x: Tensor, dtype: torch.dtype | None) -> Tensor | None:
     return None if target == x.dtype else x.to(target)
 
 
+def _narrow(x: Tensor) -> torch.dtype | None:
+    """The type of `x` if a sum would have another one by itself."""
+    return None if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.int64 else x.dtype
+
+
 def sum_all(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     converted = _summable(x, dtype)
-    return NotImplemented if converted is None else converted.sum(dtype=converted.dtype)
+    return NotImplemented if converted is None else converted.sum(dtype=_narrow(converted))
 
 
 def sum_dims(x: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     converted = _summable(x, dtype)
-    return NotImplemented if converted is None else converted.sum(dim, keepdim, dtype=converted.dtype)
+    return NotImplemented if converted is None else converted.sum(dim, keepdim, dtype=_narrow(converted))
 
 
 def cumulative_sum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     converted = _summable(x, dtype)
-    return NotImplemented if converted is None else converted.cumsum(dim, dtype=converted.dtype)
+    return NotImplemented if converted is None else converted.cumsum(dim, dtype=_narrow(converted))
 
 
 def maximum_along(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
