@@ -101,6 +101,7 @@ class OrtSegment:
                 raise
             raise RuntimeError(str(error)) from error
         self._types = {value.name: tensors.onnx_type(value.type)[1] for value in self._session.get_inputs()}
+        self._anything = np.zeros(1)
         self._positions = {node.name: index for index, node in enumerate(self.inputs)}
         self._writes = [value.name for value in self._session.get_outputs()]
         self._dtypes = [node.meta["val"].dtype for node in self.outputs]
@@ -127,11 +128,10 @@ class OrtSegment:
                 continue
             dense = value.detach().resolve_neg().contiguous()
             alive.append(dense)
-            if dense.numel() == 0:  # no memory to point at
-                binding.bind_cpu_input(name, np.empty(tuple(dense.shape), tensors.type_name(dense)))
-                continue
-            place = (dense.device.type, dense.device.index or 0)
-            binding.bind_input(name, *place, _CODES[dense.dtype], list(dense.shape), dense.data_ptr())
+            place, pointer = (dense.device.type, dense.device.index or 0), dense.data_ptr()
+            if dense.numel() == 0:  # no memory to point at, so that of anything
+                place, pointer = ("cpu", 0), self._anything.ctypes.data
+            binding.bind_input(name, *place, _CODES[dense.dtype], list(dense.shape), pointer)
         results = []
         for name, shape, dtype in zip(self._writes, shapes, self._dtypes, strict=True):
             result = torch.empty(shape, dtype=dtype, device=device)

@@ -430,11 +430,13 @@ class Channels(nn.Module):
 
 
 @pytest.mark.parametrize("make", [Channels, lambda: nn.ConvTranspose2d(3, 4, 3, output_padding=1, dilation=2)])
-@pytest.mark.parametrize("size", [0, 1, 4])
-def test_ort_runs_what_eager_runs(make, size):
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(0, torch.float32), (0, torch.bfloat16), (1, torch.float32), (4, torch.float32)]
+)
+def test_ort_runs_what_eager_runs(make, size, dtype):
     """Constants in the graph, an empty batch, an output padding that is not smaller than the stride."""
-    module = make()
-    x = torch.randn(size, 3, 6, 6)
+    module = make().to(dtype)
+    x = torch.randn(size, 3, 6, 6, dtype=dtype)
     results = []
     for run in (torch.compile(module, backend=convgrad_ort), copy.deepcopy(module)):
         leaf = x.clone().requires_grad_()
