@@ -86,7 +86,8 @@ def as_number(
         expected += f", {minimum:g} or above"
     if above is not None:
         expected += f" above {above:g}"
-    raise ArgumentTypeError(f"{name} is {value!r}, expected {expected}")
+    kind = "" if isinstance(value, numbers.Real) else f" ({type(value).__name__})"
+    raise ArgumentTypeError(f"{name} is {value!r:.80}{kind}, expected {expected}")
 
 
 def check_error_factor(max_error_factor: Any) -> float:

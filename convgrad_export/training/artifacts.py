@@ -153,11 +153,12 @@ def generate_artifacts(
             updated = {n: p for n, p in parameters.items() if n in chosen.rules and n not in program.unused}
             chosen.check_steps(updated)
         returned = _returned(program, additional_output_names, isinstance(module, OnnxModule))
+        add("training_model", program)
         evaluated = _forward(module.eval(), batch, resolved, shapes, {}, opset_version, autocast)
+        add("eval_model", evaluated)
         for key, forward in (("training_model", program), ("eval_model", evaluated)):
-            add(key, forward)
-            names = returned or [output.name for output in forward.outputs if output.kind in ("value", "output")]
             # in eval mode a forward may return less
+            names = returned or [output.name for output in forward.outputs if output.kind in ("value", "output")]
             kept = [output.name for output in forward.outputs if output.name in names]
             models[key].metadata_props.add(key=RETURNED, value=json.dumps(sorted(kept, key=names.index)))
         if chosen is not None:
