@@ -17,7 +17,7 @@ from ..arguments import as_int, as_names, as_path
 from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError
 from ..runtime import tensors
 from ..runtime.cuda_options import CudaOptions
-from ..runtime.providers import onnxruntime
+from ..runtime.providers import is_onnxruntime_error, onnxruntime
 from ..runtime.session import GradientSession
 from .checkpoint import as_array
 from .checkpoint_state import CheckpointState, Parameter, Parameters, Path
@@ -87,6 +87,10 @@ class Module:
 
         In training mode gradients are computed and added up, and buffers (BatchNorm) are updated. The results are
         OrtValues where the whole batch is.
+
+        Raises:
+            ArgumentTypeError: another number of inputs, or values that an operator refuses (a label outside the
+                classes). DTypeError, GeometryError: an input of another type or shape.
         """
         ort_value = onnxruntime().OrtValue
         session = self._train if self.training else self._eval
@@ -113,7 +117,15 @@ class Module:
                 feeds[name] = np.zeros_like(state.arrays[parameter]) if before is None else before
             else:
                 feeds[name] = state.arrays[name]
-        results = session.run(feeds)
+        try:
+            results = session.run(feeds)
+        except Exception as error:
+            if not is_onnxruntime_error(error):
+                raise
+            raise ArgumentTypeError(
+                "onnxruntime stopped within the call, of which nothing was taken over; a label outside the classes is "
+                f"the usual cause: {error}"
+            ) from error
         if self.training:
             self._take_over(results)
         outputs = [results[name] for name in _returned(session)]

@@ -583,6 +583,8 @@ def test_wrong_calls_are_refused(tmp_path: Path) -> None:
         optimizer.step()
     with pytest.raises(cg.ArgumentTypeError, match="takes 2 inputs"):
         module(np.zeros((1, 1, 8, 8), np.float32))
+    with pytest.raises(cg.ArgumentTypeError, match="a label outside the classes"):
+        module(np.zeros((1, 1, 8, 8), np.float32), np.array([1000]))
     assert module.input_names() == ["input", "target"]
     assert module.output_names() == ["loss", "output"]
     state = CheckpointState.load_checkpoint(tmp_path / "checkpoint")
