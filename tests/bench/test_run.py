@@ -152,7 +152,7 @@ def test_peak_memory_of_forward_passes_alone_is_refused(tmp_path: Path, measurin
     [
         ({"rounds": 0}, "rounds is 0, expected at least 1"),
         ({"seconds": float("nan")}, "seconds is nan, expected a number, 0 or above"),
-        ({"time_limit": "1"}, "time_limit is '1', expected a number, 0 or above"),
+        ({"time_limit": "1"}, "time_limit is '1' \\(str\\), expected a number, 0 or above"),
         ({"foreign_cores": -1}, "foreign_cores is -1, expected a number, 0 or above"),
     ],
 )
