@@ -71,6 +71,12 @@ def tap_slices(op: Ops, g: ConvGeometry, value: Value, first_axis: int, axes: sl
         yield slices(op, value, starts, stops, first_axis, stride)
 
 
+def filters_last(op: Ops, g: ConvGeometry, weight: Value) -> Value:
+    """The weight (M, C/G, *K) as (G, C/G * taps, M/G)."""
+    rows = reshape(op, weight, [g.groups, g.out_channels_per_group, g.in_channels_per_group * g.taps])
+    return op.Transpose(rows, perm=[0, 2, 1])
+
+
 def taps_last(op: Ops, value: Value, shape: Sequence[int]) -> Value:
     """(G, taps, columns, rows) as (G, rows, columns, taps).
 

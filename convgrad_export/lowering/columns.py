@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 
 from ..geometry import ConvGeometry
-from .blocks import Ops, Value, extend, ints, reshape
+from .blocks import Ops, Value, extend, filters_last, ints, reshape
 from .input_conv import add_columns
 
 _MOST_POSITIONS = 1 << 22  # 32 MiB of the model
@@ -35,7 +35,7 @@ def weight_gradient(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) 
 
 def input_gradient(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
     """One GEMM over the batch gives every tap's contribution, then Col2Im adds them up sample by sample."""
-    product = op.MatMul(op.Transpose(_weight_rows(op, g, weight), perm=[0, 2, 1]), _grad_rows(op, g, grad_output))
+    product = op.MatMul(filters_last(op, g, weight), _grad_rows(op, g, grad_output))
     per_sample = _from_rows(op, product, g.in_channels * g.taps, g.output_size)
     return add_columns(op, g, reshape(op, per_sample, [-1, g.in_channels * g.taps, math.prod(g.output_size)]))
 

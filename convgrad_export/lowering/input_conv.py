@@ -16,6 +16,7 @@ from .blocks import (
     conv_operand,
     crop,
     extend,
+    filters_last,
     reshape,
     reverse,
     reversed_taps,
@@ -61,11 +62,10 @@ def channel_first_weight(op: Ops, g: ConvGeometry, weight: Value) -> Value:
 
 def flipped_weight(op: Ops, g: ConvGeometry, weight: Value) -> Value:
     """(M, C/G, *K) as (C, M/G, *K), the kernel reversed."""
-    shape = [g.groups, g.out_channels_per_group, g.in_channels_per_group * g.taps]
-    if g.taps == 1 or math.prod(shape[1:]) == g.taps:  # nothing to reverse, or nothing to exchange
+    pairs = g.out_channels_per_group * g.in_channels_per_group
+    if g.taps == 1 or pairs == 1:  # nothing to reverse, or nothing to exchange
         return reverse(op, channel_first_weight(op, g, weight), 2, g.kernel_size)
-    filters_last = op.Transpose(reshape(op, weight, shape), perm=[0, 2, 1])
-    backwards = reversed_taps(op, filters_last, [g.in_channels, g.taps, g.out_channels_per_group])
+    backwards = reversed_taps(op, filters_last(op, g, weight), [g.in_channels, g.taps, g.out_channels_per_group])
     ordered = op.Transpose(backwards, perm=[0, 2, 1])
     return reshape(op, ordered, [g.in_channels, g.out_channels_per_group, *g.kernel_size])
 

@@ -10,14 +10,14 @@ import math
 from collections.abc import Sequence
 
 from ..geometry import ConvGeometry, window
-from .blocks import Ops, Value, extend, pad, reshape, slices, total
+from .blocks import Ops, Value, extend, filters_last, pad, reshape, slices, total
 from .input_conv import taps_product
 
 
 def matmul_taps(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
     """One GEMM for all taps; each tap's plane is spread by the stride, shifted into place and added."""
     per_group = g.in_channels_per_group
-    rows = op.Transpose(reshape(op, weight, [g.groups, g.out_channels_per_group, per_group * g.taps]), perm=[0, 2, 1])
+    rows = filters_last(op, g, weight)
     if g.taps > 1:  # two moves of whole blocks, or of one axis, instead of one of everything
         split = reshape(op, rows, [g.groups, per_group, g.taps, g.out_channels_per_group])
         rows = op.Transpose(split, perm=[0, 2, 1, 3])

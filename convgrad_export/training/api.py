@@ -17,11 +17,11 @@ from ..arguments import as_int, as_names, as_path
 from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError
 from ..runtime import tensors
 from ..runtime.cuda_options import CudaOptions
-from ..runtime.providers import is_onnxruntime_error, onnxruntime
+from ..runtime.providers import onnxruntime
 from ..runtime.session import GradientSession
 from .checkpoint import as_array
 from .checkpoint_state import CheckpointState, Parameter, Parameters, Path
-from .session import check_rate, check_seed
+from .session import check_rate, check_seed, raise_refused
 
 _UPDATED, _GRADIENT = ".updated", ".grad"
 __all__ = ["CheckpointState", "LinearLRScheduler", "Module", "Optimizer", "Parameter", "Parameters"]
@@ -120,12 +120,7 @@ class Module:
         try:
             results = session.run(feeds)
         except Exception as error:
-            if not is_onnxruntime_error(error):
-                raise
-            raise ArgumentTypeError(
-                "onnxruntime stopped within the call, of which nothing was taken over; a label outside the classes is "
-                f"the usual cause: {error}"
-            ) from error
+            raise_refused(error, "the call, of which nothing was taken over")
         if self.training:
             self._take_over(results)
         outputs = [results[name] for name in _returned(session)]

@@ -12,7 +12,7 @@ import numbers
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -234,12 +234,7 @@ class TrainingSession:
         try:
             made = self._phases[0].run(views, settings, self._current, {}, self._next, wanted)
         except Exception as error:
-            if not is_onnxruntime_error(error):
-                raise
-            raise ArgumentTypeError(
-                f"onnxruntime stopped within step {self.steps + 1}, whose update was not taken over; a label outside "
-                f"the classes is the usual cause: {error}"
-            ) from error
+            raise_refused(error, f"step {self.steps + 1}, whose update was not taken over")
         result = self._results(made)
         # The norm too, where the gradients' phase gives it: a finite loss may have a gradient that is not.
         for name in ("loss", _GRADIENT_NORM) if self.stop_on_non_finite else ():
@@ -288,6 +283,19 @@ class TrainingSession:
                 raise GeometryError(
                     f"{name} has shape {value.shape}, expected {shape} with {want} = {size} as in {other}"
                 )
+
+
+def raise_refused(error: Exception, within: str) -> NoReturn:
+    """A batch whose values an operator refuses, in words of ours; any other error as it is.
+
+    Raises:
+        ArgumentTypeError: for an error of onnxruntime's.
+    """
+    if not is_onnxruntime_error(error):
+        raise error
+    raise ArgumentTypeError(
+        f"onnxruntime stopped within {within}; a label outside the classes is the usual cause: {error}"
+    ) from error
 
 
 def check_rate(value: Any) -> float:
