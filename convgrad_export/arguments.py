@@ -21,6 +21,8 @@ LARGEST = 2**63 - 1  # ONNX stores 64-bit integers
 
 def is_symbolic(value: Any) -> bool:
     """True for a tracer's symbolic integer or a dimension name, False for a plain integer."""
+    if type(value) is int:  # almost all are, and to ask an abstract base class takes ten times as long
+        return False
     return isinstance(value, str) or (not isinstance(value, numbers.Integral) and hasattr(value, "node"))
 
 
@@ -30,11 +32,14 @@ def as_int(value: Any, name: str, minimum: int | None = None) -> Any:
     Raises:
         ArgumentTypeError: not an integer. GeometryError: below `minimum`.
     """
-    if not isinstance(value, str) and is_symbolic(value):
+    if type(value) is int:
+        result = value
+    elif not isinstance(value, str) and is_symbolic(value):
         return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    elif isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ArgumentTypeError(f"{name} is {value!r} ({type(value).__name__}), expected an integer")
-    result = int(value)
+    else:
+        result = int(value)
     if minimum is not None and result < minimum:
         raise GeometryError(f"{name} is {result}, expected at least {minimum}")
     if abs(result) > LARGEST:
@@ -147,6 +152,8 @@ def as_groups(value: Any) -> int:
 
 
 def _is_sequence(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return True
     if isinstance(value, Sequence):
         return not isinstance(value, str | bytes)
     return hasattr(value, "__array_interface__") and value.ndim > 0  # a numpy array
@@ -165,7 +172,8 @@ def as_shape(value: Any, name: str, *, allow_name: bool = False) -> tuple[Any, .
         raise ArgumentTypeError(f"shape of {name} is {value!r}, expected a sequence of integers")
     sizes = []
     for axis, size in enumerate(value):
-        if axis == 0 and allow_name and isinstance(size, str):
+        usual = type(size) is int and 0 <= size <= LARGEST  # for which no name need be put together
+        if usual or (axis == 0 and allow_name and isinstance(size, str)):
             sizes.append(size)
         else:
             sizes.append(as_int(size, f"{name} dimension {axis}", minimum=0))

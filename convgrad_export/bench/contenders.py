@@ -50,13 +50,9 @@ def operands(geometry: ConvGeometry, seed: int = 0) -> dict[str, np.ndarray]:
 def onnx_call(model: bytes, feeds: Mapping[str, np.ndarray], threads: int, *, arena: bool = True) -> Call:
     """A model on onnxruntime: inputs are read in place, the output is allocated in every run, as in eager PyTorch."""
     runner = open_session(model, CPU, threads, arena=arena)
-    import onnxruntime
-
-    values = {value.name: onnxruntime.OrtValue.ortvalue_from_numpy(feeds[value.name]) for value in runner.get_inputs()}
-    return Call(
-        lambda: runner.run_with_ort_values(None, values),
-        lambda: np.array(runner.run_with_ort_values(None, values)[0].numpy()),
-    )
+    values = {value.name: feeds[value.name] for value in runner.get_inputs()}
+    # Not `run_with_ort_values`, whose checks take 40 microseconds in onnxruntime 1.32; this copies nothing either.
+    return Call(lambda: runner.run(None, values), lambda: np.array(runner.run(None, values)[0]))
 
 
 def lowering_call(

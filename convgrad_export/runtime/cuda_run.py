@@ -105,7 +105,6 @@ class CudaRun:
         fixed = {
             name: TensorView(
                 self._fixed[name],
-                self._fixed[name].data_ptr(),
                 view.shape,
                 view.dtype,
                 view.device_type,

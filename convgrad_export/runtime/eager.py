@@ -7,6 +7,7 @@ records `aten::convolution_backward` (`by_torch.py`, `compiled.py`).
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
@@ -17,13 +18,14 @@ from .. import dtypes
 from ..arguments import as_mask, as_shape
 from ..errors import ArgumentTypeError, DeviceError, DTypeError, GeometryError, UnsupportedLoweringError
 from ..geometry import ConvGeometry
-from ..lowering import GRADIENTS, LOWERINGS, candidates, preferred_opset
+from ..lowering import GRADIENTS, LOWERINGS, Lowering, candidates, preferred_opset
 from ..selection.policy import AUTO, choose
+from ..selection.tuned import is_tuned
 from . import tensors
 from .compiled import one_call
 from .cuda_options import CudaOptions
 from .providers import Providers, resolve
-from .session_cache import cached_session, thread_count
+from .session_cache import MAX_SESSIONS, cached_session, thread_count
 
 Ints: TypeAlias = "int | Sequence[int]"
 Padding: TypeAlias = "int | str | Sequence[int] | Sequence[tuple[int, int]]"
@@ -286,15 +288,32 @@ def compute(
     wanted = resolve(providers)
     dtype = dtypes.name_of(tensors.type_name(grad_output))
     provider, threads = wanted[0][0], thread_count()
-    opset = preferred_opset(dtype, provider)
-    chosen = {
-        gradient: choose(gradient, geometry, dtype, lowering=lowering, provider=provider, opset=opset, threads=threads)
-        for gradient in gradients
-    }
+    chosen = (_lowerings if is_tuned(lowering) else _known_lowerings)(
+        geometry, gradients, dtype, lowering, provider, threads
+    )
     session = cached_session(geometry, chosen, dtype, wanted)
     feeds = {name: _as_array(operands[name]) for name in session.input_names}
     results = session.run(feeds)
     return {gradient: results[f"grad_{gradient}"] for gradient in gradients}
+
+
+def _lowerings(
+    geometry: ConvGeometry,
+    gradients: tuple[str, ...],
+    dtype: str,
+    lowering: str,
+    provider: str,
+    threads: int | None,
+) -> dict[str, Lowering]:
+    opset = preferred_opset(dtype, provider)
+    return {
+        gradient: choose(gradient, geometry, dtype, lowering=lowering, provider=provider, opset=opset, threads=threads)
+        for gradient in gradients
+    }
+
+
+# A choice that depends on its arguments alone, unlike one by the tuning cache's file.
+_known_lowerings = functools.lru_cache(maxsize=4 * MAX_SESSIONS)(_lowerings)
 
 
 def _as_array(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any, overload
 
 from ..arguments import check_threads
-from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError
+from ..errors import ArgumentTypeError, ModelFileError
 from ..session_memory import free_early
 from . import cuda_run, tensors
 from .blocked import in_blocked_layout
+from .declared import Declared, NamedSizes
 from .model_source import model_source
 from .placement import RECORD_ASSIGNMENT, PlacementReport, read_placement
 from .providers import CPU, CUDA, Providers, is_cpu_alone, onnxruntime, open_session, resolve
@@ -94,7 +96,10 @@ class GradientSession:
                 if rewritten is source:
                     raise
                 self._session = open_session(source, options, wanted, where)
-        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        inputs = self._session.get_inputs()
+        self._inputs = {value.name: Declared.of(value, f"input {value.name}") for value in inputs}
+        types = {value.type for value in (*inputs, *self._session.get_outputs())}
+        self._numpy_has_types = "tensor(bfloat16)" not in types
         self._output_names = [value.name for value in self._session.get_outputs()]
         self._cuda = None if stream is None else cuda_run.CudaRun(self._session, stream, settings)
         if self._requested != CPU and (report := self.placement()).left:
@@ -173,8 +178,14 @@ class GradientSession:
             raise ArgumentTypeError("inputs mix numpy arrays and torch tensors, expected one kind")
         as_torch = kinds == {True}
         views = {name: tensors.view(value, name) for name, value in feeds.items()}
-        sizes: dict[str, tuple[int, str]] = {}
-        codes = {name: self._check(name, value, sizes) for name, value in views.items()}
+        sizes: NamedSizes = {}
+        for name, value in views.items():
+            self._inputs[name].check(value, sizes)
+        if self._numpy_has_types and all(value.device_type == "cpu" for value in views.values()):
+            # Half of a binding's time. The results lie in onnxruntime's memory, not in that of the inputs.
+            arrays = self._session.run(names, {name: value.array for name, value in views.items()})
+            return [sys.modules["torch"].from_numpy(array) for array in arrays] if as_torch else arrays
+        codes = {name: self._inputs[name].code for name in views}
         if self._cuda is not None and self._cuda.takes(views.values()):
             return self._cuda.run(names, views, codes, {name: size for name, (size, _) in sizes.items()})
         binding = self._session.io_binding()
@@ -192,24 +203,3 @@ class GradientSession:
         results = [convert(value) for value in binding.get_outputs()]
         # onnxruntime hands out an input that is an output in the caller's memory.
         return [deepcopy(r) if name in self._inputs else r for name, r in zip(names, results, strict=True)]
-
-    def _check(self, name: str, value: tensors.TensorView, sizes: dict[str, tuple[int, str]]) -> int:
-        """TensorProto code of an input, once its type and shape are checked; `sizes` collects the symbolic ones."""
-        expected = self._inputs[name]
-        code, dtype = tensors.onnx_type(expected.type)
-        if value.dtype != dtype:
-            raise DTypeError(f"input {name} is {value.dtype}, expected {dtype}")
-        declared = expected.shape
-        wanted = "(" + ", ".join("?" if size is None else str(size) for size in declared) + ")"
-        if len(value.shape) != len(declared):
-            raise GeometryError(f"input {name} has shape {value.shape}, expected {wanted}")
-        for want, got in zip(declared, value.shape, strict=True):
-            if isinstance(want, int) and want != got:
-                raise GeometryError(f"input {name} has shape {value.shape}, expected {wanted}")
-            if isinstance(want, str):
-                size, other = sizes.setdefault(want, (got, name))
-                if size != got:
-                    raise GeometryError(
-                        f"input {name} has shape {value.shape}, expected {wanted} with {want} = {size} as in {other}"
-                    )
-        return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -33,7 +34,7 @@ def cached_session(
     """
     threads = thread_count()
     recorded = any(options.get("enable_cuda_graph") == "1" for _, options in providers)
-    any_batch = geometry if recorded else geometry.with_batch("batch")  # a CUDA graph has fixed sizes
+    any_batch = geometry if recorded else _with_any_batch(geometry)  # a CUDA graph has fixed sizes
     names = tuple((gradient, lowering.name) for gradient, lowering in lowerings.items())
     settings = tuple((name, tuple(sorted((k, str(v)) for k, v in options.items()))) for name, options in providers)
     key = (any_batch, names, dtype, settings, threads, os.getpid())
@@ -50,6 +51,11 @@ def cached_session(
         while len(_sessions) > MAX_SESSIONS:
             _sessions.popitem(last=False)
     return session
+
+
+@functools.lru_cache(maxsize=4 * MAX_SESSIONS)
+def _with_any_batch(geometry: ConvGeometry) -> ConvGeometry:
+    return geometry.with_batch("batch")
 
 
 def clear_sessions() -> None:

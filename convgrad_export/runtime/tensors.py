@@ -9,8 +9,7 @@ import ctypes
 import functools
 import math
 import sys
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,16 +33,23 @@ _TYPES = {
 }
 
 
-@dataclass(frozen=True)
-class TensorView:
+class TensorView(NamedTuple):
     """A contiguous block of memory that onnxruntime may read; `owner` keeps it alive."""
 
     owner: Any
-    pointer: int
     shape: tuple[int, ...]
     dtype: str
     device_type: str
     device_index: int
+
+    @property
+    def pointer(self) -> int:
+        return int(self.owner.data_ptr() if is_torch(self.owner) else self.owner.ctypes.data)
+
+    @property
+    def array(self) -> Any:
+        """The same memory, which is the CPU's, as a numpy array."""
+        return self.owner.numpy() if is_torch(self.owner) else self.owner
 
 
 def is_torch(value: Any) -> bool:
@@ -68,7 +74,7 @@ def is_readable(value: Any) -> bool:
         and not torch._is_functional_tensor(value)
         and not torch._C._functorch.is_legacy_batchedtensor(value)
         and torch._C._get_tracing_state() is None
-        and all(torch._C._get_dispatch_mode(key) is None for key in _tracers())
+        and not any(map(torch._C._get_dispatch_mode, _tracers()))
     )
 
 
@@ -99,7 +105,12 @@ def is_array(value: Any) -> bool:
 
 def type_name(value: Any) -> str:
     """numpy's name of the element type of an array or tensor."""
-    return str(value.dtype).removeprefix("torch.") if is_torch(value) else np.dtype(value.dtype).name
+    return str(value.dtype).removeprefix("torch.") if is_torch(value) else _numpy_name(value.dtype)
+
+
+@functools.cache  # numpy puts the name together at each call
+def _numpy_name(dtype: np.dtype) -> str:
+    return dtype.name
 
 
 def view(value: Any, name: str) -> TensorView:
@@ -127,12 +138,12 @@ def view(value: Any, name: str) -> TensorView:
         # A tensor may be the negative of what its memory holds, to be computed when it is read.
         dense = value.detach().resolve_neg().contiguous()
         device = dense.device
-        return TensorView(dense, dense.data_ptr(), tuple(dense.shape), type_name(dense), device.type, device.index or 0)
+        return TensorView(dense, tuple(dense.shape), type_name(dense), device.type, device.index or 0)
     if not is_array(value):
         raise ArgumentTypeError(f"{name} is a {type(value).__name__}, expected a numpy array or a torch tensor")
     # Contiguous and in this machine's byte order: onnxruntime sees the memory, not numpy's description of it.
-    array = np.ascontiguousarray(value, np.dtype(value.dtype).newbyteorder("=")).reshape(value.shape)
-    return TensorView(array, array.ctypes.data, array.shape, np.dtype(array.dtype).name, "cpu", 0)
+    array = np.ascontiguousarray(value, value.dtype.newbyteorder("=")).reshape(value.shape)
+    return TensorView(array, array.shape, _numpy_name(array.dtype), "cpu", 0)
 
 
 def onnx_type(ort_type: str) -> tuple[int, str]:

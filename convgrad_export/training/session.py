@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..arguments import as_bool, as_names, check_threads
-from ..errors import ArgumentTypeError, DTypeError, GeometryError, NonFiniteLossError, ProviderError
+from ..errors import ArgumentTypeError, DTypeError, NonFiniteLossError, ProviderError
 from ..runtime import tensors
+from ..runtime.declared import Declared, NamedSizes
 from ..runtime.model_source import model_source
 from ..runtime.providers import Providers, is_cpu_alone, is_onnxruntime_error, onnxruntime, resolve
 from .checkpoint import as_array, check_matches, checkpoint_path, save_checkpoint
@@ -97,6 +98,7 @@ class TrainingSession:
         outputs = [name for phase in self._phases for name in phase.outputs]
         state = [name for name in self._metadata["state"] if name in self._inputs]
         self.batch_names = tuple(n for n in self._inputs if n not in state and n not in _SETTINGS)
+        self._batch = {name: Declared.of(self._inputs[name], name) for name in self.batch_names}
         self._updated = [name for name in state if name + STATE_SUFFIX in outputs]
         self._expected = {n: (self._dtype(n), whole.get(n, tuple(self._inputs[n].shape))) for n in state}
         hidden = {name + STATE_SUFFIX for name in self._updated}.union(cut.hidden if cut else ())
@@ -226,9 +228,9 @@ class TrainingSession:
             )
         self._check_whole()
         views = {name: tensors.view(value, name) for name, value in given.items()}
-        sizes: dict[str, tuple[int, str]] = {}
+        sizes: NamedSizes = {}
         for name, view in views.items():
-            self._check(name, view, sizes)
+            self._batch[name].check(view, sizes)
         settings = {"learning_rate": rate, "seed": seed}
         wanted = self._returned | self._carried
         try:
@@ -266,23 +268,6 @@ class TrainingSession:
     def _check_whole(self) -> None:
         if self._lost is not None:
             raise ProviderError(f"{self._lost}. Part of the state is new and part of it old: load a checkpoint")
-
-    def _check(self, name: str, value: tensors.TensorView, sizes: dict[str, tuple[int, str]]) -> None:
-        expected = self._inputs[name]
-        _, dtype = tensors.onnx_type(expected.type)
-        if value.dtype != dtype:
-            raise DTypeError(f"{name} is {value.dtype}, expected {dtype}")
-        shape = "(" + ", ".join(str(size) for size in expected.shape) + ")"
-        if len(value.shape) != len(expected.shape):
-            raise GeometryError(f"{name} has shape {value.shape}, expected {shape}")
-        for want, got in zip(expected.shape, value.shape, strict=True):
-            if want is None:  # no size and no name
-                continue
-            size, other = (want, name) if isinstance(want, int) else sizes.setdefault(want, (got, name))
-            if size != got:
-                raise GeometryError(
-                    f"{name} has shape {value.shape}, expected {shape} with {want} = {size} as in {other}"
-                )
 
 
 def raise_refused(error: Exception, within: str) -> NoReturn:

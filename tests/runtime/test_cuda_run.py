@@ -86,7 +86,7 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
         run = cuda_run.CudaRun(session, stream, settings)  # type: ignore[arg-type]
 
         def call(x: torch.Tensor) -> torch.Tensor:
-            view = TensorView(known(x), x.data_ptr(), tuple(x.shape), "float32", "cuda", 0)
+            view = TensorView(known(x), tuple(x.shape), "float32", "cuda", 0)
             assert run.takes([view])
             (result,) = run.run(["y"], {"x": view}, {"x": 1}, {"batch": x.shape[0]})
             return result
@@ -125,8 +125,8 @@ def test_a_cuda_graph_of_a_model_with_a_free_size_is_refused(harness: Any) -> No
 
 def test_tensors_elsewhere_take_the_other_way(harness: Any) -> None:
     run = harness("batch").run
-    on_host = TensorView(None, 0, (2, 3), "float32", "cpu", 0)
-    on_another = TensorView(None, 0, (2, 3), "float32", "cuda", 1)
+    on_host = TensorView(None, (2, 3), "float32", "cpu", 0)
+    on_another = TensorView(None, (2, 3), "float32", "cuda", 1)
     assert not run.takes([on_host])
     assert not run.takes([on_another])
     assert not run.takes([])
