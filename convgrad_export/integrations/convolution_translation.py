@@ -193,6 +193,7 @@ def convolution_translation(
     marks: list[Mark] | None = None,
     *,
     trained: bool = True,
+    opset: int = 18,
 ) -> Callable[..., Any]:
     """The translation of `aten.convolution`.
 
@@ -202,6 +203,7 @@ def convolution_translation(
         trained: The weights are inputs of the model, so that another formula may beat Conv.
         threads, max_error_factor: As in `ConvolutionBackwardTranslation`.
         marks: Takes up those that a session may compute in another way.
+        opset: The opset the model will have.
     """
 
     def aten_convolution(
@@ -236,16 +238,23 @@ def convolution_translation(
             return _with_bias(form(op, g, input, weight), bias, g.rank)
         if g.pads_whole_strides:
             return _with_bias(dynamic.transposed_forward(op, g, input, weight), bias, g.rank)
-        if not trained or transposed or not all(isinstance(size, int) for size in (*shape[1:], *weight_shape)):
+        if not trained or not all(isinstance(size, int) for size in (*shape[1:], *weight_shape)):
             return unchanged()
         batch = shape[0] if isinstance(shape[0], int) else "batch"
         geometry = ConvGeometry.from_forward(
-            (batch, *shape[1:]), weight_shape, list(stride), list(padding), list(dilation), groups
+            (batch, *shape[1:]),
+            weight_shape,
+            list(stride),
+            list(padding),
+            list(dilation),
+            groups,
+            transposed=bool(transposed),
+            output_padding=list(output_padding) if transposed else 0,
         )
         dtype = dtypes.from_onnx_code(int(input.dtype)) or ""
-        body = forward_body(geometry, dtype, provider, max_error_factor, threads)
+        body = forward_body(geometry, dtype, provider, max_error_factor, threads, opset)
         result = unchanged() if body is None else _with_bias(body(op, geometry, input, weight), bias, geometry.rank)
-        if marks is not None and provider == CPU and (groups > 1 or body is None):
+        if marks is not None and provider == CPU and not transposed and (groups > 1 or body is None):
             operands = (input, weight) if bias is None else (input, weight, bias)
             marks.extend(mark(FORWARD, geometry, dtype, result, operands))
         return result

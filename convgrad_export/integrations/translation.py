@@ -115,12 +115,15 @@ def translate(
     widen_half(program.graph_module, lacks_float16)
     for node in graph.nodes:
         node.meta.setdefault("nn_module_stack", {"0": ("", torch.nn.Module)})  # else torch.onnx logs a line a node
-    convolution = ConvolutionBackwardTranslation(lowering, provider, min(opset, BASE_OPSET), threads, max_error_factor)
+    oldest = min(opset, BASE_OPSET)
+    convolution = ConvolutionBackwardTranslation(lowering, provider, oldest, threads, max_error_factor)
     registry = torchlib.registry()
     forward = torch.ops.aten.convolution.default
     own = registry.get_decomps(forward)[0].onnx_function
     trained = any(spec.kind == "parameter" and as_inputs(spec) for spec in program.inputs)
-    own = convolution_translation(own, provider, threads, max_error_factor, convolution.marks, trained=trained)
+    own = convolution_translation(
+        own, provider, threads, max_error_factor, convolution.marks, trained=trained, opset=oldest
+    )
     registry.register_op(forward, own)
     registry.register_op(torch.ops.aten.convolution_backward.default, convolution.function)
     for target, function in (custom or {}).items():

@@ -24,20 +24,44 @@ _MOST_POSITIONS = 1 << 22  # 32 MiB of the model
 
 def forward(op: Ops, g: ConvGeometry, input: Value, weight: Value) -> Value:
     """The convolution itself, (N, M, *O)."""
+    if is_one_window(g):
+        product = op.MatMul(_sample_rows(op, g, input), op.Transpose(_filters(op, g, weight), perm=[1, 0]))
+        return reshape(op, product, [-1, g.out_channels, *g.output_size])
     return _from_rows(op, op.MatMul(_weight_rows(op, g, weight), _columns(op, g, input)), g.out_channels, g.output_size)
 
 
 def weight_gradient(op: Ops, g: ConvGeometry, grad_output: Value, input: Value) -> Value:
     """One GEMM over the batch's columns, whose result needs no rearrangement."""
+    if is_one_window(g):
+        rows = op.Transpose(reshape(op, grad_output, [-1, g.out_channels]), perm=[1, 0])
+        return reshape(op, op.MatMul(rows, _sample_rows(op, g, input)), g.weight_shape)
     columns = op.Transpose(_columns(op, g, input), perm=[0, 2, 1])
     return reshape(op, op.MatMul(_grad_rows(op, g, grad_output), columns), g.weight_shape)
 
 
 def input_gradient(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
     """One GEMM over the batch gives every tap's contribution, then Col2Im adds them up sample by sample."""
+    if is_one_window(g):
+        product = op.MatMul(reshape(op, grad_output, [-1, g.out_channels]), _filters(op, g, weight))
+        return reshape(op, product, [-1, g.in_channels, *g.input_size])
     product = op.MatMul(filters_last(op, g, weight), _grad_rows(op, g, grad_output))
     per_sample = _from_rows(op, product, g.in_channels * g.taps, g.output_size)
     return add_columns(op, g, reshape(op, per_sample, [-1, g.in_channels * g.taps, math.prod(g.output_size)]))
+
+
+def is_one_window(g: ConvGeometry) -> bool:
+    """Each filter reads a whole sample once, as in a linear layer: samples are rows as they lie, and so are filters."""
+    if not g.is_static or g.groups > 1 or g.kernel_size != g.input_size or any(lo or hi for lo, hi in g.pads):
+        return False
+    return all(k == 1 or d == 1 for k, d in zip(g.kernel_size, g.dilation, strict=True))
+
+
+def _sample_rows(op: Ops, g: ConvGeometry, input: Value) -> Value:
+    return reshape(op, input, [-1, g.in_channels * g.taps])
+
+
+def _filters(op: Ops, g: ConvGeometry, weight: Value) -> Value:
+    return reshape(op, weight, [g.out_channels, g.in_channels * g.taps])
 
 
 def _weight_rows(op: Ops, g: ConvGeometry, weight: Value) -> Value:

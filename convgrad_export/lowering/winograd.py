@@ -245,6 +245,8 @@ def why_not(tile: int) -> Callable[[ConvGeometry], str | None]:
             return f"groups is {g.groups}, it needs 1"
         if g.taps == 1:
             return "the kernel has one tap"
+        if all(size == 1 for size in g.output_size):
+            return "each tap has one product a sample, of which none can be saved"
         largest = max(g.kernel_size)
         if largest > tile - 1:
             return f"the kernel has {largest} taps on an axis, more than {tile - 1}"

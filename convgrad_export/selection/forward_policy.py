@@ -1,7 +1,7 @@
-"""What stands for the forward convolution of a training step where onnxruntime's Conv is slower.
+"""What stands for the forward convolution of a training step where onnxruntime's Conv or ConvTranspose is slower.
 
-Conv runs one GEMM a sample and reads the whole weight for each. Measured in benchmarks/NOTES.md, "Forward" and
-"Winograd".
+Conv runs one GEMM a sample and reads the whole weight for each. ConvTranspose is the input gradient of a convolution,
+and has that one's lowerings. Measured in benchmarks/NOTES.md, "Forward" and "Winograd".
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from ..geometry import ConvGeometry
 from ..lowering import CPU, columns, image_matmul, winograd
 from .depthwise_rule import whole_image_pays
+from .policy import choose
 from .reduced_arithmetic import winograd_tiles
 
 _TINY_IMAGE = 8  # output positions; a sample's GEMM does little but read the weight
@@ -22,16 +23,18 @@ _CACHED_WEIGHT = 1 << 18  # float32 elements: 1 MiB
 
 
 def forward_body(
-    geometry: ConvGeometry, dtype: str, provider: str, max_error_factor: float, threads: int | None
+    geometry: ConvGeometry, dtype: str, provider: str, max_error_factor: float, threads: int | None, opset: int = 18
 ) -> Callable[..., Any] | None:
-    """The formula ``(op, geometry, input, weight)`` that is to stand for Conv; None where Conv is as good.
+    """The formula ``(op, geometry, input, weight)`` that is to stand for Conv or ConvTranspose; None to leave them.
 
     For a weight that is an input of the model. One that is a constant is better left to Conv, for which onnxruntime
     rearranges it when the model is loaded.
     """
     g = geometry
-    if provider != CPU or g.transposed or not g.is_static or dtype != "float32":
+    if provider != CPU or not g.is_static or dtype != "float32":
         return None
+    if g.transposed:
+        return _transposed_body(g, dtype, max_error_factor, threads, opset)
     if whole_image_pays(g, threads == 1):
         return image_matmul.forward
     if g.groups > 1:
@@ -45,6 +48,19 @@ def forward_body(
     if positions <= _TINY_IMAGE or (positions <= _SMALL_IMAGE and math.prod(g.weight_shape) > _CACHED_WEIGHT):
         return columns.forward
     return None
+
+
+def _transposed_body(
+    g: ConvGeometry, dtype: str, max_error_factor: float, threads: int | None, opset: int
+) -> Callable[..., Any] | None:
+    if g.groups > 1:
+        return None
+    chosen = choose(
+        "input", g.adjoint(), dtype, opset=opset, max_error_factor=max_error_factor, threads=threads, provider=CPU
+    )
+    if set(chosen.operators) == {"ConvTranspose"}:
+        return None
+    return lambda op, geometry, input, weight: chosen.body(op, geometry.adjoint(), input, weight)
 
 
 def _winograd(op: Any, geometry: ConvGeometry, input: Any, weight: Any, *, tile: int) -> Any:

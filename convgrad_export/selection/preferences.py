@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 
 from ..geometry import ConvGeometry
-from ..lowering import cuda_kernel
+from ..lowering import columns, cuda_kernel
 from .depthwise_rule import whole_image_pays
 
 _FEW_CHANNELS = 16  # a GEMM with a side this short leaves most of its register tile empty
 # Output positions of a sample.
 _TINY_IMAGE, _ONE_THREAD_TINY_IMAGE = 64, 8  # up to here a GEMM a sample does little but read the weight
-_FEW_POSITIONS = 16  # up to here a GEMM takes no longer than the rearrangement of its weight
+# Output positions of one sample up to which a pointwise GEMM is short beside the rearrangement of its weight: of any
+# weight, and of one that leaves the cache (`_WIDENING_WEIGHT`).
+_FEW_POSITIONS, _MORE_POSITIONS = 64, 256
 _VECTOR = 8  # up to here a GEMM a sample fills half of a register at most
 _SMALL_IMAGE = 256  # up to here Col2Im's additions cost less than ConvTranspose's
 _SMALL_VOLUME = 64  # up to here plane by plane pays for strided 1x1x1 kernels
+_ONE_SAMPLE_VOLUME = 128  # of one sample: up to here the planes' weights are rearranged for too little
 _SMALL_PLANE, _ONE_THREAD_PLANE = 256, 64  # up to here a Gather of runs over the batch is faster than a Slice of rows
 _FEW_GROUP_CHANNELS = 4  # up to here taps beside the channels fill a GEMM better than the channels alone
 _MANY_TAPS = 81  # few input channels: from here on the columns are best made inside the Conv
@@ -41,9 +44,13 @@ _ANY_WEIGHT = ("weight.matmul_taps",)
 def input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) -> tuple[str, ...]:
     if g.transposed:
         return ("input.conv", "input.im2col")
+    if columns.is_one_window(g):
+        return ("input.columns", *_ANY_INPUT)
     if g.unit_stride and g.is_pointwise:
         return _pointwise_input_preferences(g, constant_weight)
     volume = g.rank == 3 and g.groups == 1 and g.is_static
+    if volume and _is_one_sample(g) and g.input_size[0] > 1 and math.prod(g.output_size) <= _ONE_SAMPLE_VOLUME:
+        return _ANY_INPUT
     if volume and (not g.is_pointwise or math.prod(g.output_size) <= _SMALL_VOLUME):
         return ("input.plane_col2im", *_ANY_INPUT)
     if not constant_weight and whole_image_pays(g, one_thread):
@@ -60,7 +67,8 @@ def input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) 
             return _ANY_INPUT if one_thread else ("input.flipped_conv", *_ANY_INPUT)
         small = positions <= _SMALL_IMAGE and not g.is_depthwise and not one_thread
         return ("input.col2im", *_ANY_INPUT) if small else _ANY_INPUT
-    if _is_one_sample(g) and positions <= _TINY_IMAGE and g.rank == 2:
+    one_sample_limit = _SMALL_IMAGE if one_thread and not g.unit_stride else _TINY_IMAGE
+    if _is_one_sample(g) and positions <= one_sample_limit and g.rank < 3:
         return _ANY_INPUT  # its GEMM reads the weight as it lies
     if positions <= (_ONE_THREAD_TINY_IMAGE if one_thread and not g.is_pointwise else _TINY_IMAGE):
         return ("input.columns", "input.col2im", *_ANY_INPUT)
@@ -82,7 +90,8 @@ def _pointwise_input_preferences(g: ConvGeometry, constant_weight: bool) -> tupl
     large = size >= _LARGE_WEIGHT or (size >= _WIDENING_WEIGHT and g.out_channels > g.in_channels)
     positions = math.prod(g.output_size)
     plain = not constant_weight and g.groups == 1 and g.is_static
-    if plain and _is_one_sample(g) and positions <= _FEW_POSITIONS:
+    few = positions <= (_MORE_POSITIONS if size >= _WIDENING_WEIGHT else _FEW_POSITIONS)
+    if plain and _is_one_sample(g) and few:
         return _ANY_INPUT  # a Conv would need the weight transposed, which takes longer than the GEMM
     together = plain and not (isinstance(g.batch, int) and g.batch < 2)
     if together and (positions <= _VECTOR or (large and positions <= _TINY_IMAGE)):
@@ -108,6 +117,8 @@ def weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
         return ("weight.image_matmul", "weight.depthwise_rows")
     if g.is_depthwise:
         return _depthwise_weight_preferences(g, one_thread)
+    if columns.is_one_window(g) or (_is_one_sample(g) and g.is_pointwise and g.unit_stride and g.groups == 1):
+        return ("weight.columns", *_ANY_WEIGHT)  # no copy at all
     preferences = _matmul_weight_preferences(g, one_thread)
     if not _channels_last_pays(g, one_thread):
         return preferences
@@ -119,8 +130,11 @@ def weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
 
 def _channels_last_pays(g: ConvGeometry, one_thread: bool) -> bool:
     """For almost every kernel of more than one tap: a GEMM of full size, and columns that stay in the cache."""
-    if not g.is_static or g.is_pointwise or g.rank == 3:
+    if not g.is_static or g.is_pointwise:
         return False
+    if g.rank == 3:
+        dense = g.groups == 1 and min(g.in_channels, g.out_channels) >= _FEW_CHANNELS
+        return dense and _is_one_sample(g) and math.prod(g.output_size) > _FEW_SAMPLES_COLUMNS
     if g.groups > 1:
         return min(g.in_channels_per_group, g.out_channels_per_group) > _FEW_GROUP_CHANNELS
     if one_thread:
@@ -194,8 +208,8 @@ def _pointwise_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[st
     if one_thread:
         if positions >= _MEDIUM_IMAGE and 3 * product <= operands and _has_runs(g):
             return ("weight.sample_matmul", *_ANY_WEIGHT)
-        columns = g.unit_stride and g.rank == 2 and _TINY_IMAGE < positions <= _COLUMNS and _has_runs(g)
-        return ("weight.columns", *_ANY_WEIGHT) if columns else _ANY_WEIGHT
+        copied = g.unit_stride and g.rank == 2 and _TINY_IMAGE < positions <= _COLUMNS and _has_runs(g)
+        return ("weight.columns", *_ANY_WEIGHT) if copied else _ANY_WEIGHT
     if positions >= _MEDIUM_IMAGE and 2 * product <= operands:
         return ("weight.sample_matmul", *_ANY_WEIGHT)
     return _ANY_WEIGHT

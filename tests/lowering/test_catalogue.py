@@ -121,7 +121,9 @@ def test_three_axes_are_taken_plane_by_plane() -> None:
 
     assert chosen(64, (4, 16, 16)) == ["plane_col2im", "depth_taps"]
     assert chosen(64, (2, 8, 8)) == ["plane_col2im", "depth_taps_gathered"]
-    assert chosen(64, (2, 8, 8), batch=1) == ["plane_col2im", "depth_taps"]
+    assert chosen(64, (4, 16, 16), batch=1) == ["plane_col2im", "channels_last_conv"]
+    assert chosen(64, (2, 8, 8), batch=1) == ["conv_transpose", "channels_last_conv"]
+    assert chosen(64, (1, 8, 8), batch=1) == ["plane_col2im", "channels_last_conv"]
     assert chosen(64, (1, 2, 2)) == ["plane_col2im", "columns"]
     assert chosen(64, (4, 16, 16), 1, 2) == ["conv_transpose", "depth_taps_gathered"]
     assert chosen(64, (1, 4, 4), 1, 2) == ["plane_col2im", "depth_taps_gathered"]
@@ -147,6 +149,13 @@ def test_a_constant_weight_changes_the_choice_where_the_runtime_profits() -> Non
         ("input", (1, 512, 2, 2), (2048, 512, 1, 1), 1, "input.conv_transpose", "input.conv_transpose"),
         ("input", (1, 256, 4, 4), (256, 256, 3, 3), 1, "input.conv_transpose", "input.conv_transpose"),
         ("input", (1, 64, 56, 56), (256, 64, 1, 1), 1, "input.flipped_conv", "input.flipped_conv"),
+        ("input", (1, 192, 7, 7), (1152, 192, 1, 1), 1, *["input.conv_transpose"] * 2),
+        ("input", (1, 256, 14, 14), (1024, 256, 1, 1), 1, *["input.conv_transpose"] * 2),
+        ("input", (1, 192, 17, 17), (320, 192, 3, 3), 2, "input.conv_transpose", "input.col2im"),
+        ("input", (8, 480, 1, 1), (20, 480, 1, 1), 1, *["input.columns"] * 2),
+        ("input", (8, 16, 5, 5), (120, 16, 5, 5), 6, *["input.columns"] * 2),
+        ("weight", (8, 16, 5, 5), (120, 16, 5, 5), 6, *["weight.columns"] * 2),
+        ("weight", (1, 64, 56, 56), (256, 64, 1, 1), 1, *["weight.columns"] * 2),
         ("weight", (1, 128, 4, 4), (32, 128, 3, 3), 1, "weight.channels_last_conv", "weight.columns"),
         ("weight", (8, 256, 56, 56), (64, 256, 1, 1), 1, "weight.sample_matmul", "weight.sample_matmul"),
         ("weight", (8, 64, 14, 14), (384, 64, 1, 1), 1, "weight.sample_matmul", "weight.sample_matmul"),
