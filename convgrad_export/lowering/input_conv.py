@@ -134,13 +134,10 @@ def col2im(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value
 
 def taps_product(op: Ops, g: ConvGeometry, grad_output: Value, weight: Value) -> Value:
     """Every tap's contribution by one GEMM a sample: (N, G, C/G * taps, positions)."""
-    grouped = reshape(op, weight, [g.groups, g.out_channels_per_group, g.in_channels_per_group, *g.kernel_size])
-    rows = reshape(
-        op,
-        op.Transpose(grouped, perm=[0, 2, *range(3, 3 + g.rank), 1]),
-        [g.groups, g.in_channels_per_group * g.taps, g.out_channels_per_group],
-    )
     data = reshape(op, grad_output, [-1, g.groups, g.out_channels_per_group, math.prod(g.output_size)])
+    # Not the operand as it comes from the Transpose: fused with it, the product would turn the weight for each sample.
+    rows = filters_last(op, g, weight)
+    rows = reshape(op, rows, [1, g.groups, g.in_channels_per_group * g.taps, g.out_channels_per_group])
     return op.MatMul(rows, data)
 
 
