@@ -17,6 +17,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - log1p, expm1, logaddexp, logaddexp2, logcumsumexp: right for a part of the arguments (`exact_decompositions.py`).
 - erfc, erfcx: no digit is right for large arguments (`error_functions.py`).
 - scatter_reduce: the translation of "mean" overwrites.
+- split into parts of a dynamic size: the optimizer of onnxscript fails on the translation.
 - convolution in float64: onnxruntime's CPU provider has no kernel.
 - pooling, padding and weight_norm backward: no translation, or none for every size.
 - antialiased upsampling: the translation ignores scale factors, and has no gradient.
@@ -214,6 +215,15 @@ def trilinear(
     return product.sum(sumdim) if sumdim else product
 
 
+def split(x: Tensor, split_size: int, dim: int = 0) -> list[Tensor]:
+    """Parts of a dynamic size by their sizes; the translation's SplitToSequence ends the folding of constants."""
+    if isinstance(x.shape[dim], int) and isinstance(split_size, int):
+        return NotImplemented
+    parts = int((x.shape[dim] + split_size - 1) // split_size)  # the forward has decided on it
+    sizes = [split_size] * (parts - 1)
+    return list(aten.split_with_sizes.default(x, [*sizes, x.shape[dim] - split_size * (parts - 1)], dim))
+
+
 def rrelu_with_noise_functional(
     x: Tensor,
     noise: Tensor,
@@ -263,6 +273,8 @@ OWN: Table = {
     aten.diagonal_scatter.default: diagonal_scatter,
     aten.unfold_backward.default: unfold_backward,
     aten._trilinear.default: trilinear,
+    aten.split.Tensor: split,
+    aten.unsafe_split.Tensor: split,
     aten.rrelu_with_noise_functional.default: rrelu_with_noise_functional,
     **activation_decompositions.TABLE,
     **error_functions.TABLE,

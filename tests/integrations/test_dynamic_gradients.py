@@ -54,6 +54,19 @@ def test_statistics_over_a_dynamic_axis(name: str, dtype: torch.dtype) -> None:
     exported(Apply(function), image(4, 3, 6, 6, dtype=dtype), dimensions)
 
 
+SPLITS: dict[str, tuple[Callable[[Tensor], Tensor], dict[int, str]]] = {
+    "halves-of-a-batch": (lambda x: (lambda a, b: a.sum() * b)(*x.chunk(2)), {0: "n"}),  # classifier-free guidance
+    "thirds-of-a-height": (lambda x: x.chunk(3, 2)[1].exp() + 1, {2: "h"}),
+    "unsafe": (lambda x: torch.unsafe_chunk(x, 2, -1)[1], {3: "w"}),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_parts_of_a_dynamic_size(name: str) -> None:
+    function, dimensions = SPLITS[name]
+    exported(Apply(function), image(4, 3, 9, 6), dimensions)
+
+
 class Product(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x * y
