@@ -71,6 +71,7 @@ def convgrad_ort(
 
     from .decompositions import onnx_decompositions
     from .ort_graph import OrtGraph
+    from .output_views import returned_by_forward
 
     if mode not in (None, "default"):
         raise ArgumentTypeError(f"mode is {mode!r}, expected None: convgrad_ort has no modes")
@@ -79,8 +80,8 @@ def convgrad_ort(
     if settings:
         raise ArgumentTypeError(f"options holds {sorted(settings)}, expected 'lowering' only")
 
-    def compiler(graph: torch.fx.GraphModule, _inputs: Sequence[Any]) -> Compiled:
-        partition = OrtGraph(graph, lowering)
+    def compiler(graph: torch.fx.GraphModule, _inputs: Sequence[Any], returned: int | None = None) -> Compiled:
+        partition = OrtGraph(graph, lowering, returned=returned)
 
         def run(arguments: list[Any]) -> list[Any]:
             return partition.run(arguments)
@@ -92,8 +93,8 @@ def convgrad_ort(
     for target in (torch.ops.aten.lift.default, torch.ops.aten.lift_fresh.default):
         decompositions.pop(target, None)  # they make a fake tensor of a constant: an alias of a real one is refused
     backend = aot_autograd(
-        fw_compiler=compiler,
-        bw_compiler=compiler,
+        fw_compiler=lambda graph, inputs: compiler(graph, inputs, returned_by_forward()),
+        bw_compiler=lambda graph, inputs: compiler(graph, inputs, 0),
         inference_compiler=compiler,
         decompositions=decompositions,
         partition_fn=default_partition,

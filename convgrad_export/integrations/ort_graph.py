@@ -18,6 +18,7 @@ from ..selection.policy import AUTO
 from .half_widening import widen_half
 from .ort_partition import assign, is_size, name_once, read_from_values, why_not_onnxruntime
 from .ort_segment import OrtSegment
+from .output_views import separate_views
 from .program import is_random
 
 
@@ -30,9 +31,12 @@ class OrtGraph:
     Args:
         graph_module: a graph from AOTAutograd, its nodes with fake tensors in ``meta["val"]``. Changed in place.
         lowering: "auto" or a catalogue name, for the convolution gradients.
+        returned: how many outputs, the first ones, share memory where they are views of one another; None for all.
     """
 
-    def __init__(self, graph_module: torch.fx.GraphModule, lowering: str = AUTO) -> None:
+    def __init__(
+        self, graph_module: torch.fx.GraphModule, lowering: str = AUTO, *, returned: int | None = None
+    ) -> None:
         self._module = graph_module
         graph_module.graph.eliminate_dead_code()
         device = _device_of(graph_module.graph)
@@ -41,15 +45,16 @@ class OrtGraph:
         if self._provider == CPU or _has_bfloat16(graph_module.graph):
             widen_half(graph_module)  # torch.onnx writes opset 18, whose Conv and Pad have no bfloat16 on CUDA either
         self._sizes = _Sizes(graph_module.graph)
-        refused = self._refused(device)
+        views = separate_views(graph_module.graph, returned)
+        refused = self._refused(device) | dict.fromkeys(views, "it is a view of another output")
         while True:
             failed = self._plan(refused, lowering)
             if not failed:
                 break
             refused.update(failed)
         for node, reason in refused.items():
-            if node.meta.get("val") is None:
-                continue  # an assertion
+            if node.meta.get("val") is None or node in views:
+                continue  # an assertion; or nothing is computed
             name_once(node, reason)
 
     @property
