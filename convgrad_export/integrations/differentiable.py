@@ -14,27 +14,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .grid_sampling import affine_grid, affine_grid_generator, grid_sample, grid_sampler
 from .interpolation import interpolate
-
-
-def grid_sampler(
-    input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
-) -> Tensor:
-    """PyTorch's own Python decomposition of the 4-D case."""
-    if input.dim() != 4:
-        return torch._C._VariableFunctions.grid_sampler(input, grid, interpolation_mode, padding_mode, align_corners)
-    return torch._decomp.decompositions._grid_sampler_2d(input, grid, interpolation_mode, padding_mode, align_corners)
-
-
-def grid_sample(
-    input: Tensor,
-    grid: Tensor,
-    mode: str = "bilinear",
-    padding_mode: str = "zeros",
-    align_corners: bool | None = None,
-) -> Tensor:
-    modes, paddings = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
-    return grid_sampler(input, grid, modes.index(mode), paddings.index(padding_mode), bool(align_corners))
 
 
 def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
@@ -119,6 +100,8 @@ def multilabel_margin_loss(
 _REPLACEMENTS: Mapping[Any, Callable[..., Tensor]] = {
     torch.grid_sampler: grid_sampler,
     torch.nn.functional.grid_sample: grid_sample,
+    torch.affine_grid_generator: affine_grid_generator,
+    torch.nn.functional.affine_grid: affine_grid,
     torch.cdist: cdist,
     torch.nn.functional.gaussian_nll_loss: gaussian_nll_loss,
     torch.nn.functional.multi_margin_loss: multi_margin_loss,
