@@ -17,7 +17,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - log1p, expm1, logaddexp, logaddexp2, logcumsumexp: right for a part of the arguments (`exact_decompositions.py`).
 - erfc, erfcx: no digit is right for large arguments (`error_functions.py`).
 - scatter_reduce: the translation of "mean" overwrites.
-- split into parts of a dynamic size: the optimizer of onnxscript fails on the translation.
+- split into parts of a dynamic size: a sequence, on which onnxscript's optimizer and opsets below 18 fail.
 - convolution in float64: onnxruntime's CPU provider has no kernel.
 - pooling, padding and weight_norm backward: no translation, or none for every size.
 - antialiased upsampling: the translation ignores scale factors, and has no gradient.
@@ -27,6 +27,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -216,12 +217,20 @@ def trilinear(
 
 
 def split(x: Tensor, split_size: int, dim: int = 0) -> list[Tensor]:
-    """Parts of a dynamic size by their sizes; the translation's SplitToSequence ends the folding of constants."""
+    """Parts of a dynamic size."""
     if isinstance(x.shape[dim], int) and isinstance(split_size, int):
         return NotImplemented
     parts = int((x.shape[dim] + split_size - 1) // split_size)  # the forward has decided on it
     sizes = [split_size] * (parts - 1)
-    return list(aten.split_with_sizes.default(x, [*sizes, x.shape[dim] - split_size * (parts - 1)], dim))
+    return split_with_sizes(x, [*sizes, x.shape[dim] - split_size * (parts - 1)], dim)
+
+
+def split_with_sizes(x: Tensor, split_sizes: list[int], dim: int = 0) -> list[Tensor]:
+    """Parts of dynamic sizes as slices; the translation makes a sequence of them."""
+    if all(isinstance(size, int) for size in split_sizes):
+        return NotImplemented
+    ends = list(itertools.accumulate(split_sizes))
+    return [aten.slice.Tensor(x, dim, end - size, end) for size, end in zip(split_sizes, ends, strict=True)]
 
 
 def rrelu_with_noise_functional(
@@ -275,6 +284,7 @@ OWN: Table = {
     aten._trilinear.default: trilinear,
     aten.split.Tensor: split,
     aten.unsafe_split.Tensor: split,
+    aten.split_with_sizes.default: split_with_sizes,
     aten.rrelu_with_noise_functional.default: rrelu_with_noise_functional,
     **activation_decompositions.TABLE,
     **error_functions.TABLE,

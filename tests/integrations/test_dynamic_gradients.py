@@ -57,14 +57,17 @@ def test_statistics_over_a_dynamic_axis(name: str, dtype: torch.dtype) -> None:
 SPLITS: dict[str, tuple[Callable[[Tensor], Tensor], dict[int, str]]] = {
     "halves-of-a-batch": (lambda x: (lambda a, b: a.sum() * b)(*x.chunk(2)), {0: "n"}),  # classifier-free guidance
     "thirds-of-a-height": (lambda x: x.chunk(3, 2)[1].exp() + 1, {2: "h"}),
+    "by-sizes": (lambda x: x.split([2, x.shape[2] - 2], 2)[1].exp(), {2: "h"}),
     "unsafe": (lambda x: torch.unsafe_chunk(x, 2, -1)[1], {3: "w"}),
 }
 
 
+@pytest.mark.parametrize("opset", [16, 18])
 @pytest.mark.parametrize("name", SPLITS)
-def test_parts_of_a_dynamic_size(name: str) -> None:
+def test_parts_of_a_dynamic_size(name: str, opset: int) -> None:
     function, dimensions = SPLITS[name]
-    exported(Apply(function), image(4, 3, 9, 6), dimensions)
+    report = exported(Apply(function), image(4, 3, 9, 6), dimensions, opset_version=opset)
+    assert not [operator for operator in report.operators if "Sequence" in operator]
 
 
 class Product(nn.Module):
