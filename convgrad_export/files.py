@@ -84,7 +84,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        _permit(temporary, file)
+        hand_on_permissions(temporary, file)
         temporary.replace(file)
     except BaseException as error:  # Ctrl-C too
         if temporary is not None:
@@ -125,7 +125,7 @@ def grant(path: Path, mode: int) -> None:
     path.chmod(mode & ~mask)
 
 
-def _permit(temporary: Path, file: Path) -> None:
+def hand_on_permissions(temporary: Path, file: Path) -> None:
     """Give a temporary file the permissions of the file that it will replace, those of any new file without one."""
     if file.exists():
         temporary.chmod(stat.S_IMODE(file.stat().st_mode))
@@ -186,7 +186,7 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
         for path in sorted(temporary.iterdir()):
             target = written_file(Path(folder) / path.name)
             if path.is_file():
-                _permit(path, target)
+                hand_on_permissions(path, target)
             path.replace(target)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from convgrad_export.errors import ArgumentTypeError, OutputPathError
-from convgrad_export.files import check_output, temporary_folder, written_file
+from convgrad_export.files import check_output, hand_on_permissions, temporary_folder, written_file
 from convgrad_export.integrations.report import weight_bytes
 
 # protobuf refuses messages above 2 GB; well below it, a file of its own already loads faster (it can be mapped).
@@ -30,7 +30,7 @@ def check_path(path: str | os.PathLike[str], overwrite: bool) -> Path:
 def save(
     model: ir.Model, path: Path, *, external_data: bool | None = None, external_data_above: int = EXTERNAL_DATA_ABOVE
 ) -> dict[str, int]:
-    """Write the model and rename it into place.
+    """Write the model and rename it into place. Files that are replaced hand their permissions on.
 
     Args:
         model: What to write.
@@ -48,7 +48,9 @@ def save(
     with temporary_folder(path.parent) as folder:
         ir.save(model, folder / path.name, external_data=data.name if external else None)
         written = (folder / data.name).exists()
+        hand_on_permissions(folder / path.name, path)
         if written:
+            hand_on_permissions(folder / data.name, data if data.exists() else path)
             os.replace(folder / data.name, data)
         os.replace(folder / path.name, path)
         if not written and data.exists():
