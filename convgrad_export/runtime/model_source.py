@@ -18,7 +18,7 @@ from .graph_nodes import subgraphs
 
 class ModelSource(NamedTuple):
     """Attributes:
-    content: what to hand to `onnxruntime.InferenceSession`.
+    content: what to hand to `onnxruntime.InferenceSession`: of a link to a model with weights beside it, that model.
     parsed: the onnx.ModelProto of a file, without external data, as the check read it; None for bytes, and without
         onnx.
     """
@@ -40,7 +40,8 @@ def model_source(model: Any) -> ModelSource:
         try:
             if not path.is_file():
                 raise ModelFileError(f"model {path} {'is not a file' if path.exists() else 'does not exist'}")
-            return ModelSource(path, _with_own_data(path))
+            parsed = _with_own_data(path)
+            return ModelSource(path if parsed is None else _beside_its_data(path, parsed), parsed)
         except OSError as error:  # may not be read, or not be looked at
             raise ModelFileError(f"model {path} cannot be read: {error.strerror or error}") from error
     if isinstance(model, bytes | bytearray):
@@ -84,6 +85,15 @@ def _with_own_data(path: Path) -> Any | None:
     for name, location in external_locations(model):
         check_location(path, name, location)
     return model
+
+
+def _beside_its_data(path: Path, model: Any) -> Path:
+    """Where a link leads, if the model's data lies there and not beside the link, where onnxruntime looks for it."""
+    locations = {location for _, location in external_locations(model)} if path.is_symlink() else set()
+    if all((path.parent / location).exists() for location in locations):
+        return path
+    file = path.resolve()
+    return file if all((file.parent / location).exists() for location in locations) else path
 
 
 def external_locations(model: Any) -> list[tuple[str, str]]:

@@ -83,8 +83,9 @@ def add_model(
     options = ServingOptions() if options is None else options
     if not isinstance(options, ServingOptions):
         raise ArgumentTypeError(f"options is a {type(options).__name__}, expected ServingOptions")
-    signature = read_signature(as_path(model, "model"))
-    name = check_name(signature.path.name.removesuffix(".onnx") if name is None else name)
+    path = as_path(model, "model")
+    signature = read_signature(path)
+    name = check_name(path.name.removesuffix(".onnx") if name is None else name)
     if options.labels is not None and (
         options.labels.name.casefold() in (CONFIG_FILE, WARMUP_FOLDER) or options.labels.name.isdecimal()
     ):

@@ -62,9 +62,10 @@ class OnnxModule(nn.Module):
             from ..runtime.model_source import model_source
 
             path = Path(model)
-            model_source(path)  # external data outside the folder is refused there
+            source, _ = model_source(path)  # external data outside the folder is refused there
+            assert isinstance(source, Path)
             try:
-                model = onnx.load(path)
+                model = onnx.load(source)
             except Exception as error:  # protobuf has errors of several modules
                 raise ModelFileError(f"{path} cannot be read as an ONNX model: {error}") from error
         known = {*OPERATORS, "BatchNormalization", "Dropout", "Constant"}

@@ -108,9 +108,9 @@ class TrainingSession:
         self._current: dict[str, Any] = {}
         self._next: dict[str, Any] = {}
         if checkpoint is None:
-            if not isinstance(source, Path):
+            if not isinstance(model, str | os.PathLike):
                 raise ArgumentTypeError("checkpoint is missing: a model that is no file has none beside it")
-            checkpoint = checkpoint_path(source)
+            checkpoint = checkpoint_path(model)
         self.load(checkpoint)
 
     def _dtype(self, name: str) -> str:

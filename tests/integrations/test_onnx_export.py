@@ -106,7 +106,20 @@ def test_links_are_written_through_with_their_weights(tmp_path: Path) -> None:
     assert link.is_symlink()
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "store"]
     assert sorted(os.listdir(tmp_path / "store")) == ["v1.onnx", "v1.onnx.data"]
-    assert cg.GradientSession(link.resolve()).run({"input": image()})["input.grad"].shape == image().shape
+    for path in (link, link.resolve()):
+        assert cg.GradientSession(path).run({"input": image()})["input.grad"].shape == image().shape
+
+
+def test_a_model_that_is_replaced_keeps_its_permissions(tmp_path: Path) -> None:
+    path, data = tmp_path / "m.onnx", tmp_path / "m.onnx.data"
+    for file, mode in ((path, 0o600), (data, 0o640)):
+        file.touch()
+        file.chmod(mode)
+    cg.export_gradient(nn.Conv2d(3, 4, 3), (image(),), path, external_data=True, overwrite=True)
+    assert [file.stat().st_mode & 0o777 for file in (path, data)] == [0o600, 0o640]
+    data.unlink()
+    cg.export_gradient(nn.Conv2d(3, 4, 3), (image(),), path, external_data=True, overwrite=True)
+    assert data.stat().st_mode & 0o777 == 0o600  # its weights are no more public than it is
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")

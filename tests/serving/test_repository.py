@@ -233,6 +233,10 @@ def test_external_data_is_carried_along(tmp_path: Path) -> None:
     assert "big/1/weights/w.bin" in entry.files
     x = np.ones((2, 2, 6), np.float32)
     expected = cg.GradientSession(model).run({"x": x})["y"]
+    link = tmp_path / "links" / "net.onnx"
+    link.parent.mkdir()
+    link.symlink_to(model)
+    assert add_model(link, tmp_path / "repo").files[0].startswith("net/1/")  # its own name, the other's weights
     shutil.rmtree(tmp_path / "weights")
     assert np.array_equal(cg.GradientSession(Path(entry.folder) / "model.onnx").run({"x": x})["y"], expected)
     with pytest.raises(cg.ModelFileError, match=r"weights/w\.bin"):
