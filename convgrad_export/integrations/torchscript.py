@@ -5,8 +5,9 @@ ONNX exporter takes. These functions are the same gradients in forward operators
 calls them can be saved, reloaded without this package, and exported with `torch.onnx.export(..., dynamo=False)`. Every
 size may change at run time; stride, padding, dilation and groups are constants, as always in ONNX.
 
-Signatures are torch.nn.grad's, lists of one for all axes included. New code should use `cg.export`, which needs none
-of this.
+Signatures are torch.nn.grad's, lists of one for all axes included. PyTorch's convolutions over no channels end the
+process, so scripted weight gradients refuse a batch of no samples; a traced module has to be given one sample or more.
+New code should use `cg.export`, which needs none of this.
 """
 
 # TorchScript compiles these from their source: annotations must be real objects, and nothing may loop over axes.
@@ -21,6 +22,13 @@ from torch.nn import functional
 def _per_axis(value: Any, rank: int) -> Any:
     """What TorchScript's compiler does to an int given for a list."""
     return [value] * rank if isinstance(value, int) else list(value)
+
+
+def _not_empty(tensor: Tensor) -> Tensor:
+    """One sample of zeros for a batch of none: as a convolution over no channels, it would end the process."""
+    if torch.jit.is_tracing() or tensor.size(0) > 0:
+        return tensor
+    return functional.pad(tensor, [0, 0] * (tensor.dim() - 1) + [0, 1])
 
 
 def conv1d_input(
@@ -88,6 +96,9 @@ def conv1d_weight(
     """Weight gradient (M, C/G, K0): a convolution with batch and channels exchanged, stride and dilation too."""
     if not torch.jit.is_scripting():
         stride, padding, dilation = _per_axis(stride, 1), _per_axis(padding, 1), _per_axis(dilation, 1)
+        input, grad_output = _not_empty(input), _not_empty(grad_output)
+    else:
+        assert input.size(0) > 0, "input has no samples, expected at least one in TorchScript"  # no node in an export
     per_group = weight_size[1]
     x = input.reshape(input.size(0), groups, per_group, input.size(2)).permute(2, 1, 0, 3)
     x = x.reshape(per_group, groups * input.size(0), input.size(2))
@@ -107,6 +118,9 @@ def conv2d_weight(
     """Weight gradient (M, C/G, K0, K1): a convolution with batch and channels exchanged, stride and dilation too."""
     if not torch.jit.is_scripting():
         stride, padding, dilation = _per_axis(stride, 2), _per_axis(padding, 2), _per_axis(dilation, 2)
+        input, grad_output = _not_empty(input), _not_empty(grad_output)
+    else:
+        assert input.size(0) > 0, "input has no samples, expected at least one in TorchScript"  # no node in an export
     per_group = weight_size[1]
     x = input.reshape(input.size(0), groups, per_group, input.size(2), input.size(3)).permute(2, 1, 0, 3, 4)
     x = x.reshape(per_group, groups * input.size(0), input.size(2), input.size(3))
@@ -126,6 +140,9 @@ def conv3d_weight(
     """Weight gradient (M, C/G, K0, K1, K2): a convolution with batch and channels exchanged."""
     if not torch.jit.is_scripting():
         stride, padding, dilation = _per_axis(stride, 3), _per_axis(padding, 3), _per_axis(dilation, 3)
+        input, grad_output = _not_empty(input), _not_empty(grad_output)
+    else:
+        assert input.size(0) > 0, "input has no samples, expected at least one in TorchScript"  # no node in an export
     per_group = weight_size[1]
     x = input.reshape(input.size(0), groups, per_group, input.size(2), input.size(3), input.size(4))
     x = x.permute(2, 1, 0, 3, 4, 5)

@@ -157,6 +157,25 @@ def test_dynamo_false_export_with_dynamic_sizes(kind: str, prepare: Callable[...
         assert torch.equal(torch.from_numpy(actual), wanted)
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_batch_of_no_samples_gives_zeros_and_is_refused_when_scripted(rank: int, groups: int) -> None:
+    """PyTorch's convolution over no channels, which the samples are here, has a wrong shape or divides by zero."""
+    x = torch.empty((0, 4, *SIZES[rank]), requires_grad=True)
+    g = torch.empty((0, 6, *SIZES[rank]))
+    size = [6, 4 // groups, *[3] * rank]
+    function = getattr(cg.torchscript, f"conv{rank}d_weight")
+    gradient = function(x, size, g, 1, 1, 1, groups)
+    assert torch.equal(gradient, torch.zeros(size))
+    gradient.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    scripted = torch.jit.script(function)
+    with pytest.raises(torch.jit.Error, match="input has no samples"):
+        scripted(x, size, g, 1, 1, 1, groups)
+    assert scripted(torch.zeros(1, 4, *SIZES[rank]), size, torch.zeros(1, 6, *SIZES[rank]), 1, 1, 1, groups).sum() == 0
+
+
 def test_ordinary_convolutions_still_export_after_registration() -> None:
     cg.register_torchscript_symbolics()
     cg.register_torchscript_symbolics()
