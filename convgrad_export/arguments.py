@@ -10,7 +10,7 @@ import contextlib
 import math
 import numbers
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,22 @@ def as_bool(value: Any, name: str) -> bool:
     if isinstance(value, bool) or of_numpy or (isinstance(value, numbers.Integral) and int(value) in (0, 1)):
         return bool(value)
     raise ArgumentTypeError(f"{name} is {value!r} ({type(value).__name__}), expected True or False")
+
+
+def check_flags(**given: Any) -> None:
+    """Refuse an option that is neither True nor False: "no", say, which is true."""
+    for name, value in given.items():
+        as_bool(value, name)
+
+
+def check_table(table: Any, name: str) -> None:
+    """Refuse what is no mapping from ATen overloads to functions; None is no table.
+
+    Raises:
+        ArgumentTypeError: anything else.
+    """
+    if table is not None and not (isinstance(table, Mapping) and all(callable(value) for value in table.values())):
+        raise ArgumentTypeError(f"{name} is {table!r:.80}, expected functions by ATen overload, or None")
 
 
 def as_number(

@@ -33,7 +33,7 @@ def name_of(dtype: Any, argument: str = "dtype") -> str:
     else:
         try:
             text = np.dtype(dtype).name
-        except TypeError:
+        except (TypeError, ValueError):  # the latter of a tensor
             text = str(dtype)
     text = text.removeprefix("torch.")
     text = _ALIASES.get(text, text)

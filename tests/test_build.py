@@ -135,3 +135,9 @@ def test_the_catalogue_alone_takes_no_nonsense_either() -> None:
         cg.lowerings("conv2d_weight", dtype="int8")
     with pytest.raises(cg.UnsupportedLoweringError, match="opset_version is 99"):
         cg.lowerings("conv2d_weight", opset_version=99)
+
+
+def test_a_tensor_is_no_dtype() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(cg.DTypeError, match="dtype is tensor"):
+        cg.build_model("conv1d_weight", input_shape=(1, 2, 5), weight_shape=(2, 2, 3), dtype=torch.zeros(2))

@@ -19,6 +19,7 @@ from convgrad_export.integrations.convolution_marks import remove_marks, write_m
 from convgrad_export.integrations.opset_downgrade import downgrade
 from convgrad_export.integrations.scalar_rank import raise_scalar_ranks
 
+# torch.onnx writes its graphs at the first; other versions are reached by conversion.
 BASE_OPSET, MIN_OPSET, MAX_OPSET = 18, 13, 23
 CONSTANT = "convgrad_constant"  # in the `meta` of an initializer that is neither parameter nor buffer
 _SHARED_CONSTANT_BYTES = 65536

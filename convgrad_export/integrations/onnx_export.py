@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from convgrad_export.arguments import check_error_factor, check_threads
+from convgrad_export.arguments import check_error_factor, check_flags, check_table, check_threads
 from convgrad_export.errors import ArgumentTypeError, ProviderError
 from convgrad_export.integrations import saving
 from convgrad_export.integrations.arguments import wrt_names
@@ -144,7 +144,7 @@ def export(
         progress,
         target,
     )
-    _check(settings)
+    _check(settings, decompositions)
     table = {**onnx_decompositions(opset_version), **(decompositions or {})}
     return _export(
         lambda: capture(module, _tuple(args), kwargs, dynamic_shapes=dynamic_shapes, decompositions=table), settings
@@ -231,7 +231,10 @@ def export_gradient(
         progress,
         target,
     )
-    _check(settings)
+    _check(settings, decompositions)
+    check_flags(hessian_vector=hessian_vector, return_outputs=return_outputs)
+    if not isinstance(of_args, (torch.Tensor, list, tuple)):
+        raise ArgumentTypeError(f"of_args is {of_args!r:.80}, expected a tuple of tensors for the function `of`")
     given = isinstance(of_args, torch.Tensor) or len(of_args) > 0
     if not callable(of) and (given or of_arg_names is not None or of_dynamic_shapes is not None):
         raise ArgumentTypeError(
@@ -265,7 +268,10 @@ def export_gradient(
     return _export(captured, settings)
 
 
-def _check(settings: _Settings) -> None:
+def _check(settings: _Settings, decompositions: Any) -> None:
+    check_flags(verify=settings.verify, overwrite=settings.overwrite)
+    check_table(settings.custom_translation_table, "custom_translation_table")
+    check_table(decompositions, "decompositions")
     check_opset(settings.opset_version)
     check_threads(settings.threads)
     check_error_factor(settings.max_error_factor)

@@ -16,8 +16,9 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from convgrad_export.arguments import as_int
 from convgrad_export.emit.onnx import ir_version
-from convgrad_export.errors import ConvGradError, DTypeError, UnsupportedOperatorError
+from convgrad_export.errors import ArgumentTypeError, ConvGradError, DTypeError, UnsupportedOperatorError
 from convgrad_export.integrations import torchlib
 from convgrad_export.integrations.convolution_marks import insert_marks
 from convgrad_export.integrations.convolution_translation import (
@@ -25,7 +26,7 @@ from convgrad_export.integrations.convolution_translation import (
     LoweringChoice,
     convolution_translation,
 )
-from convgrad_export.integrations.finishing import CONSTANT, copied
+from convgrad_export.integrations.finishing import BASE_OPSET, CONSTANT, MIN_OPSET, copied
 from convgrad_export.integrations.float64_constants import keep_in_float64
 from convgrad_export.integrations.half_widening import lacks_float16, widen_half
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
@@ -35,8 +36,6 @@ from convgrad_export.selection.policy import AUTO
 from convgrad_export.selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 
 PRODUCER = "convgrad_export"
-# torch.onnx writes its graphs at this opset; other versions are reached by conversion.
-BASE_OPSET = 18
 
 _TO_TENSOR = torch.ops.aten.scalar_tensor.default
 _ASSERTIONS = {
@@ -70,7 +69,12 @@ def translation_table(
     Returns:
         ATen overload to translation function: `aten.convolution_backward` alone. What torch.onnx translates wrongly in
         training graphs (see `decompositions.py`) is repaired by `export`, not by this table.
+
+    Raises:
+        ArgumentTypeError: an opset that is no number, or below 13. UnsupportedLoweringError: an unknown lowering.
     """
+    if as_int(opset_version, "opset_version") < MIN_OPSET:
+        raise ArgumentTypeError(f"opset_version is {opset_version}, expected at least {MIN_OPSET}")
     return {
         torch.ops.aten.convolution_backward.default: ConvolutionBackwardTranslation(
             lowering, provider, min(opset_version, BASE_OPSET)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import dtypes
-from ..arguments import as_int, as_number, as_shape, check_error_factor, check_threads, check_workspace
+from ..arguments import as_bool, as_int, as_number, as_shape, check_error_factor, check_threads, check_workspace
 from ..errors import ArgumentTypeError, GeometryError, ProviderError
 from ..geometry import ConvGeometry
 from ..lowering import CPU, CUDA, as_provider
@@ -147,7 +147,7 @@ def tune(
         ProviderError: another provider, or onnxruntime lacks it, or it cannot start.
     """
     started = time.monotonic()
-    wanted = _gradients(gradients)
+    wanted, again = _gradients(gradients), as_bool(again, "again")
     settings = TuningSettings(
         provider=_provider(provider),
         threads=check_threads(threads),

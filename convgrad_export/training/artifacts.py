@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from ..arguments import as_names
+from ..arguments import as_names, check_flags
 from ..errors import ArgumentTypeError
 from ..files import staged, write_atomically
 from ..integrations.arguments import CallArguments, named_tensors
@@ -50,7 +50,6 @@ from .optimizers import ResolvedOptimizer, resolve_optimizer
 from .randomness import SeededRandomness
 from .step import LOSS, drop_input, is_state, refuse_unseeded_randomness
 from .step_arguments import (
-    check_flags,
     check_names,
     split_batch,
     split_shapes,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import as_bool, as_path
 from ..errors import ArgumentTypeError, GeometryError, ModelFileError
 from .checkpoint import as_array, read_checkpoint, save_checkpoint
 
@@ -128,6 +129,8 @@ class CheckpointState:
         """
         if not isinstance(state, CheckpointState):
             raise ArgumentTypeError(f"state is a {type(state).__name__}, expected a CheckpointState")
+        path = as_path(checkpoint_uri, "checkpoint_uri")
+        include_optimizer_state = as_bool(include_optimizer_state, "include_optimizer_state")
         arrays = dict(state.arrays)
         if not include_optimizer_state:
             for name in state.optimizer_names:
@@ -142,7 +145,7 @@ class CheckpointState:
             if isinstance(plain, bool) or kind is None:
                 raise ArgumentTypeError(f"property {key!r} is {value!r}, expected an int, a float or a str")
             header[f"property.{key}"] = f"{kind.__name__}:{kind(plain)}"
-        save_checkpoint(checkpoint_uri, arrays, metadata=header, overwrite=True)
+        save_checkpoint(path, arrays, metadata=header, overwrite=True)
 
     @property
     def optimizer_names(self) -> list[str]:

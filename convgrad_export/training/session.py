@@ -190,7 +190,7 @@ class TrainingSession:
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> Path:
         """Write the state; the previous file stays until the new one is complete."""
-        return save_checkpoint(path, self.state(), overwrite=overwrite)
+        return save_checkpoint(path, self.state(), overwrite=as_bool(overwrite, "overwrite"))
 
     @property
     def steps(self) -> int:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from ..arguments import check_error_factor, check_threads
+from ..arguments import check_error_factor, check_flags, check_threads
 from ..errors import UnsupportedOperatorError
 from ..files import staged
 from ..integrations import saving
@@ -39,7 +39,6 @@ from .optimizers import resolve_optimizer
 from .preparation import METADATA
 from .randomness import SeededRandomness
 from .step_arguments import (
-    check_flags,
     check_names,
     check_numbers,
     check_provider,

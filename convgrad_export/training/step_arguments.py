@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..arguments import as_bool, as_names
+from ..arguments import as_names
 from ..errors import ArgumentTypeError, DTypeError, ProviderError
 from ..integrations.arguments import CallArguments, unwrapped
 from ..integrations.program import GraphInput
@@ -27,12 +27,6 @@ def check_numbers(max_grad_norm: Any, max_grad_value: Any, accumulation: Any) ->
             raise ArgumentTypeError(f"{name} is {value!r:.80}, expected a number above 0 or None")
     if isinstance(accumulation, bool) or not isinstance(accumulation, numbers.Integral) or int(accumulation) < 1:
         raise ArgumentTypeError(f"gradient_accumulation is {accumulation!r}, expected an integer of at least 1")
-
-
-def check_flags(**given: Any) -> None:
-    """Refuse an option that is neither True nor False: "no", say, which is true."""
-    for name, value in given.items():
-        as_bool(value, name)
 
 
 def check_provider(provider: Any) -> None:

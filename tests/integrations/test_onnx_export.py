@@ -165,6 +165,13 @@ def test_unwritable_places_are_found_first(tmp_path: Path) -> None:
         ({"path": 3}, "path is 3"),
         ({"opset_version": "18"}, "13 to 23"),
         ({"samples": 0}, "samples is 0"),
+        ({"overwrite": "no"}, "overwrite is 'no'"),
+        ({"verify": None}, "verify is None"),
+        ({"hessian_vector": "no"}, "hessian_vector is 'no'"),
+        ({"return_outputs": 2}, "return_outputs is 2"),
+        ({"of_args": None}, "of_args is None"),
+        ({"decompositions": 1.5}, "decompositions is 1.5"),
+        ({"custom_translation_table": {torch.ops.aten.relu.default: 3}}, "custom_translation_table is"),
         ({"provider": "cuda"}, "CUDAExecutionProvider"),
         ({"lowering": "foo"}, "none of: auto"),
         ({"of": "best"}, "of is 'best'"),
@@ -185,6 +192,12 @@ def test_wrong_arguments_are_named_and_nothing_is_written(change: dict[str, Any]
     with pytest.raises(cg.ConvGradError, match=message):
         cg.export_gradient(**given)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("opset", ["18", None, 12, 18.0])
+def test_a_translation_table_for_no_opset_is_refused(opset: Any) -> None:
+    with pytest.raises(cg.ConvGradError, match="opset_version is"):
+        cg.translation_table(opset_version=opset)
 
 
 def test_steps_are_shown_on_a_terminal_only(

@@ -474,3 +474,11 @@ print(json.dumps([session.step(x, y)["loss"] for _ in range(40)]))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     losses = json.loads(done.stdout)
     assert losses[-1] < losses[0]
+
+
+def test_an_existing_file_is_not_replaced_because_of_a_word(step_file: Path, tmp_path: Path) -> None:
+    session, path = cg.TrainingSession(step_file), tmp_path / "state.safetensors"
+    path.write_bytes(b"old")
+    with pytest.raises(cg.ArgumentTypeError, match="overwrite is 'no'"):
+        session.save(path, overwrite="no")  # type: ignore[arg-type]
+    assert path.read_bytes() == b"old"
