@@ -91,7 +91,7 @@ def _second_size(
         sizes = {**example, **dict.fromkeys(same, size)}
         for name, expression in dependent.items():
             sizes[name] = int(substituted(program, expression, sizes))
-        broken = _broken_constraint(program, sizes)
+        broken = _broken_constraint(program, sizes, example)
         if broken is not None and ruled_out_tried:
             continue
         fresh = {
@@ -116,14 +116,21 @@ def _second_size(
     return None
 
 
-def _broken_constraint(program: CapturedProgram, sizes: Mapping[str, int]) -> str | None:
-    """What the sizes violate of what the trace found out about them (a U-Net's multiples of 16, say), with its line."""
-    import sympy
+def _broken_constraint(program: CapturedProgram, sizes: Mapping[str, int], example: Mapping[str, int]) -> str | None:
+    """What the sizes violate of what the trace found out about them (a U-Net's multiples of 16, say), with its line.
 
+    What the example violates too is left out: a trace takes no dynamic size to be 1, and an example's batch often is.
+    """
     for guard in program.shape_env.guards:
-        if substituted(program, guard.expr, sizes) == sympy.false:
+        if _violates(program, sizes, guard.expr) and not _violates(program, example, guard.expr):
             return f"{_with_names(program, guard.expr)} (found at {guard.sloc})"
     return None
+
+
+def _violates(program: CapturedProgram, sizes: Mapping[str, int], constraint: Any) -> bool:
+    import sympy
+
+    return bool(substituted(program, constraint, sizes) == sympy.false)
 
 
 def _with_names(program: CapturedProgram, expression: Any) -> str:

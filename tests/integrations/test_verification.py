@@ -18,6 +18,7 @@ from convgrad_export.integrations.capture import capture, capture_gradients
 from convgrad_export.integrations.fresh_inputs import fresh_input
 from convgrad_export.integrations.program import GraphInput
 from convgrad_export.integrations.rounding import RandomRounding
+from convgrad_export.recipes import GradCAM
 
 from .gradient_modules import FORMS, Apply, image
 
@@ -304,3 +305,13 @@ def test_infinities_that_both_have_are_equal_and_others_are_not() -> None:
         with pytest.raises(cg.VerificationError, match="output"):
             verification.compare(wrong(value), program, {"input": torch.randn(3, 4)})
     assert verification.compare(wrong(-math.inf), program, {"input": torch.randn(3, 4)})["output"].within
+
+
+def test_an_example_of_one_sample_is_run_at_further_heights_too() -> None:
+    """A trace takes no dynamic size to be 1; every run at the example's batch counted as ruled out by that."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    shapes = ({0: "batch", 2: "height", 3: "width"},)
+    report = cg.export(GradCAM(network, "1"), (torch.randn(1, 3, 8, 8),), dynamic_shapes=shapes)
+    assert report.notes == []
+    sizes = [(run["batch"], run["height"], run["width"]) for run in report.verified_sizes]
+    assert sizes == [(1, 8, 8), (2, 8, 8), (1, 9, 8), (1, 8, 9)]
