@@ -13,6 +13,7 @@ import torch
 from convgrad_export.errors import DynamicShapeError, VerificationError
 from convgrad_export.integrations.eager_run import eager
 from convgrad_export.integrations.fresh_inputs import fresh_input
+from convgrad_export.integrations.not_numbers import REDRAWS, says_nothing
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
 from convgrad_export.integrations.report import OutputError, merged
 
@@ -94,12 +95,8 @@ def _second_size(
         broken = _broken_constraint(program, sizes, example)
         if broken is not None and ruled_out_tried:
             continue
-        fresh = {
-            s.name: fresh_input(s, [sizes.get(s.dynamic.get(a, ""), n) for a, n in enumerate(s.value.shape)], random)
-            for s in users
-        } | dict(others)
         try:
-            eager(program, fresh, torch.float64)
+            fresh = _fresh_inputs(program, users, sizes, random, others)
         except Exception:  # whatever the user's module raises for a size that it does not take
             continue
         if broken is None:
@@ -114,6 +111,25 @@ def _second_size(
                 "same for every size. Nothing was written."
             ) from wrong
     return None
+
+
+def _fresh_inputs(
+    program: CapturedProgram,
+    users: Sequence[GraphInput],
+    sizes: Mapping[str, int],
+    random: np.random.Generator,
+    others: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Inputs of these sizes that eager takes, with numbers for all outputs as far as a few draws find such."""
+    for _ in range(1 + REDRAWS):
+        fresh = {
+            s.name: fresh_input(s, [sizes.get(s.dynamic.get(a, ""), n) for a, n in enumerate(s.value.shape)], random)
+            for s in users
+        } | dict(others)
+        results = eager(program, fresh, torch.float64)
+        if not any(says_nothing(results[spec.name]) for spec in program.outputs):
+            break
+    return fresh
 
 
 def _broken_constraint(program: CapturedProgram, sizes: Mapping[str, int], example: Mapping[str, int]) -> str | None:

@@ -28,6 +28,7 @@ import torch
 from ..errors import VerificationError
 from ..integrations.eager_run import eager, perturbed, run_eagerly
 from ..integrations.fresh_inputs import fresh_input
+from ..integrations.not_numbers import REDRAWS, agreeing, require_numbers, says_nothing, undecided, without
 from ..integrations.other_sizes import Verification, other_sizes
 from ..integrations.program import CapturedProgram, GraphOutput
 from ..integrations.report import OutputError, merged
@@ -39,7 +40,6 @@ from ..integrations.verification import (
     cancelling_moves,
     in_own_types,
     precision_of,
-    without,
 )
 from .update import is_updating
 
@@ -69,7 +69,8 @@ def verify_step(
         what: the model's name in messages.
 
     Raises:
-        VerificationError: an output is outside the bound, or onnxruntime or PyTorch itself refuses the batch.
+        VerificationError: an output is outside the bound, or onnxruntime or PyTorch itself refuses the batch; or
+            PyTorch gives nothing but NaN for an output.
         DynamicShapeError: the forward or the loss does something else at another size.
     """
     from ..runtime.session import GradientSession
@@ -88,16 +89,19 @@ def verify_step(
     def judge(inputs: Mapping[str, torch.Tensor]) -> dict[str, OutputError]:
         return _compare(program, inputs, current, _run(runner, {**inputs, **current}, what), what)
 
-    for number in range(steps):
+    for number in range(steps + REDRAWS):
+        if number >= steps and not undecided(program, errors):
+            break
         for name in drawn:
             values = torch.from_numpy(random.standard_normal(tuple(state[name].shape)))
             current[name] = values.to(state[name].dtype)
         inputs = {spec.name: fresh_input(spec, spec.value.shape, random) for spec in batch} | others(number)
         actual = _run(runner, {**inputs, **current}, what)
         errors = merged(errors, _compare(program, inputs, current, actual, what))
-        for name, value in actual.items():
-            if name.endswith(_SUFFIX):
-                current[name.removesuffix(_SUFFIX)] = torch.from_numpy(np.array(value))
+        updated = {n.removesuffix(_SUFFIX): np.array(value) for n, value in actual.items() if n.endswith(_SUFFIX)}
+        if not any(np.isnan(value).any() for value in updated.values()):  # or the next runs would be NaN too
+            current.update({name: torch.from_numpy(value) for name, value in updated.items()})
+    require_numbers(program, errors)
     return other_sizes(program, batch, random, judge, errors, others(steps))
 
 
@@ -125,14 +129,15 @@ def _compare(
         if values[name].shape != wanted.shape:
             got = tuple(values[name].shape)
             raise VerificationError(f"output {name!r} has shape {got}, PyTorch gives {tuple(wanted.shape)}")
-    infinities = {name: value.isinf() & (value == values[name]) for name, value in truth.items()}
+    agreed = agreeing(truth, values)
+    before = {s.name: current[s.target] for s in program.outputs if s.target is not None and s.target in current}
     comparison = _Comparison(
         with_state,
         inputs,
-        {s.name: current[s.target] for s in program.outputs if s.target is not None and s.target in current},
-        without(truth, infinities),
-        without(values, infinities),
-        infinities,
+        without(before, {name: agreed[name] for name in before}),
+        without(truth, agreed),
+        without(values, agreed),
+        agreed,
         precision,
     )
     errors = comparison.errors(exact.refusal is None)
@@ -143,7 +148,7 @@ def _compare(
                 f"{'the terms that cancel in it' if error.cancelled else 'itself'} against "
                 f"{'float64 ' if exact.refusal is None else ''}PyTorch, bound {error.bound:.3g}. Nothing was written."
             )
-    return errors
+    return {name: error for name, error in errors.items() if not says_nothing(truth[name])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +159,7 @@ class _Comparison:
         program: with the state of this run. inputs: the batch and the settings.
         before: the old value of each output that is a state tensor's new one.
         truth, values: PyTorch's outputs and the model's, in float64.
-        infinities: where both have the same one (a mask's), which is zero in them here.
+        agreed: where both have the same infinity or NaN, which is zero in `before`, `truth` and `values`.
     """
 
     program: CapturedProgram
@@ -162,7 +167,7 @@ class _Comparison:
     before: Mapping[str, torch.Tensor]
     truth: Mapping[str, torch.Tensor]
     values: Mapping[str, torch.Tensor]
-    infinities: Mapping[str, torch.Tensor]
+    agreed: Mapping[str, torch.Tensor]
     precision: Precision
 
     def errors(self, in_float64: bool) -> dict[str, OutputError]:
@@ -208,7 +213,7 @@ class _Comparison:
         """How far eager in the model's own type is from the truth, under small changes of everything it is given."""
         largest = dict.fromkeys(self.truth, 0.0)
         for seed, amount in enumerate(self.precision.perturbations):
-            outputs = without(eager(self.program, self.inputs, self.precision.dtype, amount, seed), self.infinities)
+            outputs = without(eager(self.program, self.inputs, self.precision.dtype, amount, seed), self.agreed)
             for spec in self.program.outputs:
                 name = spec.name
                 moved = (
@@ -220,7 +225,7 @@ class _Comparison:
     def _rounded(self, amount: float, storage: torch.dtype | None, seed: int) -> dict[str, float]:
         """How far rounding before the update moves each output, without what it does to a state tensor as a whole."""
         with _BeforeUpdate(amount, storage, seed):
-            outputs = without(eager(self.program, self.inputs, torch.float64), self.infinities)
+            outputs = without(eager(self.program, self.inputs, torch.float64), self.agreed)
         moved = {}
         for name, truth in self.truth.items():
             own = amount * float(truth.norm()) if name in self.before else 0.0

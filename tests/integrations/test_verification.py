@@ -315,3 +315,41 @@ def test_an_example_of_one_sample_is_run_at_further_heights_too() -> None:
     assert report.notes == []
     sizes = [(run["batch"], run["height"], run["width"]) for run in report.verified_sizes]
     assert sizes == [(1, 8, 8), (2, 8, 8), (1, 9, 8), (1, 8, 9)]
+
+
+def ignoring(scores: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(scores, labels)
+
+
+@pytest.mark.parametrize("labels", [[2, -100, -100], [-100, -100, -100, -100, 2]])
+def test_inputs_whose_mean_is_over_nothing_are_drawn_again(labels: list[int]) -> None:
+    args, shapes = (torch.randn(len(labels), 6),), {"input": {0: "batch"}}
+    report = cg.export_gradient(
+        nn.Linear(6, 5),
+        args,
+        wrt=["inputs", "parameters"],
+        of=ignoring,
+        of_args=torch.tensor(labels),
+        dynamic_shapes=shapes,
+        of_dynamic_shapes={"labels": {0: "batch"}},
+    )
+    assert set(report.errors) == {"value", "input.grad", "weight.grad", "bias.grad"}
+    assert report.errors["value"].relative < 1e-6
+    assert {size["batch"] for size in report.verified_sizes} > {len(labels)}
+
+
+def test_an_example_that_gives_no_number_at_all_is_refused() -> None:
+    with pytest.raises(cg.VerificationError, match="output 'value' is NaN everywhere in PyTorch too"):
+        cg.export_gradient(nn.Linear(6, 5), (torch.randn(3, 6),), of=ignoring, of_args=torch.tensor([-100] * 3))
+
+
+def test_nan_that_both_have_is_equal_and_one_side_alone_is_not() -> None:
+    """Rows of a softmax that are masked altogether."""
+    mask = torch.tensor([[True, False], [True, True]])
+    masked = Apply(lambda x: x.masked_fill(mask, -math.inf).softmax(1))
+    assert cg.export(masked, (torch.randn(2, 2),)).errors["output"].maximum < 1e-6
+    program = capture(masked, (torch.randn(2, 2),))
+    for place, value in (((0, 0), math.nan), ((1, 1), 0.5), ((0, 1), 0.9)):
+        wrong = Answers(program, lambda outputs, p=place, v=value: outputs["output"].__setitem__(p, v))
+        with pytest.raises(cg.VerificationError, match="output"):
+            verification.compare(wrong, program, {"input": torch.randn(2, 2)})

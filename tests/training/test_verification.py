@@ -236,3 +236,19 @@ def test_infinities_that_both_have_are_equal_and_others_are_not(
     change_results(monkeypatch, change)
     with pytest.raises(cg.VerificationError, match="output 'output' of the exported step"):
         cg.export_training_step(Masked(), "cross_entropy", "adam", batch, **options)
+
+
+def test_batches_whose_labels_are_all_ignored_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = []
+    change_results(monkeypatch, lambda results: losses.append(float(results["loss"])))
+    args, shapes = (torch.randn(3, 6), torch.tensor([2, -100, -100])), {"input": {0: "b"}, "target": {0: "b"}}
+    report = cg.export_training_step(nn.Linear(6, 5), "cross_entropy", "adam", args, dynamic_shapes=shapes)
+    assert {"loss", "weight.updated", "weight.exp_avg.updated"} <= set(report.errors)
+    assert report.errors["loss"].relative < 1e-6
+    assert any(np.isnan(losses)), "no batch was without a label: the test tests nothing"
+
+
+def test_a_batch_without_any_label_is_refused() -> None:
+    args = torch.randn(3, 6), torch.tensor([-100, -100, -100])
+    with pytest.raises(cg.VerificationError, match="output 'loss' is NaN everywhere in PyTorch too"):
+        cg.export_training_step(nn.Linear(6, 5), "cross_entropy", "sgd", args)
