@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .grid_sampling import affine_grid, affine_grid_generator, grid_sample, grid_sampler
 from .interpolation import interpolate
+from .norms_in_steps import NORMS
 
 
 def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
@@ -111,9 +112,23 @@ _REPLACEMENTS: Mapping[Any, Callable[..., Tensor]] = {
 
 
 class DifferentiableReplacements(TorchFunctionMode):
-    """While active, calls of the functions above run their replacement."""
+    """While active, calls of the functions above run their replacement.
+
+    Args:
+        norms: Batch and instance norms as well, see `norms_in_steps.py`.
+
+    Attributes:
+        normalizes: Whether there was one of these.
+    """
+
+    def __init__(self, norms: bool = False) -> None:
+        super().__init__()
+        self._norms, self.normalizes = norms, False
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func in NORMS:
+            self.normalizes = True
+            func = NORMS[func] if self._norms else func
         return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))

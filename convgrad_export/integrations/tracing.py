@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import stateless
 
-from convgrad_export.errors import CaptureError, ConstantGradientError, ConvGradError
+from convgrad_export.errors import CaptureError, ConstantGradientError, ConvGradError, DynamicShapeError
 from convgrad_export.integrations.compiled_modules import as_written
 from convgrad_export.integrations.differentiable import DifferentiableReplacements
 from convgrad_export.integrations.fake_inputs import check_dynamic, fake_inputs
@@ -64,13 +64,28 @@ def trace_function(
     """Trace `function`, which maps named tensors to outputs, into a `CapturedProgram`.
 
     Args:
-        function: Called once, with fake tensors under the names of `inputs`.
+        function: Called once, or twice (`norms_in_steps.py`), with fake tensors under the names of `inputs`.
         inputs: In the order the placeholders will have. Constants that the function closes over are appended.
         decompositions: Applied in the second pass.
 
     Raises:
         CaptureError, ConstantGradientError, DynamicShapeError: See `capture.capture`.
     """
+    replacements = DifferentiableReplacements()
+    try:
+        return _traced(function, inputs, decompositions, replacements)
+    except DynamicShapeError:
+        if not replacements.normalizes:
+            raise
+    return _traced(function, inputs, decompositions, DifferentiableReplacements(norms=True))
+
+
+def _traced(
+    function: TracedFunction,
+    inputs: Sequence[GraphInput],
+    decompositions: Decompositions | None,
+    replacements: DifferentiableReplacements,
+) -> CapturedProgram:
     shape_env = ShapeEnv()
     mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
     # Sizes 0 and 1 of a dynamic dimension must not become special cases: an exported model also runs at batch 1.
@@ -85,7 +100,7 @@ def trace_function(
             specs[:] = [output.spec for output in outputs]
             return [output.tensor for output in outputs]
 
-        recorded = _record(flat, fakes, mode)
+        recorded = _record(flat, fakes, mode, replacements)
         _drop_profiling(recorded.graph)
         recorded.graph.eliminate_dead_code()
         taken = {name for spec in inputs for name in spec.names}
@@ -145,7 +160,10 @@ def swapped_tensors(
 
 
 def _record(
-    flat: Callable[[list[torch.Tensor]], list[torch.Tensor]], fakes: list[torch.Tensor], mode: FakeTensorMode
+    flat: Callable[[list[torch.Tensor]], list[torch.Tensor]],
+    fakes: list[torch.Tensor],
+    mode: FakeTensorMode,
+    replacements: DifferentiableReplacements,
 ) -> torch.fx.GraphModule:
     """First pass: what the function calls, with the calling module and the user's line on every node."""
     try:
@@ -158,7 +176,7 @@ def _record(
             sdpa_kernel(SDPBackend.MATH),  # the fused CPU kernel has no ONNX form, forward or backward
             fx_traceback.preserve_node_meta(),
             _module_paths(),
-            DifferentiableReplacements(),
+            replacements,
         ):
             return make_fx(flat, record_stack_traces=True)(fakes)
     except ConvGradError:

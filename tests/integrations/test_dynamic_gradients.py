@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import convgrad_export as cg
 
@@ -33,6 +34,81 @@ def exported(module: nn.Module, x: Tensor, dimensions: dict[int, str], **options
 @pytest.mark.parametrize("training", [True, False])
 def test_instance_norm_over_a_dynamic_batch(training: bool) -> None:
     exported(nn.InstanceNorm2d(4, affine=True).train(training), image(2, 4, 9, 8), {0: "n"})
+
+
+SPATIAL_TRANSFORMERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sampled": lambda x: functional.grid_sample(x, _grid(x, False), align_corners=False),
+    "corners": lambda x: functional.grid_sample(x, _grid(x, True), align_corners=True),
+    "volume": lambda x: functional.affine_grid(
+        x.flatten(1)[:, :12].reshape(-1, 3, 4), [x.shape[0], 1, 2, *x.shape[2:]], align_corners=False
+    ),
+}
+
+
+def _grid(x: Tensor, align_corners: bool) -> Tensor:
+    return functional.affine_grid(x.flatten(1)[:, :6].reshape(-1, 2, 3), list(x.shape), align_corners=align_corners)
+
+
+@pytest.mark.parametrize("name", SPATIAL_TRANSFORMERS)
+def test_affine_grids_of_dynamic_sizes(name: str) -> None:
+    exported(Apply(SPATIAL_TRANSFORMERS[name]), image(2, 3, 5, 6), {0: "n", 2: "h", 3: "w"})
+
+
+def test_a_grid_that_pytorch_refuses_is_refused_in_its_words() -> None:
+    module = Apply(lambda x: functional.affine_grid(x, [2, 3, 4, 4], align_corners=False))
+    with pytest.raises(cg.CaptureError, match="Expected a batch of 2D affine matrices"):
+        cg.export(module, (torch.randn(2, 3, 3),))
+
+
+class Penalty(nn.Module):
+    """The squared norm of a network's input gradient."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Tanh(), nn.Conv2d(4, 2, 3))
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = input.detach().requires_grad_()
+            return torch.autograd.grad(self.net(x).square().sum(), x, create_graph=True)[0].square().sum()
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "batch": lambda: nn.BatchNorm2d(4),
+    "batch-untracked": lambda: nn.BatchNorm2d(4, affine=False, track_running_stats=False),
+    "batch-eval": lambda: nn.BatchNorm2d(4).eval(),
+    "instance": lambda: nn.InstanceNorm2d(4, affine=True),
+    "instance-tracked": lambda: nn.InstanceNorm2d(4, track_running_stats=True),
+    "instance-eval": lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True).eval(),
+    "group": lambda: nn.GroupNorm(2, 4),
+    "half": lambda: nn.BatchNorm2d(4).half(),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_second_derivatives_of_norms_over_a_dynamic_batch(name: str) -> None:
+    norm = NORMS[name]()
+    for tensor in (*norm.parameters(), *norm.buffers()):
+        torch.nn.init.uniform_(tensor.data, 0.5, 1.5) if tensor.is_floating_point() else None
+    module = Penalty(norm).train(norm.training)
+    x = image(2, 3, 9, 8)
+    if name == "half":
+        module, x = module.half(), x.half()
+    exported(module, x, {0: "n"})
+
+
+def test_norms_stay_fused_where_nothing_needs_their_second_derivative() -> None:
+    report = exported(nn.BatchNorm2d(4), image(2, 4, 9, 8), {0: "n"})
+    assert report.operators["BatchNormalization"] == 2
+
+
+def test_a_size_that_the_forward_fixes_is_refused_beside_a_norm_too() -> None:
+    class Fixed(nn.BatchNorm1d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * int(input.shape[0])
+
+    with pytest.raises(cg.DynamicShapeError, match="only works for size 4"):
+        cg.export(Fixed(3), (torch.randn(4, 3),), dynamic_shapes={"input": {0: "n"}})
 
 
 STATISTICS: dict[str, tuple[Callable[[Tensor], Tensor], dict[int, str]]] = {

@@ -146,6 +146,17 @@ PADDING_AND_SAMPLING: list[Case] = [
     ("pixel_unshuffle", (2, 3, 6, 8), lambda: nn.PixelUnshuffle(2)),
     ("unfold", IMAGE, lambda: nn.Unfold(3, stride=2, padding=1)),
     ("fold", (2, 18, 72), lambda: nn.Fold((9, 8), 3, stride=1, padding=1)),
+    ("affine_grid", IMAGE, lambda: Apply(lambda x: functional.affine_grid(x[:, 0, :2, :3], [2, 3, 5, 4], False))),
+    (
+        "affine_grid-corners",
+        IMAGE,
+        lambda: Apply(lambda x: functional.affine_grid(x[:, 1, :2, :3], [2, 3, 2, 4], True)),
+    ),
+    (
+        "affine_grid-volume",
+        VOLUME,
+        lambda: Apply(lambda x: functional.affine_grid(x[:, 0, 1, :3, :4], [2, 1, 3, 5, 4], False)),
+    ),
     ("grid_sample", IMAGE, lambda: Apply(lambda x: functional.grid_sample(x, _grid(x), align_corners=False))),
 ]
 ACTIVATION: list[Case] = [
