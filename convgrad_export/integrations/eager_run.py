@@ -98,9 +98,16 @@ def run_eagerly(
         raise
     except Exception as failed:
         shapes = {name: tuple(value.shape) for name, value in inputs.items()}
+        # PyTorch's own text calls it in the way of ONNX
+        packed = (
+            ": pack_padded_sequence with enforce_sorted=False is exported too"
+            if "enforce_sorted" in str(failed)
+            else ""
+        )
         raise VerificationError(
             f"the module itself fails in PyTorch on inputs {shapes} with values drawn from the example's: "
-            f"{_described(failed)}. Nothing was compared or written. Make it take any such values, or pass verify=False"
+            f"{_described(failed)}. Nothing was compared or written. Make it take any such values{packed}, or pass "
+            "verify=False"
         ) from failed
     note = f"compared with PyTorch in the module's own types, since it does not run in {dtype}: {refusal}"
     if note not in program.notes:

@@ -37,6 +37,7 @@ from convgrad_export.integrations.compiled_modules import as_written
 from convgrad_export.integrations.differentiable import DifferentiableReplacements
 from convgrad_export.integrations.fake_inputs import check_dynamic, fake_inputs
 from convgrad_export.integrations.module_attributes import kept_attributes
+from convgrad_export.integrations.packed import PaddedPacking
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput, is_random
 from convgrad_export.integrations.slice_sums import slice_sums
 
@@ -177,6 +178,7 @@ def _record(
             fx_traceback.preserve_node_meta(),
             _module_paths(),
             replacements,
+            PaddedPacking(),
         ):
             return make_fx(flat, record_stack_traces=True)(fakes)
     except ConvGradError:

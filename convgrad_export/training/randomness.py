@@ -23,8 +23,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ArgumentTypeError, DTypeError, GeometryError, UnsupportedOperatorError
+from ..integrations.packed import RECURRENT, PackedSequences, is_missing, unchecked_sizes
 from . import attention
-from .packed import PackedSequences, is_missing, unchecked_sizes
 
 Replacement = Callable[..., Any]
 _P = 2**31 - 1
@@ -347,7 +347,7 @@ _DROPOUTS = (
 _REPLACEMENTS: Mapping[Any, Replacement] = {
     **{function: _dropout(function) for function in _DROPOUTS},
     torch.dropout: lambda mode, input, p, train: _plain_dropout(mode, input, p, train),
-    **{function: _recurrent(function) for function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+    **{function: _recurrent(function) for function in RECURRENT},
     torch._pack_padded_sequence: lambda mode, *args: mode.packed.pack(*args),
     torch._pad_packed_sequence: lambda mode, *args: mode.packed.pad(*args),
     functional.scaled_dot_product_attention: _scaled_dot_product_attention,

@@ -1,27 +1,32 @@
-"""Packed sequences in a traced forward: padded ones with a mask, so that the lengths stay an input of the step.
+"""Packed sequences in a traced forward: padded ones with a mask, so that the lengths stay an input of the graph.
 
-`pack_padded_sequence` makes tensors whose sizes are the lengths' values, which no graph has. While `SeededRandomness`
-is active, it gives the padded tensor with step and sample as one axis instead, the recurrent layers hold a sample's
-state from its last step on, and `pad_packed_sequence` fills what lies behind it. The results are PyTorch's own. What
-would see the difference (the data or the batch sizes read directly, a padded length that the data decide) is refused.
+`pack_padded_sequence` makes tensors whose sizes are the lengths' values, which no graph has. While `PaddedPacking` is
+active, or a training step's `SeededRandomness`, it gives the padded tensor with step and sample as one axis instead,
+the recurrent layers hold a sample's state from its last step on, and `pad_packed_sequence` fills what lies behind it.
+The results are PyTorch's own. What would see the difference (the data or the batch sizes read directly, a padded length
+that the data decide) is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedOperatorError
 
 _UNKNOWN = 0  # of the longest sequence: the least that `pad_packed_sequence` compares with the length it is given
 _MISSING = object()
 _PROPERTIES = tuple(getattr(torch.Tensor, name).__get__ for name in ("dtype", "device", "is_cuda", "requires_grad"))
-_TAKEN = (torch._pad_packed_sequence, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+_TAKEN = (torch._pad_packed_sequence, *RECURRENT)
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,40 @@ class PackedSequences:
         elif func is torch.Tensor.size and args[1:] == (-1,):
             return _MISSING
         raise _refusal(f"{getattr(func, '__name__', func)} reads the data or the batch sizes of a packed sequence")
+
+
+class PaddedPacking(TorchFunctionMode):
+    """While active, packed sequences are padded ones; dropout between recurrent layers draws as PyTorch's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._packed = PackedSequences()
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> PaddedPacking:
+        self._open.enter_context(unchecked_sizes())
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._open.close()
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        known = self._packed.read(func, args, kwargs)
+        if not is_missing(known):
+            return known
+        if func is torch._pack_padded_sequence:
+            return self._packed.pack(*args)
+        if func is torch._pad_packed_sequence:
+            return self._packed.pad(*args)
+        if func in RECURRENT and not isinstance(args[3], bool):  # the batch sizes come second
+            data, sizes, state, weights, bias, layers, p, train, bidirectional = args
+            dropped = functools.partial(functional.dropout, p=p, training=train)
+            return self._packed.run(func, dropped, data, sizes, state, weights, bias, layers, train, bidirectional)
+        return func(*args, **(kwargs or {}))
 
 
 def is_missing(value: Any) -> bool:
