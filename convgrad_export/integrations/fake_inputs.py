@@ -9,8 +9,23 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from convgrad_export.errors import DynamicShapeError
+from convgrad_export.errors import DeviceError, DynamicShapeError
 from convgrad_export.integrations.program import GraphInput
+
+
+def require_data(inputs: Sequence[GraphInput]) -> None:
+    """Before a trace, which does not read the data that the model's file will hold.
+
+    Raises:
+        DeviceError: A tensor is on the "meta" device.
+    """
+    names = [spec.name for spec in inputs if spec.value.is_meta]
+    if names:
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        raise DeviceError(
+            f"{', '.join(names[:4])}{more}: on the device 'meta', which holds no values, expected the CPU; move the "
+            "module with to_empty(device='cpu') and load its state_dict, and make the example there"
+        )
 
 
 def fake_inputs(inputs: Sequence[GraphInput], mode: FakeTensorMode) -> list[torch.Tensor]:

@@ -35,7 +35,7 @@ from torch.nn.utils import stateless
 from convgrad_export.errors import CaptureError, ConstantGradientError, ConvGradError, DynamicShapeError
 from convgrad_export.integrations.compiled_modules import as_written
 from convgrad_export.integrations.differentiable import DifferentiableReplacements
-from convgrad_export.integrations.fake_inputs import check_dynamic, fake_inputs
+from convgrad_export.integrations.fake_inputs import check_dynamic, fake_inputs, require_data
 from convgrad_export.integrations.module_attributes import kept_attributes
 from convgrad_export.integrations.packed import PaddedPacking
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput, is_random
@@ -71,7 +71,9 @@ def trace_function(
 
     Raises:
         CaptureError, ConstantGradientError, DynamicShapeError: See `capture.capture`.
+        DeviceError: An input has no data.
     """
+    require_data(inputs)
     replacements = DifferentiableReplacements()
     try:
         return _traced(function, inputs, decompositions, replacements)

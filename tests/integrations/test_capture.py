@@ -553,3 +553,19 @@ def test_a_checkpointed_part_is_called_again_as_it_was(part: Any, wrt: list[str]
             return checkpoint(lambda x: part(self.conv(x)), x, use_reentrant=False).square()
 
     assert cg.export_gradient(Recomputing(), (torch.randn(2, 2, 6, 6),), wrt=wrt).verified
+
+
+@pytest.mark.parametrize("export", [capture, capture_gradients])
+def test_parameters_without_data_are_refused_by_name(export: Any) -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, device="meta"))
+    with pytest.raises(cg.DeviceError, match=r"^1\.weight, 1\.bias: on the device 'meta'.*to_empty"):
+        export(module, (torch.randn(2, 3),))
+    with pytest.raises(cg.DeviceError, match=r"^input: on the device 'meta'"):
+        export(nn.Linear(3, 4), (torch.randn(2, 3, device="meta"),))
+
+
+def test_a_step_of_parameters_without_data_is_refused_by_name() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, device="meta"))
+    batch = torch.randn(2, 3), torch.randn(2, 2)
+    with pytest.raises(cg.DeviceError, match=r"^1\.weight, 1\.bias"):
+        cg.export_training_step(module, "mse", "adam", batch)
