@@ -22,8 +22,13 @@ from .checkpoint_file import DTYPES, FORMAT, bytes_of, digest, open_checkpoint
 
 
 def checkpoint_path(model_path: str | os.PathLike[str]) -> Path:
-    """Where the state of a model file lies: ``step.onnx`` has ``step.checkpoint.safetensors``."""
-    return Path(model_path).with_suffix(".checkpoint.safetensors")
+    """Where the state of a model file lies: ``step.onnx`` has ``step.checkpoint.safetensors``.
+
+    A name without ``.onnx`` is kept whole: ``step.v2`` and ``step.v3`` are two models with two states.
+    """
+    path = Path(model_path)
+    name = path.stem if path.suffix.lower() == ".onnx" else path.name
+    return path.with_name(f"{name}.checkpoint.safetensors")
 
 
 def as_array(value: Any) -> np.ndarray:

@@ -108,7 +108,7 @@ def export_training_step(
             classes, a torch.optim instance (its parameter groups are kept, and its state if it has made steps), or an
             update function.
         args: example batch: the forward's arguments, then the targets.
-        path: the model file; the initial state goes to ``<path without suffix>.checkpoint.safetensors``.
+        path: the model file; the initial state goes to ``<path without .onnx>.checkpoint.safetensors``.
         frozen: names of parameters, or of modules, that stay as they are; so do those with requires_grad=False.
         dynamic_shapes: ``{"x": {0: "batch"}, "target": {0: "batch"}}``, or a sequence in the order of `args`.
         label_smoothing: for ``"cross_entropy"``.

@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load, save_file
 
 import convgrad_export as cg
-from convgrad_export.training.checkpoint import read_checkpoint, save_checkpoint
+from convgrad_export.training.checkpoint import checkpoint_path, read_checkpoint, save_checkpoint
 
 
 def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -107,3 +107,10 @@ def test_checkpoints_of_the_first_format_are_read(tmp_path: Path) -> None:
     arrays, texts = read_checkpoint(tmp_path / "w.safetensors")
     np.testing.assert_array_equal(arrays["w"], array)
     assert texts == {"calls": "3"}
+
+
+def test_models_of_different_names_have_different_checkpoints() -> None:
+    usual = {"step.onnx": "step", "x.v2.onnx": "x.v2", "folder.d/x.ONNX": "folder.d/x"}
+    others = {"x.v2": "x.v2", "x.v3": "x.v3", "x": "x"}
+    for model, stem in {**usual, **others}.items():
+        assert checkpoint_path(model) == Path(f"{stem}.checkpoint.safetensors")
