@@ -120,9 +120,25 @@ def make_folder(folder: Path) -> None:
 
 def grant(path: Path, mode: int) -> None:
     """Give a temporary file or folder, which is its owner's alone, the permissions that the umask leaves of `mode`."""
-    mask = os.umask(0)
+    path.chmod(mode & ~_umask())
+
+
+def _umask() -> int:
+    """Read where the system shows it; elsewhere what it was at import, since only setting it tells."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return _UMASK
+
+
+def _umask_by_setting() -> int:
+    mask = os.umask(0o077)
     os.umask(mask)
-    path.chmod(mode & ~mask)
+    return mask
+
+
+_UMASK = _umask_by_setting()  # while the package is imported, when other threads are least likely
 
 
 def hand_on_permissions(temporary: Path, file: Path) -> None:

@@ -135,3 +135,25 @@ def test_every_byte_of_a_small_archive_may_be_wrong(tmp_path: Path) -> None:
             path.write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
             with contextlib.suppress(cg.ModelFileError):
                 files.read_arrays(path)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_permissions_follow_the_umask_without_setting_it(
+    shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Setting it, if only to read it, gives files that another thread makes meanwhile the wrong permissions."""
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    before = os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", lambda mask: pytest.fail(f"the umask was set to {mask:o}"))
+        if not shown:
+            monkeypatch.setattr(files, "_UMASK", 0o027)
+            monkeypatch.setattr(Path, "read_text", lambda *_, **__: "Name: python")
+        elif not Path("/proc/self/status").exists():
+            pytest.skip("the system does not show its umask")
+        files.grant(path, 0o666)
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
