@@ -57,6 +57,7 @@ class Lowering:
         float32_only: it holds float32 constants, so it cannot compute in another type.
         sums_once: every result is one sum inside one operator, so that a half type loses nothing but the final rounding
             where the operator accumulates in float32; everything else it does to values is to move them.
+        lists_taps: its graph grows with the kernel, by a node or more for each tap.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Lowering:
     spreads_non_finite: bool = False
     float32_only: bool = False
     sums_once: bool = False
+    lists_taps: bool = False
 
     @property
     def summary(self) -> str:
@@ -197,6 +199,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             name="input.matmul_taps",
             gradient="input",
             body=input_matmul.matmul_taps,
+            lists_taps=True,
             transposed=False,
             when="any plain convolution, also in float64",
         ),
@@ -222,6 +225,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             name="input.im2col",
             gradient="input",
             body=transposed_input.im2col,
+            lists_taps=True,
             transposed=True,
             when="any transposed convolution, also in float64",
             sums_once=True,
@@ -296,6 +300,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             name="weight.im2col",
             gradient="weight",
             body=weight_grad.im2col,
+            lists_taps=True,
             when=_ALSO_FLOAT64,
             sums_once=True,
         ),
@@ -311,6 +316,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             name="weight.matmul_taps",
             gradient="weight",
             body=weight_grad.matmul_taps,
+            lists_taps=True,
             when=_ALSO_FLOAT64,
             sums_once=True,
         ),
@@ -347,6 +353,7 @@ LOWERINGS: dict[str, Lowering] = _by_name(
             name="weight.depthwise_taps",
             gradient="weight",
             body=weight_grad.depthwise_taps,
+            lists_taps=True,
             condition=dense_why_not,
             when="one input channel a group, also in float64",
         ),

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..geometry import ConvGeometry
-from ..lowering import CPU, CUDA, LOWERINGS, candidates, preferred_opset
+from ..lowering import CPU, CUDA, LOWERINGS, Lowering, candidates, preferred_opset
 from ..reference import OPERANDS, check_elements, expected, make_operands
 from ..timing import alternate, timed
 from .cache import MEMORY, NO_TIME, WRONG, Timing, TuningRecord
@@ -33,6 +33,7 @@ _MOST_ROUNDS = 15
 _TURN_SECONDS = 0.002  # a call shorter than this is repeated within its turn
 _CHECKED_CHANNELS = 32
 _CHECKED_BATCH = 2
+_MOST_TAPS = 1 << 10  # in a graph that has nodes for each: beyond, making and loading it takes longer than measuring
 _MEMORY_SHARE = 0.4  # of what is available, for all candidates together
 
 
@@ -93,8 +94,8 @@ def tune_gradient(
     settings = settings or TuningSettings()
     check_elements(geometry, OPERANDS[gradient])
     end = clock() + settings.seconds
-    refused: dict[str, str] = {}
     names = candidate_names(gradient, geometry, settings)
+    refused = {name: why for name, why in _too_long(gradient, geometry, settings).items() if name not in names}
     workspaces = {name: workspace_bytes(name, geometry, settings.dtype, settings.provider) for name in names}
     _limit_memory(workspaces, settings, refused)
     ready = _checked(gradient, geometry, workspaces, settings, refused, lambda: clock() > end)
@@ -117,7 +118,10 @@ def tune_gradient(
 
 
 def candidate_names(gradient: str, geometry: ConvGeometry, settings: TuningSettings) -> list[str]:
-    """What applies within the error limit: the policy's choice first, then the most promising by the cost model."""
+    """What applies within the error limit: the policy's choice first, then the most promising by the cost model.
+
+    Those whose graphs would be too long are left out, the policy's choice aside.
+    """
     opset = preferred_opset(settings.dtype, settings.provider)
     first = choose(
         gradient,
@@ -130,15 +134,29 @@ def candidate_names(gradient: str, geometry: ConvGeometry, settings: TuningSetti
         max_workspace=settings.max_workspace,
         threads=settings.thread_count,
     ).name
-    others = []
-    for entry in candidates(gradient):
-        if entry.name == first or entry.why_not(geometry, settings.dtype, settings.provider, opset) is not None:
-            continue
-        if entry.error_factor <= settings.max_error_factor:
-            others.append(entry.name)
+    left_out = {first, *_too_long(gradient, geometry, settings)}
+    others = [entry.name for entry in _applying(gradient, geometry, settings) if entry.name not in left_out]
     arguments: dict[str, Any] = {"costs": shipped(), "threads": settings.thread_count}
     others.sort(key=lambda name: predict_ms(name, geometry, settings.dtype, settings.provider, **arguments))
     return [first, *others]
+
+
+def _applying(gradient: str, geometry: ConvGeometry, settings: TuningSettings) -> list[Lowering]:
+    opset = preferred_opset(settings.dtype, settings.provider)
+    return [
+        entry
+        for entry in candidates(gradient)
+        if entry.why_not(geometry, settings.dtype, settings.provider, opset) is None
+        and entry.error_factor <= settings.max_error_factor
+    ]
+
+
+def _too_long(gradient: str, geometry: ConvGeometry, settings: TuningSettings) -> dict[str, str]:
+    """Lowerings with nodes for each of very many taps, and the reason against them."""
+    if geometry.taps <= _MOST_TAPS:
+        return {}
+    reason = f"its graph would list {geometry.taps} taps one by one, more than {_MOST_TAPS}"
+    return {entry.name: reason for entry in _applying(gradient, geometry, settings) if entry.lists_taps}
 
 
 def _limit_memory(workspaces: dict[str, int], settings: TuningSettings, refused: dict[str, str]) -> None:

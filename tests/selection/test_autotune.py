@@ -410,3 +410,27 @@ def test_the_command_tells_what_waits_from_what_cannot_be_measured(
     text = capsys.readouterr().out
     assert "no time for 1 gradients, run again to go on: conv: a input\n" in text
     assert "not measured: conv: b weight: there is no memory\n" in text
+
+
+@pytest.mark.parametrize("gradient", ["input", "weight"])
+def test_graphs_with_nodes_for_each_of_very_many_taps_are_not_made(gradient: str) -> None:
+    """A filter of 4,000 taps: 20,000 nodes, which take longer to load than all other candidates to measure."""
+    geometry = ConvGeometry.from_forward((1, 1, 4400), (1, 1, 4000))
+    record = tune_gradient(gradient, geometry, QUICK)
+    assert record.timings
+    expected = {"input.matmul_taps"} if gradient == "input" else {"weight.matmul_taps", "weight.im2col"}
+    assert expected <= set(record.refused)
+    assert all("list 4000 taps one by one" in record.refused[name] for name in expected)
+    short = autotune.candidate_names(gradient, ConvGeometry.from_forward((1, 1, 400), (1, 1, 9)), QUICK)
+    assert expected <= set(short)
+
+
+def test_lowerings_that_list_taps_are_those_whose_graphs_grow_with_them() -> None:
+    def nodes(name: str, taps: int) -> int | None:
+        geometry = ConvGeometry.from_forward((2, 2, 300), (2, 1, taps), groups=2, transposed=name == "input.im2col")
+        return None if LOWERINGS[name].why_not(geometry) else len(graph_walk.steps(name, geometry))
+
+    for name, lowering in LOWERINGS.items():
+        few, more = nodes(name, 32), nodes(name, 64)
+        if few is not None and more is not None and lowering.gradient != "bias":
+            assert (more - few >= 32) == lowering.lists_taps, name
