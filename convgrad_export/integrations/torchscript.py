@@ -5,9 +5,11 @@ ONNX exporter takes. These functions are the same gradients in forward operators
 calls them can be saved, reloaded without this package, and exported with `torch.onnx.export(..., dynamo=False)`. Every
 size may change at run time; stride, padding, dilation and groups are constants, as always in ONNX.
 
-Signatures are torch.nn.grad's, lists of one for all axes included. PyTorch's convolutions over no channels end the
-process, so scripted weight gradients refuse a batch of no samples; a traced module has to be given one sample or more.
-New code should use `cg.export`, which needs none of this.
+Signatures are torch.nn.grad's, lists of one for all axes included. TorchScript spreads a default over the axes where
+scripted code calls a function, and not where Python calls one that is itself scripted: give such a call its stride,
+padding and dilation. PyTorch's convolutions over no channels end the process, so scripted weight gradients refuse a
+batch of no samples; a traced module has to be given one sample or more. New code should use `cg.export`, which needs
+none of this.
 """
 
 # TorchScript compiles these from their source: annotations must be real objects, and nothing may loop over axes.
