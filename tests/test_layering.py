@@ -14,7 +14,7 @@ PACKAGE = Path(convgrad_export.__file__).parent
 # Lowest first; a module may import from its own layer and from those before it.
 LAYERS = [
     ["errors"],
-    ["arguments", "dtypes", "files", "operators", "session_memory", "timing"],
+    ["arguments", "dtypes", "files", "operators", "session_memory", "tensor_names", "timing"],
     ["geometry_checks"],
     ["geometry"],
     ["functions", "lowering"],

@@ -38,6 +38,7 @@ from convgrad_export.integrations.arguments import (
 from convgrad_export.integrations.outputs import buffer_outputs, named_outputs
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
 from convgrad_export.integrations.tracing import Decompositions, run_backward, swapped_tensors, trace_function
+from convgrad_export.tensor_names import GRADIENT, HESSIAN_PRODUCT
 
 
 def capture(
@@ -185,7 +186,7 @@ def capture_gradients(
         value_name = "value" if "value" not in {*taken, *activations} else "scalar_value"
         outputs = [TracedOutput(GraphOutput(value_name, "value"), scalar)]
         if return_outputs:
-            others = (*activations, *(f"{name}.{what}" for name in targets for what in ("grad", "hvp")))
+            others = (*activations, *(name + suffix for name in targets for suffix in (GRADIENT, HESSIAN_PRODUCT)))
             outputs += named_outputs(result, (*taken, value_name, *others))
         outputs += [TracedOutput(GraphOutput(name, "output", name), recorded[name]) for name in activations]
         for name, tensor, grad in zip(targets, wanted, grads, strict=True):
@@ -194,9 +195,9 @@ def capture_gradients(
                 if unused == "omit":
                     continue
                 grad = torch.zeros_like(tensor)
-            outputs.append(TracedOutput(GraphOutput(f"{name}.grad", "gradient", name), grad))
+            outputs.append(TracedOutput(GraphOutput(f"{name}{GRADIENT}", "gradient", name), grad))
         if hessian_vector:
-            specs = [GraphOutput(f"{name}.hvp", "gradient", name) for name in targets]
+            specs = [GraphOutput(f"{name}{HESSIAN_PRODUCT}", "gradient", name) for name in targets]
             outputs += [TracedOutput(spec, product) for spec, product in zip(specs, products, strict=True)]
         return outputs + buffer_outputs(state, tensors)
 

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from convgrad_export.integrations.arguments import key_text, refuse_hidden_output
 from convgrad_export.integrations.program import GraphInput, GraphOutput, TracedOutput
+from convgrad_export.tensor_names import UPDATED
 
 
 def named_outputs(result: Any, taken: Iterable[str], names: Sequence[str] | None = None) -> list[TracedOutput]:
@@ -50,7 +51,7 @@ def flat_output_names(result: Any, flat: Sequence[Any]) -> list[str]:
 
 def updated(name: str, tensor: torch.Tensor) -> TracedOutput:
     """The new value of a tensor that is an input of the graph under its own name."""
-    return TracedOutput(GraphOutput(f"{name}.updated", "buffer", name), tensor)
+    return TracedOutput(GraphOutput(f"{name}{UPDATED}", "buffer", name), tensor)
 
 
 def buffer_outputs(state: Sequence[GraphInput], tensors: Mapping[str, torch.Tensor]) -> list[TracedOutput]:

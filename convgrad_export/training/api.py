@@ -19,14 +19,14 @@ from ..runtime import tensors
 from ..runtime.cuda_options import CudaOptions
 from ..runtime.providers import onnxruntime
 from ..runtime.session import GradientSession
+from ..tensor_names import GRADIENT, LEARNING_RATE, RESET, SEED, STEP, UPDATED
 from .checkpoint import as_array
 from .checkpoint_state import CheckpointState, Parameter, Parameters, Path
 from .session import check_rate, check_seed, raise_refused
 
-_UPDATED, _GRADIENT = ".updated", ".grad"
 __all__ = ["CheckpointState", "LinearLRScheduler", "Module", "Optimizer", "Parameter", "Parameters"]
 
-_OWN = ("lazy_reset_grad", "seed", "step", "learning_rate")
+_OWN = (RESET, SEED, STEP, LEARNING_RATE)
 RETURNED = "convgrad.returned"  # in the metadata of a model: a JSON list of the outputs that a call returns
 
 
@@ -61,18 +61,16 @@ class Module:
         self.seed = 0
         sessions = [self._train, *([self._eval] if self._eval else [])]
         for session in sessions:
-            if missing := [
-                n for n in self._state_names(session) if n not in state.arrays and not n.endswith(_GRADIENT)
-            ]:
+            if missing := [n for n in self._state_names(session) if n not in state.arrays and not n.endswith(GRADIENT)]:
                 raise ModelFileError(f"the checkpoint is of another model; it lacks {', '.join(missing[:10])}")
 
     def _state_names(self, session: GradientSession) -> list[str]:
-        names = {*self._state.arrays, *(f"{name}{_GRADIENT}" for name in self._state.trained)}
+        names = {*self._state.arrays, *(f"{name}{GRADIENT}" for name in self._state.trained)}
         users = set(self._user_names(session))
         return [name for name in session.input_names if name not in users and (name in names or name not in _OWN)]
 
     def _user_names(self, session: GradientSession) -> list[str]:
-        gradients = {f"{name}{_GRADIENT}" for name in self._state.trained}
+        gradients = {f"{name}{GRADIENT}" for name in self._state.trained}
         return [
             name
             for name in session.input_names
@@ -105,14 +103,14 @@ class Module:
         for name in session.input_names:
             if name in feeds:
                 continue
-            if name == "lazy_reset_grad":
+            if name == RESET:
                 feeds[name] = np.array(self._reset)
-            elif name == "seed":
+            elif name == SEED:
                 feeds[name] = np.array(check_seed(self.seed), np.int64)
-            elif name == "step":
+            elif name == STEP:
                 feeds[name] = np.array(state.calls, np.int64)
-            elif name.endswith(_GRADIENT) and name not in state.arrays:
-                parameter = name.removesuffix(_GRADIENT)
+            elif name.endswith(GRADIENT) and name not in state.arrays:
+                parameter = name.removesuffix(GRADIENT)
                 before = state.gradients.get(parameter)
                 feeds[name] = np.zeros_like(state.arrays[parameter]) if before is None else before
             else:
@@ -130,11 +128,11 @@ class Module:
 
     def _take_over(self, results: Mapping[str, np.ndarray]) -> None:
         for name, value in results.items():
-            if not name.endswith(_UPDATED):
+            if not name.endswith(UPDATED):
                 continue
-            target = name.removesuffix(_UPDATED)
-            if target.endswith(_GRADIENT) and target not in self._state.arrays:
-                self._state.gradients[target.removesuffix(_GRADIENT)] = value
+            target = name.removesuffix(UPDATED)
+            if target.endswith(GRADIENT) and target not in self._state.arrays:
+                self._state.gradients[target.removesuffix(GRADIENT)] = value
             else:
                 self._state.arrays[target] = value
         self._reset = False
@@ -252,7 +250,7 @@ def _returned(session: GradientSession) -> list[str]:
     Raises:
         ModelFileError: the file names others than it has.
     """
-    outputs = [name for name in session.output_names if not name.endswith(_UPDATED)]
+    outputs = [name for name in session.output_names if not name.endswith(UPDATED)]
     text = session.inference_session.get_modelmeta().custom_metadata_map.get(RETURNED)
     try:
         names = outputs if text is None else json.loads(text)
@@ -292,11 +290,11 @@ class Optimizer:
         self._state = module._state
         self._session = module._open(optimizer_uri)
         types = {value.name: value.type for value in self._session.inference_session.get_inputs()}
-        _, self._rate_type = tensors.onnx_type(types.get("learning_rate", "tensor(float)"))
+        _, self._rate_type = tensors.onnx_type(types.get(LEARNING_RATE, "tensor(float)"))
         missing = [
             name
             for name in self._session.input_names
-            if name != "learning_rate" and not name.endswith(_GRADIENT) and name not in self._state.arrays
+            if name != LEARNING_RATE and not name.endswith(GRADIENT) and name not in self._state.arrays
         ]
         if missing:
             raise ModelFileError(f"the optimizer model is of another checkpoint, which lacks {', '.join(missing[:10])}")
@@ -310,17 +308,17 @@ class Optimizer:
         state = self._state
         feeds = {}
         for name in self._session.input_names:
-            if name == "learning_rate":
+            if name == LEARNING_RATE:
                 feeds[name] = np.array(state.learning_rate, self._rate_type)
-            elif name.endswith(_GRADIENT) and name not in state.arrays:
-                gradient = state.gradients.get(name.removesuffix(_GRADIENT))
+            elif name.endswith(GRADIENT) and name not in state.arrays:
+                gradient = state.gradients.get(name.removesuffix(GRADIENT))
                 if gradient is None:
                     raise ArgumentTypeError("step was called before any training call: there are no gradients")
                 feeds[name] = gradient
             else:
                 feeds[name] = state.arrays[name]
         for name, value in self._session.run(feeds).items():
-            state.arrays[name.removesuffix(_UPDATED)] = value
+            state.arrays[name.removesuffix(UPDATED)] = value
 
     def set_learning_rate(self, learning_rate: float) -> None:
         self._state.learning_rate = check_rate(learning_rate)
@@ -358,7 +356,7 @@ class LinearLRScheduler:
 
     def step(self) -> None:
         """Set the rate for the optimizer's next step."""
-        done = int(self._optimizer._state.arrays["step"])
+        done = int(self._optimizer._state.arrays[STEP])
         if done < self._warmup:
             factor = done / max(1, self._warmup)
         else:

@@ -29,6 +29,7 @@ from ..integrations.outputs import named_outputs, updated
 from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
 from ..integrations.tracing import swapped_tensors, trace_function
 from ..integrations.translation import translate
+from ..tensor_names import GRADIENT, LEARNING_RATE, LOSS, RESET, SEED, STEP
 from .api import RETURNED
 from .artifact_arguments import (
     LossType,
@@ -48,7 +49,7 @@ from .module_state import StandIns, copied_arguments, refuse_held_state, refuse_
 from .onnx_module import OnnxModule
 from .optimizers import ResolvedOptimizer, resolve_optimizer
 from .randomness import SeededRandomness
-from .step import LOSS, drop_input, is_state, refuse_unseeded_randomness
+from .step import drop_input, is_state, refuse_unseeded_randomness
 from .step_arguments import (
     check_names,
     split_batch,
@@ -60,8 +61,6 @@ from .surroundings import Autocast, apart
 from .update import apply_rules
 from .verification import Settings, verify_step
 
-RESET, LEARNING_RATE, SEED, STEP = "lazy_reset_grad", "learning_rate", "seed", "step"
-GRADIENT = ".grad"
 __all__ = ["LossType", "OptimType", "generate_artifacts"]
 
 

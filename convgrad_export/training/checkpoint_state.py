@@ -10,6 +10,7 @@ import numpy as np
 
 from ..arguments import as_bool, as_path
 from ..errors import ArgumentTypeError, GeometryError, ModelFileError
+from ..tensor_names import STEP
 from .checkpoint import as_array, read_checkpoint, save_checkpoint
 
 Path = str | os.PathLike[str]
@@ -151,7 +152,7 @@ class CheckpointState:
     def optimizer_names(self) -> list[str]:
         prefixes = tuple(f"{name}." for name in self.trained)
         known = set(self.parameter_names)
-        return [n for n in self.arrays if n == "step" or (n.startswith(prefixes) and n not in known)]
+        return [n for n in self.arrays if n == STEP or (n.startswith(prefixes) and n not in known)]
 
 
 def _parsed(key: str, text: str) -> int | float | str:

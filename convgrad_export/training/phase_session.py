@@ -11,8 +11,8 @@ import numpy as np
 from ..runtime import tensors
 from ..runtime.providers import is_cpu_alone, model_metadata, onnxruntime, open_session
 from ..session_memory import free_early
+from ..tensor_names import UPDATED
 
-STATE_SUFFIX = ".updated"
 _ERRORS = 3  # onnxruntime's level of severity
 
 
@@ -27,6 +27,7 @@ class PhaseSession:
         views: shapes of inputs and outputs that the memory bound to them does not have itself.
 
     Attributes:
+        device: ``"cpu"`` or ``"cuda"``, where its tensors lie.
         inputs, outputs: onnxruntime's descriptions, by name.
 
     Raises:
@@ -55,7 +56,7 @@ class PhaseSession:
         if threads is not None:
             options.intra_op_num_threads = threads
         self._session = open_session(source, options, providers, "the training step")
-        self._device = "cuda" if providers[0][0].startswith("CUDA") else "cpu"
+        self.device = "cuda" if providers[0][0].startswith("CUDA") else "cpu"
         self._views = views or {}
         self.inputs = {value.name: value for value in self._session.get_inputs()}
         self.outputs = {value.name: value for value in self._session.get_outputs()}
@@ -113,7 +114,7 @@ class PhaseSession:
                 self._bind_input(name, state[name])
                 self._bound_inputs[name] = state[name]
         for name in self.outputs:
-            target = updated.get(name.removesuffix(STATE_SUFFIX)) if name.endswith(STATE_SUFFIX) else None
+            target = updated.get(name.removesuffix(UPDATED)) if name.endswith(UPDATED) else None
             if target is None:
                 binding.bind_output(name, "cpu")  # again for each run, which would write over the last one's otherwise
             elif self._bound_outputs.get(name) is not target:
@@ -133,13 +134,13 @@ class PhaseSession:
     def _bind_input(self, name: str, value: Any) -> None:
         if name in self._views:
             code, _ = tensors.onnx_type(self.inputs[name].type)
-            self._binding.bind_input(name, self._device, 0, code, self._views[name], value.data_ptr())
+            self._binding.bind_input(name, self.device, 0, code, self._views[name], value.data_ptr())
         else:
             self._binding.bind_ortvalue_input(name, value)
 
     def _bind_output(self, name: str, value: Any) -> None:
         if name in self._views:
             code, _ = tensors.onnx_type(self.outputs[name].type)
-            self._binding.bind_output(name, self._device, 0, code, self._views[name], value.data_ptr())
+            self._binding.bind_output(name, self.device, 0, code, self._views[name], value.data_ptr())
         else:
             self._binding.bind_ortvalue_output(name, value)

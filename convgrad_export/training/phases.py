@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..runtime.graph_nodes import reads
+from ..tensor_names import LEARNING_RATE, LOSS, MICRO_STEP, STEP
 from .chunks import ELEMENTWISE, VIEWS
 
-_RATE, _LOSS = "learning_rate", "loss"
-_COUNTERS = ("step", "micro_step")  # they also seed random numbers in the forward
+_COUNTERS = (STEP, MICRO_STEP)  # they also seed random numbers in the forward
 # Operators whose output's elements depend on the inputs' elements at the same place, so that an input of the output's
 # shape may be overwritten; onnxruntime's own planner reuses the inputs of the first row.
 _OVERWRITING = ("Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Clip")
@@ -71,7 +71,7 @@ def split(model: Any, trained: Collection[str], state: Collection[str], updated:
     graph = model.graph
     if any(tensor.external_data for tensor in graph.initializer):
         return None
-    roots = {_RATE} | {n for n in state if n not in _COUNTERS and n.rpartition(".")[0] in trained}
+    roots = {LEARNING_RATE} | {n for n in state if n not in _COUNTERS and n.rpartition(".")[0] in trained}
     late = _late_nodes(graph, roots)
     if not late:
         return None
@@ -80,7 +80,7 @@ def split(model: Any, trained: Collection[str], state: Collection[str], updated:
     made_late = {name: i for i, node in enumerate(update) for name in node.output}
     read_late = _readers(update)
     outputs = [value.name for value in graph.output]
-    if _LOSS in made_late:
+    if LOSS in made_late:
         return None  # a loss that is not finite would be seen when the state is gone
     in_place = frozenset(
         n for n, new in updated.items() if new in made_late and _may_overwrite(update, made_late, read_late, n, new)
@@ -90,7 +90,8 @@ def split(model: Any, trained: Collection[str], state: Collection[str], updated:
     carried = tuple(name for node in early for name in node.output if name and name in read_late)
     first = [name for name in outputs if name not in made_late]
     hidden = tuple(name for name in carried if name not in first)
-    batch = {value.name for value in graph.input}.difference(state, [_RATE])  # read or not: the caller gives all of it
+    # read or not: the caller gives all of it
+    batch = {value.name for value in graph.input}.difference(state, [LEARNING_RATE])
     return Phases(
         _part(model, early, [*first, *hidden], batch),
         _part(model, update, [name for name in outputs if name in made_late]),

@@ -16,8 +16,8 @@ from ..errors import ModelFileError
 from ..runtime.blocked import put_blocked_layout
 from ..runtime.execution_order import put_execution_order
 from ..runtime.model_source import loaded
+from ..tensor_names import STEP, UPDATED
 from .chunks import fixed_shapes
-from .phase_session import STATE_SUFFIX
 from .phases import Phases, split
 
 METADATA = "convgrad.training"
@@ -56,7 +56,7 @@ def _cut(model: Any, always: bool) -> Phases | None:
     except ModelFileError:
         return None
     outputs = {value.name for value in model.graph.output}
-    updated = {name: name + STATE_SUFFIX for name in metadata["state"] if name + STATE_SUFFIX in outputs}
+    updated = {name: name + UPDATED for name in metadata["state"] if name + UPDATED in outputs}
     phases = split(model, set(metadata["trained"]), set(metadata["state"]), updated)
     if phases is None or always:
         return phases
@@ -92,8 +92,8 @@ def training_metadata(entries: Mapping[str, str]) -> dict[str, Any]:
             raise _damaged(f"it has no {name!r}")
         if not fits(found[name]):
             raise _damaged(f"{name!r} is {found[name]!r:.60}, expected {expected}")
-    if "step" not in found["state"]:
-        raise _damaged("its 'state' has no 'step'")
+    if STEP not in found["state"]:
+        raise _damaged(f"its 'state' has no {STEP!r}")
     return found
 
 

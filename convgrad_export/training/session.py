@@ -22,14 +22,14 @@ from ..runtime import tensors
 from ..runtime.declared import Declared, NamedSizes
 from ..runtime.model_source import model_source
 from ..runtime.providers import Providers, is_cpu_alone, is_onnxruntime_error, onnxruntime, resolve
+from ..tensor_names import GRADIENT_NORM, LEARNING_RATE, LOSS, MICRO_STEP, SEED, STEP, UPDATED
 from .checkpoint import as_array, check_matches, checkpoint_path, save_checkpoint
 from .checkpoint_file import open_checkpoint
 from .chunks import chunk_updates, fixed_shapes
-from .phase_session import STATE_SUFFIX, PhaseSession
+from .phase_session import PhaseSession
 from .preparation import prepare, training_metadata
 
-_SETTINGS = ("learning_rate", "seed")
-_GRADIENT_NORM = "gradient_norm"
+_SETTINGS = (LEARNING_RATE, SEED)
 
 
 class TrainingSession:
@@ -74,7 +74,6 @@ class TrainingSession:
         in_place = None if in_place is None else as_bool(in_place, "in_place")
         source, parsed = model_source(model)
         wanted = resolve(providers)
-        self._device = "cuda" if wanted[0][0].startswith("CUDA") else "cpu"
         on_cpu = is_cpu_alone(wanted)
         if in_place and not on_cpu:
             raise ArgumentTypeError(f"in_place is {in_place}, expected None or False: it is for the CPU provider alone")
@@ -99,9 +98,9 @@ class TrainingSession:
         state = [name for name in self._metadata["state"] if name in self._inputs]
         self.batch_names = tuple(n for n in self._inputs if n not in state and n not in _SETTINGS)
         self._batch = {name: Declared.of(self._inputs[name], name) for name in self.batch_names}
-        self._updated = [name for name in state if name + STATE_SUFFIX in outputs]
+        self._updated = [name for name in state if name + UPDATED in outputs]
         self._expected = {n: (self._dtype(n), whole.get(n, tuple(self._inputs[n].shape))) for n in state}
-        hidden = {name + STATE_SUFFIX for name in self._updated}.union(cut.hidden if cut else ())
+        hidden = {name + UPDATED for name in self._updated}.union(cut.hidden if cut else ())
         self._returned = frozenset(outputs) - hidden
         self._lost: str | None = None
         self._unread: dict[str, np.ndarray] = {}  # state that no path of the step reads
@@ -158,7 +157,7 @@ class TrainingSession:
 
     def _memory(self, name: str) -> Any:
         dtype, shape = self._expected[name]
-        return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(dtype), self._device, 0)
+        return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(dtype), self._phases[0].device, 0)
 
     def state(self) -> dict[str, np.ndarray]:
         """Copies of all state tensors, by name: parameters and buffers under PyTorch's names, and the optimizer's.
@@ -182,7 +181,7 @@ class TrainingSession:
             names = as_names(names, "names", "fc.weight")
         if names is None:
             trained = set(self._metadata["trained"])
-            counters = ("step", "micro_step") if self._metadata["accumulation"] > 1 else ("step",)
+            counters = (STEP, MICRO_STEP) if self._metadata["accumulation"] > 1 else (STEP,)
             own = [n for n in state if n not in counters and n.rpartition(".")[0] not in trained]
             kept = set(own).difference(self._metadata["not_persistent"])
             names = [n for n in own if n in kept] + [alias for alias, name in aliases.items() if name in own]
@@ -195,7 +194,7 @@ class TrainingSession:
     @property
     def steps(self) -> int:
         """Number of updates so far."""
-        return int(self._current["step"].numpy())
+        return int(self._current[STEP].numpy())
 
     def step(self, *batch: Any, learning_rate: float | None = None, **named: Any) -> dict[str, Any]:
         """One step on a batch.
@@ -231,7 +230,7 @@ class TrainingSession:
         sizes: NamedSizes = {}
         for name, view in views.items():
             self._batch[name].check(view, sizes)
-        settings = {"learning_rate": rate, "seed": seed}
+        settings = {LEARNING_RATE: rate, SEED: seed}
         wanted = self._returned | self._carried
         try:
             made = self._phases[0].run(views, settings, self._current, {}, self._next, wanted)
@@ -239,7 +238,7 @@ class TrainingSession:
             raise_refused(error, f"step {self.steps + 1}, whose update was not taken over")
         result = self._results(made)
         # The norm too, where the gradients' phase gives it: a finite loss may have a gradient that is not.
-        for name in ("loss", _GRADIENT_NORM) if self.stop_on_non_finite else ():
+        for name in (LOSS, GRADIENT_NORM) if self.stop_on_non_finite else ():
             if name in result and not math.isfinite(result[name]):
                 raise NonFiniteLossError(
                     f"the {name.replace('_', ' ')} is {result[name]} at step {self.steps + 1}: the update was not "

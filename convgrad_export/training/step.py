@@ -30,6 +30,7 @@ from ..integrations.translation import translate
 from ..lowering import CPU
 from ..selection.policy import AUTO, check_name
 from ..selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
+from ..tensor_names import GRADIENT_NORM, LEARNING_RATE, LOSS, SEED, STEP
 from .backward import gradients, leaves
 from .checkpoint import checkpoint_path, save_checkpoint
 from .cumulative import cumulative_averages
@@ -48,10 +49,8 @@ from .step_arguments import (
     untrained_loss_parameters,
 )
 from .surroundings import Autocast, apart
-from .update import GRADIENT_NORM, LEARNING_RATE, STEP, StepOptions, calls_before, optimizer_inputs, update
+from .update import StepOptions, calls_before, optimizer_inputs, update
 from .verification import Settings, verify_step
-
-SEED, LOSS = "seed", "loss"
 
 
 @dataclass

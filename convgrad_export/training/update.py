@@ -15,11 +15,11 @@ from ..errors import ArgumentTypeError, ConstantGradientError
 from ..integrations.half_widening import HALF
 from ..integrations.outputs import updated
 from ..integrations.program import GraphInput, GraphOutput, TracedOutput
+from ..tensor_names import GRADIENT_NORM, LEARNING_RATE, MICRO_STEP, STEP
 from .losses import Loss
 from .optimizers import SGD, Adam, AdamW, ResolvedOptimizer, RMSprop, State
 
-LEARNING_RATE, STEP = "learning_rate", "step"
-GRADIENT_NORM, MICRO_STEP, GRADIENT_SUM = "gradient_norm", "micro_step", "grad_sum"
+GRADIENT_SUM = "grad_sum"
 _ELEMENTWISE = (SGD, Adam, AdamW, RMSprop)  # an update function of the user's may look at the whole tensor
 _SHORT = 4096  # elements; copying a longer vector four times takes as long as starting its own nodes
 _UPDATING: ContextVar[bool] = ContextVar("updating", default=False)

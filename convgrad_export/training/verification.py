@@ -41,9 +41,9 @@ from ..integrations.verification import (
     in_own_types,
     precision_of,
 )
+from ..tensor_names import UPDATED
 from .update import is_updating
 
-_SUFFIX = ".updated"
 Settings = Mapping[str, Callable[[int], Any]]
 
 
@@ -98,7 +98,7 @@ def verify_step(
         inputs = {spec.name: fresh_input(spec, spec.value.shape, random) for spec in batch} | others(number)
         actual = _run(runner, {**inputs, **current}, what)
         errors = merged(errors, _compare(program, inputs, current, actual, what))
-        updated = {n.removesuffix(_SUFFIX): np.array(value) for n, value in actual.items() if n.endswith(_SUFFIX)}
+        updated = {n.removesuffix(UPDATED): np.array(value) for n, value in actual.items() if n.endswith(UPDATED)}
         if not any(np.isnan(value).any() for value in updated.values()):  # or the next runs would be NaN too
             current.update({name: torch.from_numpy(value) for name, value in updated.items()})
     require_numbers(program, errors)
