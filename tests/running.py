@@ -33,8 +33,3 @@ def run_lowering(
     feeds = {name: operands[name].astype(dtypes.numpy_dtype(dtype)) for name in session.input_names}
     (result,) = session.run(feeds).values()
     return result
-
-
-def rounds_to(reference: np.ndarray, dtype: str) -> np.ndarray:
-    """The float64 reference rounded to `dtype`, as float64."""
-    return reference.astype(dtypes.numpy_dtype(dtype)).astype(np.float64)

@@ -58,7 +58,7 @@ def test_limits_that_are_no_numbers(option: str, tmp_path: Path, capsys: pytest.
     assert not output.exists()
 
 
-def test_plots_go_beside_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plots_go_beside_the_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from ..bench.records import example
 

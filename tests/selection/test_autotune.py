@@ -18,7 +18,7 @@ from convgrad_export.cli import main
 from convgrad_export.commands import tune as command
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.lowering import LOWERINGS, catalogue
-from convgrad_export.selection import autotune, cache, graph_walk, runner, tuned
+from convgrad_export.selection import autotune, cache, graph_walk, runner
 from convgrad_export.selection.autotune import TuningSettings, tune_gradient
 from convgrad_export.selection.layers import module_layers
 from convgrad_export.selection.policy import choose
@@ -32,14 +32,6 @@ QUICK = TuningSettings(threads=1, seconds=0.2)
 def stopped() -> float:
     """A clock by which no time passes: the number of rounds ends a measurement, however busy the machine is."""
     return 0.0
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "tuning.json"
-    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(path))
-    monkeypatch.setattr(tuned, "_said", set())
-    return path
 
 
 def wrong(name: str, monkeypatch: pytest.MonkeyPatch, spoil) -> None:

@@ -14,21 +14,13 @@ import pytest
 import convgrad_export as cg
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.lowering import CPU
-from convgrad_export.selection import cache, tuned
+from convgrad_export.selection import cache
 from convgrad_export.selection.cache import Timing, TuningRecord, load, save
 from convgrad_export.selection.machine import default_threads, machine
 from convgrad_export.selection.policy import choose
 
 GEOMETRY = ConvGeometry.from_forward((4, 32, 14, 14), (32, 32, 3, 3), padding=1)
 AUTO = choose("weight", GEOMETRY).name
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "tuning.json"
-    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(path))
-    monkeypatch.setattr(tuned, "_said", set())
-    return path
 
 
 def record(times: dict[str, float], geometry: ConvGeometry = GEOMETRY, threads: int = 0, **changes) -> TuningRecord:

@@ -355,7 +355,7 @@ def test_damaged_descriptions_of_a_step_are_refused(
         cg.TrainingSession(model, load_checkpoint(step_file.with_suffix(".checkpoint.safetensors")), in_place=in_place)
 
 
-def test_frozen_parameters_and_modules_stay(tmp_path: Path) -> None:
+def test_frozen_parameters_and_modules_stay() -> None:
     module, data = small_network(torch.float32), arrays(2)
     module[3].weight.requires_grad_(False)
     example = batches(1, torch.float32)[0]
