@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _MODES, _PADDINGS = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
 _BILINEAR, _NEAREST = 0, 1
@@ -45,6 +46,7 @@ def grid_sample(
     padding_mode: str = "zeros",
     align_corners: bool | None = None,
 ) -> Tensor:
+    """torch.nn.functional.grid_sample: `grid_sampler` with the modes by name."""
     return grid_sampler(input, grid, _MODES.index(mode), _PADDINGS.index(padding_mode), bool(align_corners))
 
 
@@ -61,6 +63,12 @@ def affine_grid_generator(theta: Tensor, size: Sequence[int], align_corners: boo
 
 
 def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None = None) -> Tensor:
+    """torch.nn.functional.affine_grid; what that one refuses it refuses here, in its own words."""
+    axes = len(size) - 2
+    fits = axes in (2, 3) and theta.dim() == 3 and tuple(theta.shape[1:]) == (axes, axes + 1)
+    empty = any(isinstance(length, int) and length <= 0 for length in size)
+    if not fits or empty or not theta.is_floating_point():
+        return functional.affine_grid(theta, list(size), align_corners)
     return affine_grid_generator(theta, size, bool(align_corners))
 
 
