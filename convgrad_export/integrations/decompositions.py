@@ -11,7 +11,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - hardtanh_backward (ReLU6): the translation lets the gradient through exactly at the clamps; a zero is common there.
 - threshold_backward, leaky_relu_backward, hardswish_backward, hardsigmoid_backward: right, but slow (Where).
 - copy: the translation does not broadcast.
-- full, full_like, scalar_tensor, clamp, hardtanh, arange, addcmul, addcdiv, addmv, addbmm, sinc: the translation rounds
+- full, scalar_tensor, clamp, hardtanh, arange, addcmul, addcdiv, addmv, addbmm, sinc: the translation rounds
   a float64 value to float32.
 - mv, addmv: onnxruntime is wrong for a transposed matrix times a vector.
 - log1p, expm1, logaddexp, logaddexp2, logcumsumexp: right for a part of the arguments (`exact_decompositions.py`).

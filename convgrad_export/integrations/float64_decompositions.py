@@ -86,13 +86,6 @@ def full(size: list[int], fill_value: Any, *, dtype: torch.dtype | None = None, 
     return aten.ones.default(size, dtype=torch.float64, device=options.get("device")) * fill_value
 
 
-def full_like(x: Tensor, fill_value: Any, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
-    """As `full`."""
-    if not _needs_float64(fill_value, dtype or x.dtype):
-        return NotImplemented
-    return aten.ones.default(list(x.shape), dtype=torch.float64, device=x.device) * fill_value
-
-
 def clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
     """The translation rounds float64 limits to float32."""
     if not _needs_float64(x.dtype, min, max):
@@ -168,7 +161,6 @@ _BY_PYTORCH = (
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.convolution.default: convolution_in_float64,
     aten.full.default: full,
-    aten.full_like.default: full_like,
     aten.scalar_tensor.default: scalar_tensor,
     aten.clamp.default: clamp,
     aten.arange.start_step: arange,

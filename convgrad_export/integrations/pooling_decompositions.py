@@ -47,18 +47,17 @@ def _spread(grad: Tensor, axis: int, size: Any, k: int, s: int, p: int) -> Tenso
     axis = axis % grad.dim()
     outputs = grad.shape[axis]
     trailing = grad.dim() - 1 - axis
-    padded = _padded
     if s > 1 and k == s and p == 0:
         shape = [*grad.shape[: axis + 1], k, *grad.shape[axis + 1 :]]
         full = grad.unsqueeze(axis + 1).expand(shape)
         full = full.reshape([*grad.shape[:axis], outputs * k, *grad.shape[axis + 1 :]])
     else:
         if s > 1:  # zeros between the elements
-            grad = padded(grad.unsqueeze(axis + 1), 0, s - 1, trailing)
+            grad = _padded(grad.unsqueeze(axis + 1), 0, s - 1, trailing)
             grad = grad.reshape([*grad.shape[:axis], outputs * s, *grad.shape[axis + 2 :]])
-        full = padded(grad, 0, k - 1, trailing)
+        full = _padded(grad, 0, k - 1, trailing)
         for tap in range(1, k):
-            full = full + padded(grad, tap, k - 1 - tap, trailing)
+            full = full + _padded(grad, tap, k - 1 - tap, trailing)
     return _cut(full, axis, size, s, p)
 
 
