@@ -17,10 +17,12 @@ from .graph_nodes import subgraphs
 
 
 class ModelSource(NamedTuple):
-    """Attributes:
-    content: what to hand to `onnxruntime.InferenceSession`: of a link to a model with weights beside it, that model.
-    parsed: the onnx.ModelProto of a file, without external data, as the check read it; None for bytes, and without
-        onnx.
+    """A model that was checked.
+
+    Attributes:
+        content: what to hand to `onnxruntime.InferenceSession`; of a link to a model with weights beside it, the model.
+        parsed: the onnx.ModelProto of a file, without external data, as the check read it; None for bytes, and without
+            onnx.
     """
 
     content: Path | bytes

@@ -291,11 +291,13 @@ class ParameterRule:
 
 @dataclass(frozen=True)
 class ResolvedOptimizer:
-    """Attributes:
-    rules: by parameter name; parameters without a rule stay as they are.
-    learning_rate: the default of the runtime input.
-    states: by parameter name, what a torch optimizer has gathered in steps that it has made already.
-    steps: by parameter name, how many those are.
+    """An optimizer for the parameters of one module.
+
+    Attributes:
+        rules: by parameter name; parameters without a rule stay as they are.
+        learning_rate: the default of the runtime input.
+        states: by parameter name, what a torch optimizer has gathered in steps that it has made already.
+        steps: by parameter name, how many those are.
     """
 
     rules: Mapping[str, ParameterRule]

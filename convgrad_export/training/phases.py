@@ -25,12 +25,14 @@ _OVERWRITING = ("Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Clip")
 
 @dataclass(frozen=True)
 class Phases:
-    """Attributes:
-    gradients: model of the first phase; its outputs are the step's that it computes, and `carried`.
-    update: model of the second phase without the types of its `carried` inputs.
-    carried: names of the tensors that go from one phase to the other.
-    hidden: those of them that the step itself does not return.
-    in_place: names of the state tensors whose new value may be written over the old one.
+    """A step's model, cut in two.
+
+    Attributes:
+        gradients: model of the first phase; its outputs are the step's that it computes, and `carried`.
+        update: model of the second phase without the types of its `carried` inputs.
+        carried: names of the tensors that go from one phase to the other.
+        hidden: those of them that the step itself does not return.
+        in_place: names of the state tensors whose new value may be written over the old one.
     """
 
     gradients: Any
