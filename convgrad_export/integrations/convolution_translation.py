@@ -18,13 +18,11 @@ from convgrad_export.geometry import ConvGeometry
 from convgrad_export.integrations import dynamic_convolution as dynamic
 from convgrad_export.integrations import float64_convolution
 from convgrad_export.integrations.convolution_marks import Mark, mark
-from convgrad_export.lowering import CPU, CUDA
+from convgrad_export.lowering import CPU, CUDA, GRADIENTS
 from convgrad_export.runtime.convolution_entries import FORWARD, may_replace
 from convgrad_export.selection.forward_policy import forward_body
 from convgrad_export.selection.policy import AUTO, check_name, choose
 from convgrad_export.selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
-
-GRADIENTS = ("input", "weight", "bias")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,11 @@ _CONVERSION = torch.ops.aten._to_copy.default
 _ADDING = {torch.ops.aten.scatter_add.default, torch.ops.aten.scatter_reduce.two, torch.ops.aten.index_put.default}
 
 
+def computed(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in the type that PyTorch's kernels compute in: float32 for the half types."""
+    return tensor.to(torch.float32) if tensor.dtype in HALF else tensor
+
+
 def has_bfloat16(graph_module: torch.fx.GraphModule) -> bool:
     """Most operators take bfloat16 from opset 22 on only, and onnxruntime's CPU provider has no kernels for it."""
     values = [node.meta.get("val") for node in graph_module.graph.nodes]

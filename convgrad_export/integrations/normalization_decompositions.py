@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convgrad_export.integrations.half_widening import computed
+
 aten = torch.ops.aten
 
 
@@ -24,11 +26,6 @@ def _count_per_channel(x: Tensor) -> Any:
 
 def _per_channel(x: Tensor, like: Tensor) -> Tensor:
     return x.reshape([1, -1] + [1] * (like.dim() - 2))
-
-
-def _computed(x: Tensor) -> Tensor:
-    """float16 and bfloat16 are accumulated in float32, as eager does."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def batch_norm_functional(
@@ -50,7 +47,7 @@ def batch_norm_functional(
         )
         return out, mean, rstd, running_mean, running_var
     axes = _statistics_axes(x)
-    wide = _computed(x)
+    wide = computed(x)
     mean = wide.mean(axes)
     centred = wide - _per_channel(mean, x)
     variance = (centred * centred).mean(axes)
@@ -128,13 +125,13 @@ def batch_norm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias); with batch statistics when `train`, with the running ones otherwise."""
     axes = _statistics_axes(x)
-    grad, wide = _computed(grad_out), _computed(x)
+    grad, wide = computed(grad_out), computed(x)
     if train:
         mean, rstd = save_mean, save_rstd
     else:
         if running_mean is None or running_var is None:
             raise ValueError("batch_norm_backward: evaluation mode needs running statistics")
-        mean, rstd = _computed(running_mean), torch.rsqrt(_computed(running_var) + eps)
+        mean, rstd = computed(running_mean), torch.rsqrt(computed(running_var) + eps)
     if mean is None or rstd is None:
         raise ValueError("batch_norm_backward: training mode needs the saved statistics")
     scale = rstd if weight is None else rstd * weight

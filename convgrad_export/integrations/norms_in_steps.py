@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .half_widening import computed
+
 
 def _normalized(
     x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
@@ -39,11 +41,6 @@ def _update(running: Tensor | None, found: Tensor, momentum: float) -> None:
         running.copy_(running * (1 - momentum) + found * momentum)
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Half types are computed in float32, as PyTorch does."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def _norm(
     x: Tensor,
     running_mean: Tensor | None,
@@ -55,7 +52,7 @@ def _norm(
     eps: float,
 ) -> Tensor:
     """`own` are the axes over which the statistics are taken; None for the running ones."""
-    wide = _wide(x)
+    wide = computed(x)
     if own is None:
         if running_mean is None or running_var is None:
             raise ValueError("a normalization by running statistics has none")

@@ -15,11 +15,11 @@ from ..errors import ConvGradError
 from ..lowering import CPU
 from ..runtime.providers import CUDA
 from ..selection.policy import AUTO
-from .half_widening import widen_half
+from .half_widening import has_bfloat16, widen_half
 from .ort_partition import assign, is_size, name_once, read_from_values, why_not_onnxruntime
 from .ort_segment import OrtSegment
 from .output_views import separate_views
-from .program import is_random
+from .program import is_getitem, is_random
 
 
 class OrtGraph:
@@ -42,7 +42,7 @@ class OrtGraph:
         device = _device_of(graph_module.graph)
         self._device = device or torch.device("cpu")
         self._provider = CUDA if self._device.type == "cuda" else CPU
-        if self._provider == CPU or _has_bfloat16(graph_module.graph):
+        if self._provider == CPU or has_bfloat16(graph_module):
             widen_half(graph_module)  # torch.onnx writes opset 18, whose Conv and Pad have no bfloat16 on CUDA either
         self._sizes = _Sizes(graph_module.graph)
         views = separate_views(graph_module.graph, returned)
@@ -81,7 +81,7 @@ class OrtGraph:
         for node in self._module.graph.nodes:
             if node.op != "call_function" or is_size(node) or is_random(node):
                 continue
-            if _is_getitem(node):
+            if is_getitem(node):
                 continue
             reason = why_not_onnxruntime(node, self._provider)
             if device is None and reason is None:
@@ -108,7 +108,7 @@ class OrtGraph:
                 segment = OrtSegment(nodes, lowering, self._provider)
             except (ConvGradError, RuntimeError) as error:
                 reason = f"its part of the graph was refused: {str(error).splitlines()[0][:200]}"
-                return dict.fromkeys((node for node in nodes if not _is_getitem(node)), reason)
+                return dict.fromkeys((node for node in nodes if not is_getitem(node)), reason)
             self._steps.append(_Session(segment, self._device))
         self._dead = _dead_after(self._steps, graph)
         return {}
@@ -251,12 +251,3 @@ def _device_of(graph: torch.fx.Graph) -> torch.device | None:
     if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         return None
     return next(iter(devices))
-
-
-def _has_bfloat16(graph: torch.fx.Graph) -> bool:
-    values = (node.meta.get("val") for node in graph.nodes)
-    return any(isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 for value in values)
-
-
-def _is_getitem(node: torch.fx.Node) -> bool:
-    return node.target is operator.getitem

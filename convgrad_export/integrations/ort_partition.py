@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from ..lowering import CPU
-from .program import is_random
+from .program import is_getitem, is_random
 from .torchlib import translations
 
 logger = logging.getLogger(__name__)
@@ -35,9 +34,11 @@ _named: set[str] = set()
 
 @dataclass(frozen=True)
 class Assignment:
-    """Attributes:
-    side: who computes the node; "size" for numbers, which are computed from sizes of inputs and of PyTorch's results.
-    level: groups of one side and level run together. That of a number is 0, or of the node that it depends on.
+    """Where one node is computed.
+
+    Attributes:
+        side: who computes it; "size" for numbers, which are computed from sizes of inputs and of PyTorch's results.
+        level: groups of one side and level run together. That of a number is 0, or of the node that it depends on.
     """
 
     side: Side
@@ -105,7 +106,7 @@ def assign(graph: torch.fx.Graph, refused: Mapping[torch.fx.Node, str]) -> dict[
             needed = symbols_in(node.meta["val"])
             assignments[node] = Assignment("size", max((levels.get(symbol, 0) for symbol in needed), default=0))
             continue
-        if node.target is operator.getitem and node.args[0] in assignments:
+        if is_getitem(node) and node.args[0] in assignments:
             assignments[node] = assignments[node.args[0]]
             continue
         side: Side = "torch" if node in refused or node in readers or is_random(node) else "onnxruntime"

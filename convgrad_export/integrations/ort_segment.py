@@ -110,9 +110,12 @@ class OrtSegment:
                 raise RuntimeError(f"it gives {value.name} as {value.type}, and PyTorch as {dtype}")
 
     def __call__(self, values: Sequence[Any], shapes: Sequence[tuple[int, ...]], device: torch.device) -> list[Any]:
-        """Args:
-        values: tensors and integers in the order of `inputs`.
-        shapes: of the results, in the order of `outputs`.
+        """One run.
+
+        Args:
+            values: tensors and integers in the order of `inputs`.
+            shapes: of the results, in the order of `outputs`.
+            device: where the results lie.
 
         Returns:
             Contiguous tensors in torch's own memory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,6 +57,11 @@ class TracedOutput:
 
     spec: GraphOutput
     tensor: torch.Tensor
+
+
+def is_getitem(node: torch.fx.Node) -> bool:
+    """Whether a node takes one of several results."""
+    return node.target is operator.getitem
 
 
 def is_random(node: torch.fx.Node) -> bool:

@@ -6,7 +6,6 @@ needs none of them: it is functional and decomposed already. What is used here i
 
 from __future__ import annotations
 
-import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -29,7 +28,7 @@ from convgrad_export.integrations.convolution_translation import (
 from convgrad_export.integrations.finishing import BASE_OPSET, CONSTANT, MIN_OPSET, copied
 from convgrad_export.integrations.float64_constants import keep_in_float64
 from convgrad_export.integrations.half_widening import lacks_float16, widen_half
-from convgrad_export.integrations.program import CapturedProgram, GraphInput
+from convgrad_export.integrations.program import CapturedProgram, GraphInput, is_getitem
 from convgrad_export.integrations.symbolic_scalars import scalars_to_tensors
 from convgrad_export.lowering import CPU
 from convgrad_export.selection.policy import AUTO
@@ -183,7 +182,7 @@ def refuse_untranslatable(program: CapturedProgram, is_registered: Callable[[Any
     """Raise one error with every operator that cannot be translated."""
     missing: dict[str, Counter[str]] = {}
     for node in program.graph_module.graph.nodes:
-        if node.op != "call_function" or is_registered(node.target) or _is_getitem(node):
+        if node.op != "call_function" or is_registered(node.target) or is_getitem(node):
             continue
         module = node.meta.get("nn_module_path") or "the top module's own forward"
         missing.setdefault(str(node.target), Counter())[module] += 1
@@ -198,10 +197,6 @@ def refuse_untranslatable(program: CapturedProgram, is_registered: Callable[[Any
         f"{len(missing)} operator(s) of this model have no ONNX translation:\n" + "\n".join(lines) + "\nNothing was "
         "written. Replace the operators in the named modules, or pass decompositions={overload: function}."
     )
-
-
-def _is_getitem(node: torch.fx.Node) -> bool:
-    return node.target is operator.getitem
 
 
 _PROMOTING = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentTypeError, ConstantGradientError
-from ..integrations.half_widening import HALF
+from ..integrations.half_widening import HALF, computed
 from ..integrations.outputs import updated
 from ..integrations.program import GraphInput, GraphOutput, TracedOutput
 from ..tensor_names import GRADIENT_NORM, LEARNING_RATE, MICRO_STEP, STEP
@@ -123,17 +123,13 @@ def _clipped(gradients: Mapping[str, Tensor], limit: float) -> tuple[Tensor, dic
     Half gradients are squared and scaled in float32, as PyTorch's kernels do.
     """
     wide = functools.reduce(torch.promote_types, (g.dtype for g in gradients.values()), torch.float32)
-    squares = [_widened(g) for g in gradients.values()]
+    squares = [computed(g) for g in gradients.values()]
     norm = torch.stack([(g * g).sum().to(wide) for g in squares]).sum().sqrt()
     factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
     return norm, {
         name: (wider * factor.to(wider.dtype)).to(gradients[name].dtype)
         for name, wider in zip(gradients, squares, strict=True)
     }
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32) if tensor.dtype in HALF else tensor
 
 
 @_marked
@@ -166,7 +162,7 @@ def apply_rules(
 
         def joined(tensors: list[Tensor], elementwise: bool = elementwise) -> Tensor:
             tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-            return _widened(tensor) if elementwise else tensor
+            return computed(tensor) if elementwise else tensor
 
         old = {key: joined([values[f"{name}.{key}"] for name in names]) for key in kept}
         parameter = joined([values[name].detach() for name in names])
