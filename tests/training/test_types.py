@@ -113,7 +113,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CALLS: list[tuple[Callable[[Path, CheckpointState, Module, Optimizer], Any], str]] = [
     (lambda f, s, m, o: CheckpointState.load_checkpoint(3), "checkpoint is 3"),
     (lambda f, s, m, o: CheckpointState.save_checkpoint(3, f / "x"), "state is a int"),
-    (lambda f, s, m, o: CheckpointState.save_checkpoint(s, 3), "path is 3"),
+    (lambda f, s, m, o: CheckpointState.save_checkpoint(s, 3), "checkpoint_uri is 3"),
     (lambda f, s, m, o: Module(3, s), "model is a int"),
     (lambda f, s, m, o: Module(f / "training_model.onnx", {}), "state is a dict, expected a CheckpointState"),
     (lambda f, s, m, o: Module(f / "training_model.onnx", s, 3), "model is a int"),
