@@ -14,7 +14,11 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - full, scalar_tensor, clamp, hardtanh, arange, addcmul, addcdiv, addmv, addbmm, sinc: the translation rounds
   a float64 value to float32.
 - mv, addmv: onnxruntime is wrong for a transposed matrix times a vector.
-- log1p, expm1, logaddexp, logaddexp2, logcumsumexp: right for a part of the arguments (`exact_decompositions.py`).
+- log1p, expm1, logaddexp, logaddexp2, logcumsumexp, remainder: right for a part of the arguments
+  (`exact_decompositions.py`).
+- sum, cumsum: ONNX adds up neither booleans nor small integers. max along an axis: ArgMax takes no booleans.
+- as_strided_scatter, diagonal_scatter, unfold_backward, median, hypot, copysign, rrelu, the product of Bilinear: no
+  translation.
 - erfc, erfcx: no digit is right for large arguments (`error_functions.py`).
 - scatter_reduce: the translation of "mean" overwrites.
 - split into parts of a dynamic size: a sequence, on which onnxscript's optimizer and opsets below 18 fail.

@@ -8,17 +8,18 @@ from typing import Any
 from ..errors import DTypeError, GeometryError
 from .tensors import TensorView, onnx_type
 
-NamedSizes = dict[str, tuple[int, str]]  # a size by its name in the model, and what it was first seen on
+# The named sizes of one run: by a size's name in the model its value, and the label of the input that it was read off.
+NamedSizes = dict[str, tuple[int, str]]
 
 
 @dataclass(frozen=True)
 class Declared:
-    """Read once: each question to a session's own description takes a microsecond.
+    """An input as its model declares it, read once: each question to a session's own description takes a microsecond.
 
     Attributes:
         label: what an error calls the input.
         code: TensorProto's number of the element type. dtype: numpy's name of it.
-        shape: of each axis the size, its name in the model, or None.
+        shape: of each axis the size, the size's name in the model, or None where it has neither.
     """
 
     label: str
@@ -37,10 +38,13 @@ class Declared:
         return cls(label, code, dtype, tuple(value.shape))
 
     def check(self, view: TensorView, sizes: NamedSizes) -> None:
-        """Whether `view` has the type and shape; `sizes` collects the named ones over all inputs of a run.
+        """Refuse a tensor of another type or shape.
+
+        Args:
+            sizes: takes up the named sizes, to be handed to the check of every input of the run.
 
         Raises:
-            DTypeError, GeometryError: it has not.
+            DTypeError: another element type. GeometryError: another size, or one that differs from an input's before.
         """
         if view.dtype != self.dtype:
             raise DTypeError(f"{self.label} is {view.dtype}, expected {self.dtype}")
