@@ -59,6 +59,17 @@ def as_bool(value: Any, name: str) -> bool:
     raise ArgumentTypeError(f"{name} is {value!r} ({type(value).__name__}), expected True or False")
 
 
+def as_text(value: Any, name: str) -> str:
+    """`value` if it is a string.
+
+    Raises:
+        ArgumentTypeError: anything else.
+    """
+    if isinstance(value, str):
+        return value
+    raise ArgumentTypeError(f"{name} is {value!r} ({type(value).__name__}), expected a string")
+
+
 def check_flags(**given: Any) -> None:
     """Refuse an option that is neither True nor False: "no", say, which is true."""
     for name, value in given.items():

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from convgrad_export.integrations.aten_measure import milliseconds
+
 
 @dataclass
 class Budget:
@@ -72,15 +74,4 @@ def medians(
 
 def _once(call: Callable[[], Any], device: str, repeats: int) -> float:
     synchronise(device)
-    if not device.startswith("cuda"):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return (time.perf_counter() - start) * 1e3 / repeats
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / repeats
+    return milliseconds(call, repeats, on_cuda=device.startswith("cuda"))

@@ -40,7 +40,7 @@ CANDIDATES = {
         "weight.shifted_matmul",
     ),
 }
-_ROUNDS = 9
+_ROUNDS, _REPEATS = 9, 5
 
 
 class _Recorder(TorchDispatchMode):
@@ -107,12 +107,13 @@ def event_times(contenders: Mapping[str, Callable[[], Any]]) -> dict[str, float]
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(_ROUNDS):
         for name, call in contenders.items():
-            samples[name].append(_milliseconds(call))
+            samples[name].append(milliseconds(call, _REPEATS, on_cuda=torch.cuda.is_available()))
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def _milliseconds(call: Callable[[], Any], repeats: int = 5) -> float:
-    if not torch.cuda.is_available():
+def milliseconds(call: Callable[[], Any], repeats: int, *, on_cuda: bool) -> float:
+    """Of one call: all repeats between two CUDA events, or by the clock."""
+    if not on_cuda:
         start = time.perf_counter()
         for _ in range(repeats):
             call()

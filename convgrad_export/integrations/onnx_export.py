@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 
 from convgrad_export.arguments import check_error_factor, check_flags, check_table, check_threads
-from convgrad_export.errors import ArgumentTypeError, ProviderError
+from convgrad_export.errors import ArgumentTypeError
 from convgrad_export.integrations import saving
 from convgrad_export.integrations.arguments import wrt_names
 from convgrad_export.integrations.capture import capture, capture_gradients
@@ -30,7 +30,7 @@ from convgrad_export.integrations.scalars import cotangent_product, example_cota
 from convgrad_export.integrations.translation import translate
 from convgrad_export.integrations.verification import run_once
 from convgrad_export.integrations.verification import verify as run_verification
-from convgrad_export.lowering import CPU, CUDA
+from convgrad_export.lowering import CPU, check_provider
 from convgrad_export.runtime.session import GradientSession
 from convgrad_export.selection.policy import AUTO
 from convgrad_export.selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
@@ -283,8 +283,7 @@ def _check(settings: _Settings, decompositions: Any) -> None:
     for what, names in (("input_names", settings.input_names), ("output_names", settings.output_names)):
         if names is not None:
             check_names(what, names)
-    if not str(settings.provider).endswith("ExecutionProvider"):
-        raise ProviderError(f"provider is {settings.provider!r}, expected an onnxruntime name like {CPU!r} or {CUDA!r}")
+    check_provider(settings.provider)
 
 
 def _export(captured: Callable[[], CapturedProgram], settings: _Settings) -> ExportReport:

@@ -12,25 +12,14 @@ from ..lowering import CPU, CUDA
 from ..runtime import cuda_run, tensors
 from ..runtime.blocked import in_blocked_layout
 from ..runtime.cuda_options import CudaOptions
-from ..runtime.providers import onnxruntime
+from ..runtime.providers import is_onnxruntime_error, onnxruntime
 from ..selection.policy import AUTO
 from ..session_memory import free_early
 from .finishing import finish
 from .program import CapturedProgram, GraphInput, GraphOutput
 from .translation import translate
 
-_CODES = {
-    torch.float32: 1,
-    torch.uint8: 2,
-    torch.int8: 3,
-    torch.int16: 5,
-    torch.int32: 6,
-    torch.int64: 7,
-    torch.bool: 9,
-    torch.float16: 10,
-    torch.float64: 11,
-    torch.bfloat16: 16,
-}
+_CODES = {getattr(torch, name): code for name, code in tensors.CODES.items()}
 
 
 def extract(nodes: Sequence[torch.fx.Node]) -> tuple[torch.fx.GraphModule, list[torch.fx.Node], list[torch.fx.Node]]:
@@ -96,8 +85,8 @@ class OrtSegment:
             content = in_blocked_layout(content)
         try:
             self._session = ort.InferenceSession(content, options, providers=[provider], provider_options=[settings])
-        except Exception as error:  # onnxruntime raises a private class for each status code
-            if not type(error).__module__.startswith("onnxruntime"):
+        except Exception as error:
+            if not is_onnxruntime_error(error):
                 raise
             raise RuntimeError(str(error)) from error
         self._types = {value.name: tensors.onnx_type(value.type)[1] for value in self._session.get_inputs()}

@@ -61,6 +61,16 @@ def as_provider(provider: Any) -> str:
     return name
 
 
+def check_provider(provider: Any) -> None:
+    """Refuse what is no full name of a provider: lowerings are chosen for the CPU or for CUDA by it.
+
+    Raises:
+        ProviderError: no such name.
+    """
+    if not isinstance(provider, str) or not provider.endswith(_SUFFIX):
+        raise ProviderError(f"provider is {provider!r:.80}, expected an onnxruntime name like {CPU!r} or {CUDA!r}")
+
+
 def cuda_kernel(operator: str, dtype: str, opset: int) -> bool:
     """Whether onnxruntime-gpu has a CUDA kernel of a standard operator for tensors of `dtype`."""
     first = CUDA_KERNELS.get(operator, {}).get(dtype)

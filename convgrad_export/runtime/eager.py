@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from .. import dtypes
-from ..arguments import as_mask, as_shape
+from ..arguments import as_mask, as_shape, as_text
 from ..errors import ArgumentTypeError, DeviceError, DTypeError, GeometryError, UnsupportedLoweringError
 from ..geometry import ConvGeometry
 from ..lowering import GRADIENTS, LOWERINGS, Lowering, candidates, preferred_opset
@@ -322,9 +322,7 @@ def _as_array(value: Any) -> Any:
 
 def _check_lowering(lowering: Any, gradients: Sequence[str]) -> None:
     """A name that another gradient's lowering has would be passed over in silence; the policy checks the rest."""
-    if not isinstance(lowering, str):
-        raise ArgumentTypeError(f"lowering is {lowering!r} ({type(lowering).__name__}), expected a string")
-    entry = LOWERINGS.get(lowering)
+    entry = LOWERINGS.get(as_text(lowering, "lowering"))
     if entry is not None and entry.gradient not in gradients:
         names = ", ".join(other.name for gradient in gradients for other in candidates(gradient))
         raise UnsupportedLoweringError(

@@ -32,6 +32,8 @@ _TYPES = {
     "tensor(bool)": (9, "bool"),
 }
 
+CODES = {name: code for code, name in _TYPES.values()}  # by numpy's name of the type
+
 
 class TensorView(NamedTuple):
     """A contiguous block of memory that onnxruntime may read; `owner` keeps it alive."""

@@ -14,7 +14,8 @@ stays everywhere else.
 
 from __future__ import annotations
 
-from ..errors import ArgumentTypeError, UnsupportedLoweringError
+from ..arguments import as_text
+from ..errors import UnsupportedLoweringError
 from ..geometry import ConvGeometry
 from ..lowering import CPU, LOWERINGS, Lowering, candidates
 from . import aten_measurements
@@ -38,13 +39,12 @@ def check_lowering(lowering: object) -> str:
     Raises:
         ArgumentTypeError: not a string. UnsupportedLoweringError: an unknown name.
     """
-    if not isinstance(lowering, str):
-        raise ArgumentTypeError(f"lowering is {lowering!r} ({type(lowering).__name__}), expected a string")
-    if lowering not in WAYS and lowering not in LOWERINGS:
+    name = as_text(lowering, "lowering")
+    if name not in WAYS and name not in LOWERINGS:
         raise UnsupportedLoweringError(
-            f"lowering {lowering!r} is unknown, expected one of: {', '.join((*WAYS, *LOWERINGS))}"
+            f"lowering {name!r} is unknown, expected one of: {', '.join((*WAYS, *LOWERINGS))}"
         )
-    return lowering
+    return name
 
 
 def choose_aten(

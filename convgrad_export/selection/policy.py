@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..arguments import check_workspace
-from ..errors import ArgumentTypeError, UnsupportedLoweringError
+from ..arguments import as_text, check_workspace
+from ..errors import UnsupportedLoweringError
 from ..geometry import ConvGeometry
 from ..lowering import CPU, CUDA, LOWERINGS, Lowering, by_name, candidates
 from .graph_walk import workspace_bytes
@@ -22,11 +22,10 @@ def check_name(lowering: object) -> str:
     Raises:
         ArgumentTypeError: not a string. UnsupportedLoweringError: an unknown name.
     """
-    if not isinstance(lowering, str):
-        raise ArgumentTypeError(f"lowering is {lowering!r} ({type(lowering).__name__}), expected a string")
-    if not is_way(lowering) and lowering not in LOWERINGS:
-        raise UnsupportedLoweringError(f"lowering {lowering!r} is none of: {AUTO}, {TUNED}, {', '.join(LOWERINGS)}")
-    return lowering
+    name = as_text(lowering, "lowering")
+    if not is_way(name) and name not in LOWERINGS:
+        raise UnsupportedLoweringError(f"lowering {name!r} is none of: {AUTO}, {TUNED}, {', '.join(LOWERINGS)}")
+    return name
 
 
 def is_way(lowering: str) -> bool:
@@ -69,8 +68,7 @@ def choose(
             is left. ArgumentTypeError: a lowering that is no string, a limit that is no number of bytes.
             GeometryError: `max_workspace` with an open batch. TuningCacheError: as `tuned.tuned_name`.
     """
-    if not isinstance(lowering, str):
-        raise ArgumentTypeError(f"lowering is {lowering!r} ({type(lowering).__name__}), expected a string")
+    as_text(lowering, "lowering")
     max_workspace = check_workspace(max_workspace)
     if not max_error_factor >= DIRECT:  # NaN too
         raise UnsupportedLoweringError(

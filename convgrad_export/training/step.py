@@ -27,7 +27,7 @@ from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, Tra
 from ..integrations.report import ExportReport, describe
 from ..integrations.tracing import swapped_tensors, trace_function
 from ..integrations.translation import translate
-from ..lowering import CPU
+from ..lowering import CPU, check_provider
 from ..selection.policy import AUTO, check_name
 from ..selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 from ..tensor_names import GRADIENT_NORM, LEARNING_RATE, LOSS, SEED, STEP
@@ -42,7 +42,6 @@ from .randomness import SeededRandomness
 from .step_arguments import (
     check_names,
     check_numbers,
-    check_provider,
     split_batch,
     split_shapes,
     trainable_parameters,

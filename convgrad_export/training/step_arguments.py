@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..arguments import as_names
-from ..errors import ArgumentTypeError, DTypeError, ProviderError
+from ..errors import ArgumentTypeError, DTypeError
 from ..integrations.arguments import CallArguments, unwrapped
 from ..integrations.program import GraphInput
-from ..lowering import CPU, CUDA
 from .losses import Loss
 
 
@@ -27,12 +26,6 @@ def check_numbers(max_grad_norm: Any, max_grad_value: Any, accumulation: Any) ->
             raise ArgumentTypeError(f"{name} is {value!r:.80}, expected a number above 0 or None")
     if isinstance(accumulation, bool) or not isinstance(accumulation, numbers.Integral) or int(accumulation) < 1:
         raise ArgumentTypeError(f"gradient_accumulation is {accumulation!r}, expected an integer of at least 1")
-
-
-def check_provider(provider: Any) -> None:
-    """Refuse what is no full name of a provider: lowerings are chosen for the CPU or for CUDA by it."""
-    if not isinstance(provider, str) or not provider.endswith("ExecutionProvider"):
-        raise ProviderError(f"provider is {provider!r:.80}, expected an onnxruntime name like {CPU!r} or {CUDA!r}")
 
 
 def check_names(module: torch.nn.Module, specs: Sequence[GraphInput], reserved: Sequence[str]) -> None:
