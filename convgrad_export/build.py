@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,9 @@ from .emit.dynamic import emit_dynamic_model
 from .emit.onnx import MAX_OPSET, MIN_OPSET, GradientRequest, emit_model
 from .errors import ArgumentTypeError, GeometryError, UnsupportedLoweringError
 from .geometry import ConvGeometry
-from .lowering import CPU, as_provider, candidates
+from .lowering import CPU, Lowering, as_provider, candidates
 from .operators import CONVOLUTION_BACKWARD, Operator, operator
-from .runtime.convolution_entries import described, may_replace
+from .runtime.convolution_entries import ConvolutionEntry, described, may_replace
 from .runtime.formula import write_entries
 from .selection.policy import AUTO, choose, is_way
 from .selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
@@ -89,25 +89,9 @@ def build_model(
     dims = _dynamic(dynamic)
     check_threads(threads)
     check_error_factor(max_error_factor)
-    attributes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     if not set(dims) <= {BATCH_NAME}:
-        if op.name == CONVOLUTION_BACKWARD or transposed:
-            raise UnsupportedLoweringError(
-                f"dynamic is {tuple(dims)} for {'a transposed ' if transposed else ''}{op.name}: only the batch can be "
-                f"dynamic there; the six conv*d_input and conv*d_weight functions take every dimension"
-            )
-        if any(extra := as_sizes(output_padding, op.rank or 0, "output_padding", minimum=0)):
-            raise GeometryError(f"output_padding is {extra}, expected 0: only a transposed convolution has it")
-        if lowering != AUTO:
-            raise UnsupportedLoweringError(
-                f"lowering is {lowering!r} with dynamic {tuple(dims)}: a lowering is built for fixed sizes, expected "
-                f"'auto' for the canonical function"
-            )
-        if max_workspace is not None:
-            raise UnsupportedLoweringError(
-                f"max_workspace is {max_workspace} with dynamic {tuple(dims)}: the canonical function's intermediate "
-                f"tensors have no fixed size, expected None"
-            )
+        _refuse_for_function(op, dims, transposed, output_padding, lowering, max_workspace)
+        attributes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         return emit_dynamic_model(
             op, name, opset, dims, input_shape, weight_shape, inline=as_bool(inline, "inline"), **attributes
         )
@@ -162,14 +146,46 @@ def build_model(
 
     proto = onnx_ir.to_proto(model)
     if lowering == AUTO and provider == CPU and name == "float32":
-        others = {"input": "weight", "weight": "input"}
-        found = [
-            described(gradient, emitted, f"grad_{gradient}", ("grad_output", others[gradient]))
-            for gradient, entry in chosen.items()
-            if gradient in others and may_replace(emitted, entry.name)
-        ]
-        write_entries(proto, [entry for entry in found if entry is not None])
+        write_entries(proto, _replaceable(emitted, chosen))
     return proto
+
+
+def _refuse_for_function(
+    op: Operator, dims: tuple[str, ...], transposed: bool, output_padding: Any, lowering: str, max_workspace: int | None
+) -> None:
+    """Refuse what a model of a canonical function, whose dimensions `dims` are dynamic, has no place for.
+
+    Raises:
+        UnsupportedLoweringError, GeometryError: with the option.
+    """
+    if op.name == CONVOLUTION_BACKWARD or transposed:
+        raise UnsupportedLoweringError(
+            f"dynamic is {dims} for {'a transposed ' if transposed else ''}{op.name}: only the batch can be "
+            f"dynamic there; the six conv*d_input and conv*d_weight functions take every dimension"
+        )
+    if any(extra := as_sizes(output_padding, op.rank or 0, "output_padding", minimum=0)):
+        raise GeometryError(f"output_padding is {extra}, expected 0: only a transposed convolution has it")
+    if lowering != AUTO:
+        raise UnsupportedLoweringError(
+            f"lowering is {lowering!r} with dynamic {dims}: a lowering is built for fixed sizes, expected "
+            f"'auto' for the canonical function"
+        )
+    if max_workspace is not None:
+        raise UnsupportedLoweringError(
+            f"max_workspace is {max_workspace} with dynamic {dims}: the canonical function's intermediate "
+            f"tensors have no fixed size, expected None"
+        )
+
+
+def _replaceable(geometry: ConvGeometry, chosen: Mapping[str, Lowering]) -> list[ConvolutionEntry]:
+    """What of a model a session may compute in its own layout."""
+    others = {"input": "weight", "weight": "input"}
+    found = [
+        described(gradient, geometry, f"grad_{gradient}", ("grad_output", others[gradient]))
+        for gradient, entry in chosen.items()
+        if gradient in others and may_replace(geometry, entry.name)
+    ]
+    return [entry for entry in found if entry is not None]
 
 
 @dataclass(frozen=True)

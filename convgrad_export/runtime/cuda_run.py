@@ -102,16 +102,7 @@ class CudaRun:
         self._stream.after_run()  # the memory may still be in use by a run that another stream asked for
         for name, view in views.items():
             self._fixed[name].copy_(view.owner)
-        fixed = {
-            name: TensorView(
-                self._fixed[name],
-                view.shape,
-                view.dtype,
-                view.device_type,
-                view.device_index,
-            )
-            for name, view in views.items()
-        }
+        fixed = {name: view._replace(owner=self._fixed[name]) for name, view in views.items()}
         self._launch(fixed, codes, {name: self._fixed[name] for name in self._outputs})
         results = [self._fixed[name].clone() for name in names]
         self._stream.before_run()  # the next replay must not overtake the copies

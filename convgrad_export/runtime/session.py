@@ -79,7 +79,7 @@ class GradientSession:
             raise ArgumentTypeError(
                 f"session_options is a {type(session_options).__name__}, expected an onnxruntime.SessionOptions or None"
             )
-        where = f"{source}" if isinstance(source, Path) else "the model given as bytes"
+        where = str(source) if isinstance(source, Path) else "the model given as bytes"
         self._requested, settings = wanted[0]
         stream = cuda_run.stream_for(settings) if self._requested == CUDA else None
         on_cpu = is_cpu_alone(wanted)
