@@ -21,6 +21,9 @@ from .model_source import model_source
 from .placement import RECORD_ASSIGNMENT, PlacementReport, read_placement
 from .providers import CPU, CUDA, Providers, is_cpu_alone, onnxruntime, open_session, resolve
 
+# numpy has no bfloat16, and onnxruntime's arrays of uint64 are of the C type that torch does not take.
+_BOUND_TYPES = {"tensor(bfloat16)", "tensor(uint64)"}
+
 
 @contextlib.contextmanager
 def _settings(options: Any, threads: int | None) -> Iterator[Any]:
@@ -99,7 +102,7 @@ class GradientSession:
         inputs = self._session.get_inputs()
         self._inputs = {value.name: Declared.of(value, f"input {value.name}") for value in inputs}
         types = {value.type for value in (*inputs, *self._session.get_outputs())}
-        self._numpy_has_types = "tensor(bfloat16)" not in types
+        self._through_numpy = types.isdisjoint(_BOUND_TYPES)
         self._output_names = [value.name for value in self._session.get_outputs()]
         self._cuda = None if stream is None else cuda_run.CudaRun(self._session, stream, settings)
         if self._requested != CPU and (report := self.placement()).left:
@@ -181,7 +184,7 @@ class GradientSession:
         sizes: NamedSizes = {}
         for name, value in views.items():
             self._inputs[name].check(value, sizes)
-        if self._numpy_has_types and all(value.device_type == "cpu" for value in views.values()):
+        if self._through_numpy and all(value.device_type == "cpu" for value in views.values()):
             # Half of a binding's time. The results lie in onnxruntime's memory, not in that of the inputs.
             arrays = self._session.run(names, {name: value.array for name, value in views.items()})
             return [sys.modules["torch"].from_numpy(array) for array in arrays] if as_torch else arrays

@@ -137,8 +137,10 @@ def view(value: Any, name: str) -> TensorView:
             )
         if value.device.type not in ("cpu", "cuda"):
             raise DeviceError(f"{name} is on {value.device}, expected cpu or cuda: onnxruntime reads no other memory")
-        # A tensor may be the negative of what its memory holds, to be computed when it is read.
+        # A tensor may be the negative of what its memory holds, to be computed when it is read, or zero without memory.
         dense = value.detach().resolve_neg().contiguous()
+        if dense._is_zerotensor():
+            dense = dense.clone()
         device = dense.device
         return TensorView(dense, tuple(dense.shape), type_name(dense), device.type, device.index or 0)
     if not is_array(value):

@@ -93,6 +93,28 @@ def test_bfloat16_arrays_go_through_numpy() -> None:
     assert result.tolist() == [[[1, 2, 2, 1]]]
 
 
+def identity(element_type: int) -> onnx.ModelProto:
+    x, y = (onnx.helper.make_tensor_value_info(name, element_type, ["rows", "columns"]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float64", "int8", "uint16", "uint64", "bool"])
+@pytest.mark.parametrize("rows", [2, 0])
+def test_tensors_of_every_type_come_back_as_such(name: str, rows: int) -> None:
+    dtype = getattr(torch, name)
+    given = torch.tensor([[1, 0, 3], [4, 5, 6]]).to(dtype)[:rows]
+    element_type = getattr(onnx.TensorProto, {"float64": "DOUBLE"}.get(name, name.upper()))
+    result = cg.GradientSession(identity(element_type)).run({"x": given})["y"]
+    assert result.dtype == dtype
+    assert torch.equal(result, given)
+
+
+def test_tensors_that_are_zero_without_memory() -> None:
+    zero = torch._efficientzerotensor((2, 3))  # PyTorch's own, in forward-mode derivatives
+    assert torch.equal(cg.GradientSession(identity(onnx.TensorProto.FLOAT)).run({"x": zero})["y"], torch.zeros(2, 3))
+
+
 def test_placement_lists_every_node_and_none_left_the_cpu() -> None:
     report = cg.GradientSession(MODEL).placement()
     assert [node.op_type for node in report.nodes] == ["ConvTranspose"]
