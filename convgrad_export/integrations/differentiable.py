@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from .grid_sampling import affine_grid, affine_grid_generator, grid_sample, grid_sampler
 from .interpolation import interpolate
-from .norms_in_steps import NORMS
+from .norms_in_steps import FORWARD_NORMS, NORMS
 
 
 def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
@@ -112,10 +113,10 @@ _REPLACEMENTS: Mapping[Any, Callable[..., Tensor]] = {
 
 
 class DifferentiableReplacements(TorchFunctionMode):
-    """While active, calls of the functions above run their replacement.
+    """While active, calls of the functions above run their replacement, as do norms in forward-mode derivatives.
 
     Args:
-        norms: Batch and instance norms as well, see `norms_in_steps.py`.
+        norms: Batch and instance norms anywhere, see `norms_in_steps.py`.
 
     Attributes:
         normalizes: Whether there was one of these.
@@ -131,4 +132,6 @@ class DifferentiableReplacements(TorchFunctionMode):
         if func in NORMS:
             self.normalizes = True
             func = NORMS[func] if self._norms else func
+        if forward_ad._current_level >= 0:  # inside torch.func.jvp, jacfwd, forward_ad.dual_level
+            func = FORWARD_NORMS.get(func, func)
         return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))

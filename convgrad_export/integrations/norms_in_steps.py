@@ -1,14 +1,17 @@
-"""Batch and instance norms in steps that autograd goes through twice, at any sizes.
+"""Norms in steps that autograd goes through twice, at any sizes, and forward-mode derivatives in a trace.
 
 PyTorch's second derivative of its fused batch norm reads the sizes as Python numbers, which fixes a dynamic batch. The
 fused form makes the smaller graph, so that these are for a second trace where that has happened in the first, which
-made PyTorch's own checks.
+made PyTorch's own checks: `NORMS`.
+
+Its forward-mode derivatives (torch.func.jvp, jacfwd, hessian) of all fused norms leave a tangent on the device meta in
+a trace, which the next operator refuses: `FORWARD_NORMS` are taken at once, while such a derivative is computed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +42,17 @@ def _update(running: Tensor | None, found: Tensor, momentum: float) -> None:
     if running is not None:
         found = found.detach().mean(0).reshape(-1)
         running.copy_(running * (1 - momentum) + found * momentum)
+
+
+def _require_several(shape: Sequence[Any], axes: Sequence[int], groups: int = 1) -> None:
+    """PyTorch's check of statistics that are made of one element.
+
+    Raises:
+        ValueError: the axes hold no more than one element for each of the groups.
+    """
+    count: Any = math.prod(shape[axis] for axis in axes)
+    if count == groups:
+        raise ValueError(f"a normalization over one element: expected more than 1 value in {tuple(shape)}")
 
 
 def _norm(
@@ -77,6 +91,8 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """torch.nn.functional.batch_norm."""
+    if training:
+        _require_several(input.shape, [0, *range(2, input.dim())])
     own = [0, *range(2, input.dim())] if training else None
     return _norm(input, running_mean, running_var, weight, bias, own, momentum, eps)
 
@@ -92,8 +108,50 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """torch.nn.functional.instance_norm."""
+    if use_input_stats:
+        _require_several(input.shape, list(range(2, input.dim())))
     own = list(range(2, input.dim())) if use_input_stats else None
     return _norm(input, running_mean, running_var, weight, bias, own, momentum, eps)
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """torch.nn.functional.group_norm and torch.group_norm."""
+    batch, channels = input.shape[:2]
+    if channels % num_groups:
+        raise ValueError(f"{channels} channels are not divisible into {num_groups} groups")
+    _require_several(input.shape, list(range(input.dim())), groups=num_groups)
+    grouped = computed(input).reshape(batch, num_groups, -1)
+    mean, variance = _statistics(grouped, [2])
+    plain = _normalized(grouped, mean, variance, None, None, eps).reshape(input.shape)
+    axes = (1, -1, *(1,) * (input.dim() - 2))
+    scaled = plain if weight is None else plain * weight.reshape(axes)
+    return (scaled if bias is None else scaled + bias.reshape(axes)).to(input.dtype)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """torch.nn.functional.layer_norm and torch.layer_norm."""
+    inner = tuple(normalized_shape)
+    if tuple(input.shape[-len(inner) :]) != inner:
+        raise ValueError(f"the last sizes of {tuple(input.shape)} are not those that are normalized, {inner}")
+    wide = computed(input)
+    mean, variance = _statistics(wide, list(range(-len(inner), 0)))
+    plain = _normalized(wide, mean, variance, None, None, eps)
+    scaled = plain if weight is None else plain * weight
+    return (scaled if bias is None else scaled + bias).to(input.dtype)
 
 
 def _in_torchs_order(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -120,4 +178,12 @@ NORMS: Mapping[Any, Callable[..., Tensor]] = {
     functional.instance_norm: _instance_norm,
     torch.batch_norm: _in_torchs_order(_batch_norm),
     torch.instance_norm: _in_torchs_order(_instance_norm),
+}
+
+FORWARD_NORMS: Mapping[Any, Callable[..., Tensor]] = {
+    **NORMS,
+    functional.group_norm: _group_norm,
+    functional.layer_norm: _layer_norm,
+    torch.group_norm: _group_norm,
+    torch.layer_norm: _layer_norm,
 }

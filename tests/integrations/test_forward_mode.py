@@ -1,0 +1,72 @@
+"""Forward-mode derivatives inside a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
+
+import convgrad_export as cg
+
+
+class Tangent(nn.Module):
+    """Value and directional derivative, by torch.func.jvp or by dual numbers."""
+
+    def __init__(self, net: nn.Module, *, dual: bool = False) -> None:
+        super().__init__()
+        self.net, self.dual = net, dual
+
+    def forward(self, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.dual:
+            return torch.func.jvp(self.net, (x,), (direction,))
+        with forward_ad.dual_level():
+            value, tangent = forward_ad.unpack_dual(self.net(forward_ad.make_dual(x, direction)))
+            return value, tangent
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "batch": lambda: nn.BatchNorm2d(8, track_running_stats=False),
+    "running": lambda: nn.BatchNorm2d(8).eval(),
+    "instance": lambda: nn.InstanceNorm2d(8, affine=True),
+    "group": lambda: nn.GroupNorm(4, 8),
+    "layer": lambda: nn.LayerNorm([6, 5]),
+    "layer_plain": lambda: nn.LayerNorm(5, elementwise_affine=False),
+}
+
+
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_inside_a_network(name: str, dual: bool) -> None:
+    torch.manual_seed(0)
+    norm = NORMS[name]()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    module = Tangent(nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.SiLU(), nn.Conv2d(8, 2, 3)), dual=dual)
+    args = torch.randn(2, 3, 8, 7), torch.randn(2, 3, 8, 7)
+    report = cg.export(module, args)
+    assert report.verified
+    found = cg.GradientSession(report.model).run({"x": args[0], "direction": args[1]})
+    for result, expected in zip(found.values(), module.double()(*(a.double() for a in args)), strict=True):
+        torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("norm", "message"),
+    [
+        (lambda x: functional.group_norm(x, 3), "not divisible"),
+        (lambda x: functional.layer_norm(x, (4,)), "those that are normalized"),
+        (lambda x: functional.batch_norm(x[:1, :, :1, :1], None, None, training=True), "more than 1 value"),
+        (lambda x: functional.instance_norm(x[:, :, :1, :1]), "more than 1 value"),
+    ],
+)
+def test_norms_that_pytorch_refuses(norm: Callable[[Tensor], Tensor], message: str) -> None:
+    class Normed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.func.jvp(norm, (x,), (x,))[1]
+
+    with pytest.raises(cg.CaptureError, match=message):
+        cg.export(Normed(), (torch.randn(2, 8, 3, 5),))
