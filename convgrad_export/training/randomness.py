@@ -336,6 +336,35 @@ def _rand(
     return drawn.requires_grad_() if requires_grad else drawn
 
 
+def _rrelu(
+    mode: SeededRandomness,
+    input: Tensor,
+    lower: float = 1.0 / 8,
+    upper: float = 1.0 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    if not training:
+        return functional.rrelu(input, lower, upper, False, inplace)
+    slope = mode.uniform(input.shape, input.dtype) * (upper - lower) + lower
+    slope = torch.where(input > 0, torch.ones_like(slope), slope)
+    return input.mul_(slope) if inplace else input * slope
+
+
+def _plain_rrelu(
+    mode: SeededRandomness,
+    input: Tensor,
+    lower: float = 1.0 / 8,
+    upper: float = 1.0 / 3,
+    training: bool = False,
+    generator: Any = None,
+    *,
+    inplace: bool = False,
+) -> Tensor:
+    _refuse("torch.rrelu", generator=generator)
+    return _rrelu(mode, input, lower, upper, training, inplace)
+
+
 _DROPOUTS = (
     functional.dropout,
     functional.dropout1d,
@@ -357,4 +386,7 @@ _REPLACEMENTS: Mapping[Any, Replacement] = {
     torch.Tensor.bernoulli: _bernoulli,
     torch.rand_like: _rand_like,
     torch.rand: _rand,
+    functional.rrelu: _rrelu,
+    torch.rrelu: _plain_rrelu,
+    torch.rrelu_: functools.partial(_plain_rrelu, inplace=True),
 }

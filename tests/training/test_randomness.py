@@ -126,6 +126,29 @@ def alpha_in_place(x: Tensor) -> Tensor:
     return x
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rrelu_draws_its_slopes_from_the_seed(inplace: bool) -> None:
+    (found,) = outputs(lambda x: nn.RReLU(0.25, 0.5, inplace=inplace)(x - 2), (16, 8))
+    assert found.min() >= -0.5
+    assert found.max() < -0.25
+    assert len(np.unique(found)) > 100
+    with mode():
+        assert torch.equal(functional.rrelu(torch.ones(3), training=True), torch.ones(3))
+        assert torch.equal(functional.rrelu(-torch.ones(3), 0.25, 0.5), torch.full((3,), -0.375))
+        assert torch.rrelu(-torch.ones(500), training=True).unique().numel() > 400
+
+
+def test_rrelu_in_a_network_is_verified_with_its_gradient() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.RReLU(), nn.Flatten(), nn.LazyLinear(4))
+    batch = (torch.randn(3, 2, 5, 6), torch.tensor([0, 3, 1]))
+    module(batch[0])
+    report = cg.export_training_step(
+        module, "cross_entropy", "sgd", batch, dynamic_shapes={"input": {0: "n"}, "target": {0: "n"}}
+    )
+    assert report.verified
+
+
 @pytest.mark.parametrize(
     ("function", "values"),
     [(added_in_place, [0.0, 4.0]), (dropped_in_place, [0.0, 2.0]), (alpha_in_place, [-0.7791, 1.6655])],
