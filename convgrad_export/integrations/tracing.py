@@ -23,7 +23,12 @@ from typing import Any
 import torch
 import torch.fx.experimental._config
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.autograd.graph import _engine_run_backward
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -32,7 +37,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import stateless
 
-from convgrad_export.errors import CaptureError, ConstantGradientError, ConvGradError, DynamicShapeError
+from convgrad_export.errors import (
+    CaptureError,
+    ConstantGradientError,
+    ConvGradError,
+    DynamicShapeError,
+    UnsupportedOperatorError,
+)
 from convgrad_export.integrations.compiled_modules import as_written
 from convgrad_export.integrations.differentiable import DifferentiableReplacements
 from convgrad_export.integrations.fake_inputs import check_dynamic, fake_inputs, require_data
@@ -57,6 +68,8 @@ _OWN_DIRECTORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _TORCH_DIRECTORY = os.path.dirname(os.path.abspath(torch.__file__))
 # What PyTorch says when Python reads a traced tensor's values.
 _READS_VALUES = ("Cannot access data pointer", "numpy() is not supported", "tolist() is not supported", "_local_scalar")
+# And where Python needs an integer, for an index, rather than a decision.
+_NEEDS_INTEGER = "Could not extract specialized integer"
 
 
 def trace_function(
@@ -192,10 +205,21 @@ def _record(
                 f"{where}: the forward reads tensor values into Python ({_first_line(error)}). Whatever is computed "
                 "from them would be a constant in the exported graph (pytorch#89675). Keep the computation in tensors."
             ) from error
+        if type(error).__name__ == "GuardOnDataDependentSymNode" and _NEEDS_INTEGER in str(error):
+            raise CaptureError(
+                f"{where}: the forward takes a tensor's value as a Python integer: an index x[i] or a slice x[i:] with "
+                "a 0-d tensor i, or int(i). A graph would hold this one value. Index with a tensor of one axis, "
+                "x[i.reshape(1)] or x[i.reshape(1)] = value, or choose with a mask."
+            ) from error
         if type(error).__name__ == "GuardOnDataDependentSymNode":
             raise CaptureError(
                 f"{where}: the forward takes a Python decision on a tensor's values, and a graph would hold one of its "
                 "branches only. Compute both and choose with torch.where, or move the decision out of the forward."
+            ) from error
+        if isinstance(error, (DynamicOutputShapeException, UnsupportedOperatorException)):
+            raise UnsupportedOperatorError(
+                f"{where}: {error.args[0]} cannot be part of a graph: PyTorch has no rule for the sizes of its results "
+                "that does without its data. Replace it, or leave this part out of the exported module."
             ) from error
         raise CaptureError(f"{where}: the forward cannot be traced: {_first_line(error)}") from error
 

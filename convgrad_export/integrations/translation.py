@@ -36,6 +36,7 @@ from convgrad_export.selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 
 PRODUCER = "convgrad_export"
 
+_TOP_MODULE = "the top module's own forward"
 _TO_TENSOR = torch.ops.aten.scalar_tensor.default
 _ASSERTIONS = {
     torch.ops.aten.sym_constrain_range_for_size.default,
@@ -146,9 +147,7 @@ def translate(
         cause = _root_cause(error)
         if isinstance(cause, ConvGradError):  # a lowering that does not apply, say, and no operator that is missing
             raise type(cause)(f"{cause}. Nothing was written.") from error
-        node = str(error).partition("See the stack trace")[0].strip()
-        described = f"{node} {type(cause).__name__}: {cause}".replace("\n", " ")
-        raise UnsupportedOperatorError(f"{described}. Nothing was written.") from error
+        raise UnsupportedOperatorError(f"{_describe_failed(graph, error, cause)} Nothing was written.") from error
     _name_inputs(program, model, values, as_inputs)
     _name_outputs(program, model, values)
     _name_dimensions(program, model)
@@ -172,6 +171,24 @@ def _refuse_bfloat16_parameters(program: CapturedProgram, as_inputs: Callable[[G
         )
 
 
+def _describe_failed(graph: torch.fx.Graph, error: Exception, cause: BaseException) -> str:
+    """The operator, the module that calls it and the reason, for a node whose translation refused its arguments."""
+    text = f"{type(cause).__name__}: {cause}".replace("\n", " ").rstrip(".")
+    named = re.search(r"translating node %(\w+)", str(error))
+    node = next((n for n in graph.nodes if named is not None and n.name == named[1]), None)
+    if node is None:
+        return f"{str(error).partition('See the stack trace')[0].strip()} {text}."
+    place = f"{node.target}, called by {node.meta.get('nn_module_path') or _TOP_MODULE},"
+    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+    if any(isinstance(value, torch.Tensor) and value.is_complex() for value in values):
+        return (
+            f"{place} computes with complex numbers, of which ONNX has none, and torch.onnx has no translation for it. "
+            "Compute the real and the imaginary part apart (torch.view_as_real), or with real operators (a "
+            "convolution with the rows of a DFT matrix)."
+        )
+    return f"{place} has no ONNX translation for its arguments here: {text}."
+
+
 def _root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
@@ -184,7 +201,7 @@ def refuse_untranslatable(program: CapturedProgram, is_registered: Callable[[Any
     for node in program.graph_module.graph.nodes:
         if node.op != "call_function" or is_registered(node.target) or is_getitem(node):
             continue
-        module = node.meta.get("nn_module_path") or "the top module's own forward"
+        module = node.meta.get("nn_module_path") or _TOP_MODULE
         missing.setdefault(str(node.target), Counter())[module] += 1
     if not missing:
         return

@@ -297,6 +297,36 @@ def test_a_python_decision_on_values_is_refused_with_its_place() -> None:
         capture(Decides(), (image(),))
 
 
+class Queue(nn.Module):
+    """Puts each output into a ring of the latest six, at a position that is a buffer."""
+
+    def __init__(self, *, one_axis: bool) -> None:
+        super().__init__()
+        self.one_axis = one_axis
+        self.register_buffer("queue", torch.zeros(6, 3))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value = x.mean((0, 2, 3))
+        if self.one_axis:
+            self.queue[self.position.reshape(1)] = value
+        else:
+            self.queue[self.position] = value
+        self.position += 1
+        return self.queue @ value
+
+
+def test_an_index_that_is_a_tensor_without_axes_is_refused_with_what_to_write() -> None:
+    place = r"test_capture\.py:\d+, in forward \(self\.queue\[self\.position\] = value\).*x\[i\.reshape\(1\)\]"
+    with pytest.raises(CaptureError, match=place):
+        capture(Queue(one_axis=False), (image(),))
+    captured = capture(Queue(one_axis=True), (image(),))
+    state = {"queue": torch.zeros(6, 3), "position": torch.tensor(4)}
+    found = captured.run(image(), **state)
+    assert torch.equal(found["queue.updated"][4], image().mean((0, 2, 3)))
+    assert found["position.updated"] == 5
+
+
 def test_an_argument_changed_in_place_is_a_copy() -> None:
     class Doubles(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -505,3 +505,28 @@ def test_gradients_of_convolutions_meet_a_slope_of_zero_in_a_product() -> None:
     net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Hardswish())
     report = cg.export_gradient(nn.Sequential(net, nn.Conv2d(4, 2, 1)), (data(*IMAGE),), wrt="parameters")
     assert "Where" not in report.operators
+
+
+def test_complex_gradients_without_translation_are_refused_by_operator_and_module() -> None:
+    module = nn.Sequential(nn.Conv1d(2, 4, 3), Apply(lambda x: torch.fft.rfft(x).abs()))
+    message = r"aten\.where\.self, called by 1, computes with complex numbers.*Nothing was written"
+    with pytest.raises(UnsupportedOperatorError, match=message):
+        cg.export_gradient(module, (torch.randn(3, 2, 20),))
+
+
+def test_arguments_without_translation_are_refused_by_operator_and_module() -> None:
+    module = nn.Sequential(nn.Identity(), Apply(lambda x: torch.histc(x)))
+    with pytest.raises(
+        UnsupportedOperatorError, match=r"aten\.histc\.default, called by 1, has no ONNX translation for"
+    ):
+        cg.export(module, (torch.randn(4, 4),))
+
+
+def test_an_operator_that_needs_its_data_is_refused_by_name_and_line() -> None:
+    class Spoken(nn.Module):
+        def forward(self, x: Tensor, target: Tensor, lengths: Tensor, sizes: Tensor) -> Tensor:
+            return functional.ctc_loss(x.log_softmax(2), target, lengths, sizes)
+
+    args = torch.randn(9, 2, 5), torch.ones(2, 3, dtype=torch.int64), torch.tensor([9, 9]), torch.tensor([3, 3])
+    with pytest.raises(UnsupportedOperatorError, match=r"test_operator_gradients.*ctc_loss.*aten\._ctc_loss\.Tensor"):
+        cg.export(Spoken(), args)
