@@ -234,7 +234,8 @@ class CustomOptimizer:
     """An update function of your own, in torch operations.
 
     Attributes:
-        function: (parameter, gradient, state, learning_rate, step) -> (new parameter, new state).
+        function: (parameter, gradient, state, learning_rate, step) -> (new parameter, new state). `step` is a 0-d
+            float64 tensor that counts from 1, the learning rate a 0-d one in the parameter's type.
         state_names: names of the state tensors of a parameter, each of its shape and zero at first.
     """
 
