@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 import stat
 import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -187,23 +188,85 @@ def temporary_folder(parent: str | os.PathLike[str]) -> Iterator[Path]:
         file = f": {error.filename}" if error.filename else ""  # which may be one that is read
         raise OutputPathError(f"cannot write to {target}: {error.strerror or error}{file}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _certainly(lambda: shutil.rmtree(temporary, ignore_errors=True))
+
+
+def _certainly(action: Callable[[], None]) -> None:
+    """Do what may be done twice; when it is interrupted (Ctrl-C), once more to its end."""
+    try:
+        action()
+    except BaseException:
+        action()
+        raise
 
 
 @contextlib.contextmanager
-def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def staged(folder: str | os.PathLike[str], *, outdated: Iterable[str] = ()) -> Iterator[Path]:
     """For files that belong together: a temporary folder whose files are renamed into `folder` when all are complete.
+
+    Args:
+        folder: where the files go.
+        outdated: names of files that go with the old ones, unless they are among the new.
 
     Raises:
         OutputPathError: one of them could not be written (a full disk, say); what `folder` held before is still there.
     """
     with temporary_folder(folder) as temporary:
         yield temporary
-        for path in sorted(temporary.iterdir()):
-            target = written_file(Path(folder) / path.name)
-            if path.is_file():
-                hand_on_permissions(path, target)
-            path.replace(target)
+        written = sorted(path for path in temporary.iterdir() if path.is_file())
+        moves = {path: written_file(Path(folder) / path.name) for path in written}
+        for path, target in moves.items():
+            hand_on_permissions(path, target)
+        replace_together(moves, outdated=[Path(folder) / name for name in outdated])
+
+
+def replace_together(moves: Mapping[Path, Path], *, outdated: Iterable[Path] = ()) -> None:
+    """Rename temporary files over files that belong together, so that old and new ones are never mixed.
+
+    One file is renamed over the other. Of several the old ones are set aside first, each in its folder: should the
+    process be killed on the way, files are missing, which every reader notices, but none meets another's.
+
+    Args:
+        moves: the final name of each temporary file.
+        outdated: files that belong to the old ones, which go unless they are among the new.
+
+    Raises:
+        OSError, KeyboardInterrupt: the old files are back then, and no new one is left.
+    """
+    old = [path for path in (*moves.values(), *outdated) if os.path.lexists(path)]
+    if len(moves) == 1 and all(path in moves.values() for path in old):
+        for source, target in moves.items():
+            os.replace(source, target)
+        return
+    aside = {path: _free_name(path) for path in old}
+    placed = {target: source.lstat().st_ino for source, target in moves.items()}
+
+    def undo() -> None:
+        for path, inode in placed.items():
+            if os.path.lexists(path) and path.lstat().st_ino == inode:
+                path.unlink()
+        for path, name in aside.items():
+            if os.path.lexists(name):
+                os.replace(name, path)
+
+    try:
+        for path, name in aside.items():
+            os.replace(path, name)
+        for source, target in moves.items():
+            os.replace(source, target)
+    except BaseException:
+        _certainly(undo)
+        raise
+    _certainly(lambda: _remove(aside.values()))
+
+
+def _free_name(path: Path) -> Path:
+    return path.with_name(f".convgrad-{secrets.token_hex(8)}")
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

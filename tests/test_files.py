@@ -87,6 +87,81 @@ def test_an_interruption_leaves_the_previous_file_and_nothing_else(
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("existing", [(), ("a",), ("a", "b", "c")])
+def test_files_that_belong_together_are_replaced_together(
+    existing: tuple[str, ...], error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever renaming fails or is interrupted, before or after it took effect; "c" has no successor."""
+    old = {name: f"old {name}" for name in existing}
+    failing, seen = 0, set()
+    rename = os.replace
+    for failing in range(20):
+        for name in ("a", "b", "c"):
+            (tmp_path / name).unlink(missing_ok=True)
+        for name, text in old.items():
+            (tmp_path / name).write_text(text)
+        calls = iter(range(10**6))
+
+        def interrupted(source: Path, target: Path, calls: Any = calls, failing: int = failing) -> None:
+            number = next(calls)
+            if number == failing // 2 and failing % 2 == 0:
+                raise error
+            rename(source, target)
+            if number == failing // 2:
+                raise error
+
+        monkeypatch.setattr(os, "replace", interrupted)
+        try:
+            with files.staged(tmp_path, outdated=["b", "c"]) as folder:
+                (folder / "a").write_text("new a")
+                (folder / "b").write_text("new b")
+            finished = True
+        except (KeyboardInterrupt, cg.OutputPathError):
+            finished = False
+        monkeypatch.undo()
+        expected = {"a": "new a", "b": "new b"} if finished else old
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == expected
+        seen.add(finished)
+    assert seen == {True, False}
+
+
+def test_files_are_missing_rather_than_mixed_while_they_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed process leaves."""
+    rename = os.replace
+    states: list[set[str]] = []
+
+    def watched(source: Path, target: Path) -> None:
+        rename(source, target)
+        states.append({path.read_text() for path in tmp_path.glob("[ab]")})
+
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("old")
+    monkeypatch.setattr(os, "replace", watched)
+    with files.staged(tmp_path) as folder:
+        for name in ("a", "b"):
+            (folder / name).write_text("new")
+    assert len(states) == 4
+    assert {"old", "new"} not in states
+
+
+def test_a_temporary_folder_goes_though_its_removal_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = os.rmdir
+
+    def interrupted(*args: Any, **keywords: Any) -> None:
+        monkeypatch.setattr(os, "rmdir", remove)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rmdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), files.temporary_folder(tmp_path) as folder:
+        (folder / "file").touch()
+    assert list(tmp_path.iterdir()) == []
+
+
 def archive(**arrays: Any) -> bytes:
     stream = io.BytesIO()
     np.savez_compressed(stream, **arrays)

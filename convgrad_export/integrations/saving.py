@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from convgrad_export.errors import ArgumentTypeError, OutputPathError
-from convgrad_export.files import check_output, hand_on_permissions, temporary_folder, written_file
+from convgrad_export.files import check_output, hand_on_permissions, replace_together, temporary_folder, written_file
 from convgrad_export.integrations.report import weight_bytes
 
 # protobuf refuses messages above 2 GB; well below it, a file of its own already loads faster (it can be mapped).
@@ -21,7 +21,7 @@ def check_path(path: str | os.PathLike[str], overwrite: bool) -> Path:
         raise ArgumentTypeError(f"path is {path!r:.80}, expected the name of a file to write, or None")
     target = check_output(path, overwrite=overwrite)
     file = written_file(target)
-    check_output(_data_path(file), overwrite=overwrite)
+    check_output(data_path(file), overwrite=overwrite)
     if not os.access(file.parent, os.W_OK):
         raise OutputPathError(f"output {target}: the folder {file.parent} cannot be written to")
     return target
@@ -44,20 +44,19 @@ def save(
     weights = weight_bytes(model)
     external = weights > external_data_above if external_data is None else external_data
     path = written_file(path)  # its weights lie beside the file itself, not beside a link to it
-    data = _data_path(path)
+    data = data_path(path)
     with temporary_folder(path.parent) as folder:
         ir.save(model, folder / path.name, external_data=data.name if external else None)
-        written = (folder / data.name).exists()
+        moves = {folder / path.name: path}
         hand_on_permissions(folder / path.name, path)
-        if written:
+        if (folder / data.name).exists():
+            moves[folder / data.name] = data
             hand_on_permissions(folder / data.name, data if data.exists() else path)
-            os.replace(folder / data.name, data)
-        os.replace(folder / path.name, path)
-        if not written and data.exists():
-            data.unlink()  # of the model that is gone now, and not before
+        replace_together(moves, outdated=[data])
     files = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
     return {"weights": weights, "graph": files - weights, "files": files}
 
 
-def _data_path(path: Path) -> Path:
+def data_path(path: Path) -> Path:
+    """Where the weights of a model file lie that holds them outside."""
     return path.with_name(f"{path.name}.data")

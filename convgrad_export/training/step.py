@@ -196,7 +196,8 @@ def export_training_step(
             report.notes += verification.notes
     if target_path is not None:
         report.checkpoint = checkpoint_path(target_path)
-        with staged(target_path.parent) as folder:  # a model beside another model's state is worse than neither
+        outdated = [saving.data_path(target_path).name]
+        with staged(target_path.parent, outdated=outdated) as folder:  # never a model beside another's state
             report.sizes = saving.save(model, folder / target_path.name)
             save_checkpoint(folder / report.checkpoint.name, state)
         report.sizes["checkpoint"] = report.checkpoint.stat().st_size

@@ -122,6 +122,31 @@ def test_a_model_that_is_replaced_keeps_its_permissions(tmp_path: Path) -> None:
     assert data.stat().st_mode & 0o777 == 0o600  # its weights are no more public than it is
 
 
+@pytest.mark.parametrize("external_data", [True, False])
+def test_an_interruption_between_graph_and_weights_leaves_the_previous_pair(
+    external_data: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.onnx"
+    cg.export_gradient(nn.Conv2d(3, 4, 3), (image(),), path, external_data=True)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert set(before) == {"m.onnx", "m.onnx.data"}
+    rename, calls = os.replace, []
+
+    def interrupted(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cg.export_gradient(nn.Conv2d(3, 4, 3), (image(),), path, external_data=external_data, overwrite=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    cg.export_gradient(nn.Conv2d(3, 4, 3), (image(),), path, external_data=external_data, overwrite=True)
+    assert {file.name for file in tmp_path.iterdir()} == ({"m.onnx", "m.onnx.data"} if external_data else {"m.onnx"})
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
 def test_pipes_are_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
