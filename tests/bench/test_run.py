@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -169,3 +173,41 @@ def test_a_layer_that_no_memory_holds_does_not_end_the_measuring_process() -> No
             assert worker.ask(request)["error"].startswith("RuntimeError: ")
     finally:
         worker.close()
+
+
+def test_the_measuring_process_ends_with_its_parent(tmp_path: Path) -> None:
+    """Killed in the midst of a measurement, which goes on for minutes."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import sys, json\n"
+        "from convgrad_export.bench import run\n"
+        "from convgrad_export.bench.plan import items\n"
+        "item = items(['resnet18'], ['conv1'], threads=(1,), operations=('input',))[0]\n"
+        "child = run._start(run.Settings())\n"
+        "request = run._request(item, run.Settings(rounds=10**6, seconds=600.0))\n"
+        "child._process.stdin.write(json.dumps(request) + '\\n')\n"
+        "child._process.stdin.flush()\n"
+        "print(child._process.pid, flush=True)\n"
+        "child._answer()\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        time.sleep(3)
+        assert parent.poll() is None
+        os.kill(worker, 0)  # it is there
+        parent.terminate()
+    deadline = time.monotonic() + 20
+    while (running := is_running(worker)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if running:
+        os.kill(worker, signal.SIGKILL)
+    assert not running, "the measuring process goes on without its parent"
+
+
+def is_running(process: int) -> bool:
+    """A process that ended and that nobody waited for counts as ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
