@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from convgrad_export.errors import ArgumentTypeError, ConvGradError, GeometryError
-from convgrad_export.geometry import ConvGeometry, Window, window
+from convgrad_export.geometry import ConvGeometry
+from convgrad_export.windows import Window, window
 
 from .cases import CASES
 

@@ -14,7 +14,17 @@ PACKAGE = Path(convgrad_export.__file__).parent
 # Lowest first; a module may import from its own layer and from those before it.
 LAYERS = [
     ["errors"],
-    ["arguments", "dtypes", "files", "operators", "session_memory", "tensor_names", "timing"],
+    [
+        "arguments",
+        "dtypes",
+        "files",
+        "operators",
+        "provider_names",
+        "session_memory",
+        "tensor_names",
+        "timing",
+        "windows",
+    ],
     ["geometry_checks"],
     ["geometry"],
     ["functions", "lowering"],

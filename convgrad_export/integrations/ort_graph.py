@@ -12,8 +12,7 @@ import torch
 from torch.fx.node import map_arg
 
 from ..errors import ConvGradError
-from ..lowering import CPU
-from ..runtime.providers import CUDA
+from ..lowering import CPU, CUDA
 from ..selection.policy import AUTO
 from .half_widening import has_bfloat16, widen_half
 from .ort_partition import assign, is_size, name_once, read_from_values, why_not_onnxruntime

@@ -13,9 +13,6 @@ One pass would need functionalization to work under the user's own torch.func tr
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
@@ -34,7 +31,6 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import stateless
 
 from convgrad_export.errors import (
@@ -49,13 +45,13 @@ from convgrad_export.integrations.differentiable import DifferentiableReplacemen
 from convgrad_export.integrations.fake_inputs import check_dynamic, fake_inputs, require_data
 from convgrad_export.integrations.module_attributes import kept_attributes
 from convgrad_export.integrations.packed import PaddedPacking
+from convgrad_export.integrations.places import MODULE_PATH, module_path, module_paths, node_place, user_frame
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput, is_random
 from convgrad_export.integrations.slice_sums import slice_sums
 
 Decompositions = Mapping[Any, Callable[..., Any]]
 TracedFunction = Callable[[Mapping[str, torch.Tensor]], Sequence[TracedOutput]]
 
-_MODULE_PATH = "nn_module_path"
 _COPYING = {
     torch.ops.aten.clone.default,
     torch.ops.aten.detach.default,
@@ -64,8 +60,6 @@ _COPYING = {
     torch.ops.aten.lift_fresh_copy.default,
     torch.ops.aten.lift_fresh.default,
 }
-_OWN_DIRECTORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_TORCH_DIRECTORY = os.path.dirname(os.path.abspath(torch.__file__))
 # What PyTorch says when Python reads a traced tensor's values.
 _READS_VALUES = ("Cannot access data pointer", "numpy() is not supported", "tolist() is not supported", "_local_scalar")
 # And where Python needs an integer, for an index, rather than a decision.
@@ -191,7 +185,7 @@ def _record(
             torch.enable_grad(),
             sdpa_kernel(SDPBackend.MATH),  # the fused CPU kernel has no ONNX form, forward or backward
             fx_traceback.preserve_node_meta(),
-            _module_paths(),
+            module_paths(),
             replacements,
             PaddedPacking(),
         ):
@@ -199,7 +193,7 @@ def _record(
     except ConvGradError:
         raise
     except Exception as error:
-        where = _user_frame(error)
+        where = user_frame(error)
         if _reads_values(error):
             raise ConstantGradientError(
                 f"{where}: the forward reads tensor values into Python ({_first_line(error)}). Whatever is computed "
@@ -237,38 +231,6 @@ def _without_onednn() -> Iterator[None]:
         warnings.filterwarnings("ignore", "TF32 acceleration on top of oneDNN")  # talks about other hardware
         with torch.backends.mkldnn.flags(enabled=False):
             yield
-
-
-@contextlib.contextmanager
-def _module_paths() -> Iterator[None]:
-    """While active, every recorded node carries the names of the modules that are being called."""
-    names: dict[int, str] = {}
-    calls: list[str] = []
-    here = threading.get_ident()  # the hooks see every module's calls, those of another thread too
-
-    def publish() -> None:
-        meta = fx_traceback.current_meta
-        meta["nn_module_stack"] = {str(i): (path, torch.nn.Module) for i, path in enumerate(calls)}
-
-    def enter(module: torch.nn.Module, _args: Any) -> None:
-        if threading.get_ident() != here:
-            return
-        if not calls:
-            names.update({id(m): name for name, m in module.named_modules()})
-        calls.append(names.get(id(module), type(module).__name__))
-        publish()
-
-    def leave(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
-        if threading.get_ident() == here and calls:
-            calls.pop()
-            publish()
-
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _lift_constants(recorded: torch.fx.GraphModule, taken: Set[str], first: int = 0) -> list[GraphInput]:
@@ -313,7 +275,7 @@ def _refuse_constant_outputs(
     for spec, node in zip(specs, output.args[0], strict=True):
         if spec.kind == "buffer" or not isinstance(node, torch.fx.Node) or node in living:
             continue
-        where = _node_place(node) or _node_place(next(iter(node.all_input_nodes), node)) or "in the forward"
+        where = node_place(node) or node_place(next(iter(node.all_input_nodes), node)) or "in the forward"
         raise ConstantGradientError(
             f"output {spec.name!r} depends on no input and no parameter: it would be baked into the exported graph as "
             f"a constant (pytorch#89675). It was computed {where}, from tensors that are neither arguments nor "
@@ -338,7 +300,7 @@ def _functionalize(
                 torch.func.functionalize(replay, remove="mutations"), decomposition_table=dict(decompositions or {})
             )(*fakes)
     except Exception as error:
-        raise CaptureError(f"{_user_frame(error)}: the captured graph cannot be made functional: {error}") from error
+        raise CaptureError(f"{user_frame(error)}: the captured graph cannot be made functional: {error}") from error
     functional.graph.eliminate_dead_code()
     return functional
 
@@ -383,7 +345,7 @@ def _program(
     for node, source in zip(placeholders, inputs, strict=True):
         node.meta["input_name"] = source.name
     for node in graph.nodes:
-        node.meta[_MODULE_PATH] = _module_path(node, inputs)
+        node.meta[MODULE_PATH] = module_path(node, inputs)
     functional.recompile()
     return CapturedProgram(
         functional, tuple(inputs), tuple(kept_specs), dict(dimensions), None, (), shape_env, function
@@ -394,38 +356,6 @@ def _source(node: torch.fx.Node) -> torch.fx.Node:
     while node.target in _COPYING:
         node = node.args[0]  # type: ignore[assignment]
     return node
-
-
-def _module_path(node: torch.fx.Node, inputs: Sequence[GraphInput]) -> str:
-    """The calling module. A backward node has none of its own: it gets that of the parameter or value it reads."""
-    stack = node.meta.get("nn_module_stack") or {}
-    own = list(stack.values())[-1][0] if stack else ""
-    if own or node.op != "call_function":
-        return str(own)
-    for argument in node.all_input_nodes:
-        name = str(argument.meta.get("input_name", ""))
-        if any(spec.name == name and spec.kind == "parameter" for spec in inputs):
-            return name.rpartition(".")[0]
-    return next((p for a in reversed(node.all_input_nodes) if (p := a.meta.get(_MODULE_PATH, ""))), "")
-
-
-def _node_place(node: torch.fx.Node) -> str:
-    trace = node.stack_trace or node.meta.get("lifted_from") or ""
-    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    return f"at {lines[-1]}" if lines else ""
-
-
-def _user_frame(error: BaseException) -> str:
-    """The innermost line of code that is neither PyTorch's nor this package's."""
-    frames = list(reversed(traceback.extract_tb(error.__traceback__)))
-    layers = os.path.join(_TORCH_DIRECTORY, "nn", "modules")
-    for skipped in ((_OWN_DIRECTORY, _TORCH_DIRECTORY), (_OWN_DIRECTORY,)):
-        for frame in frames:
-            path = os.path.abspath(frame.filename)
-            users = not path.startswith(skipped) and (len(skipped) == 2 or path.startswith(layers))
-            if users and os.path.exists(path) and not path.endswith("module.py"):
-                return f"{frame.filename}:{frame.lineno}, in {frame.name} ({frame.line})"
-    return "in the forward"
 
 
 def _reads_values(error: BaseException) -> bool:

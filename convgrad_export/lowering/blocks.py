@@ -10,7 +10,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from ..geometry import ConvGeometry, Window
+from ..geometry import ConvGeometry
+from ..windows import Window
 
 Value = Any  # a graph value of whatever recorder `op` is
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 import math
 
-from ..geometry import ConvGeometry, window
+from ..geometry import ConvGeometry
+from ..windows import window
 from .blocks import Ops, Value, extend, ints, pad, reshape, slices, stack
 
 _LONGEST_BLOCK = 32

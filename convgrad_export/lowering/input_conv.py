@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 
-from ..geometry import ConvGeometry, Phase, window
+from ..geometry import ConvGeometry
+from ..windows import Phase, window
 from .blocks import (
     Ops,
     Value,

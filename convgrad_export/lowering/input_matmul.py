@@ -9,7 +9,8 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from ..geometry import ConvGeometry, window
+from ..geometry import ConvGeometry
+from ..windows import window
 from .blocks import Ops, Value, extend, filters_last, pad, reshape, slices, total
 from .input_conv import taps_product
 

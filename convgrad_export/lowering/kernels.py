@@ -16,10 +16,8 @@ from typing import Any
 
 from .. import dtypes
 from ..errors import ProviderError
+from ..provider_names import CPU, CUDA, SHORT_NAMES
 
-CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
-_SHORT_NAMES = {"cpu": CPU, "cuda": CUDA}
 _SUFFIX = "ExecutionProvider"  # of every name in onnxruntime's list, those that need other builds included
 
 _FLOAT32_ONLY_ON_CPU = frozenset({"Conv", "ConvTranspose", "Col2Im"})
@@ -55,7 +53,7 @@ def as_provider(provider: Any) -> str:
     Raises:
         ProviderError: no name of an execution provider.
     """
-    name = _SHORT_NAMES.get(provider, provider) if isinstance(provider, str) else provider
+    name = SHORT_NAMES.get(provider, provider) if isinstance(provider, str) else provider
     if not isinstance(name, str) or not name.endswith(_SUFFIX) or name == _SUFFIX:
         raise ProviderError(f"provider is {provider!r}, expected 'cpu', 'cuda' or an onnxruntime name such as {CPU!r}")
     return name

@@ -22,7 +22,8 @@ from functools import reduce
 
 import numpy as np
 
-from ..geometry import ConvGeometry, window
+from ..geometry import ConvGeometry
+from ..windows import window
 from .blocks import Ops, Value, crop, floats, ints, pad, reshape, stack, strided_why_not, total
 from .cook_toom import minimal_filtering
 

@@ -27,11 +27,12 @@ from typing import Any
 import numpy as np
 
 from ..geometry import ConvGeometry
+from ..provider_names import CPU
 from .convolution_entries import FORWARD, INPUT, METADATA, WEIGHT, ConvolutionEntry, from_text, one_to_one
 from .formula import intact
 from .graph_nodes import put_nodes, reads
 from .model_source import external_locations, loaded
-from .providers import CPU, onnxruntime
+from .providers import onnxruntime
 
 DOMAIN = "com.microsoft.nchwc"
 _CANDIDATES = (16, 8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .providers import CPU, CUDA
+from ..provider_names import CPU, CUDA
 
 # onnxruntime records the assignment only when this is set before the session is created.
 RECORD_ASSIGNMENT = ("session.record_ep_graph_assignment_info", "1")

@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import ArgumentTypeError, ModelFileError, ProviderError, raise_missing
+from ..provider_names import CPU, CUDA, SHORT_NAMES
 from .cuda_options import CudaOptions
-
-CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
-_SHORT_NAMES = {"cpu": CPU, "cuda": CUDA}
 
 Provider: TypeAlias = "str | CudaOptions | tuple[str, Mapping[str, Any]]"
 Providers: TypeAlias = "Provider | Sequence[Provider] | None"
@@ -57,7 +54,7 @@ def resolve(providers: Providers, default: str = CPU) -> list[tuple[str, dict[st
         name, options = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, {})
         if not isinstance(name, str) or not isinstance(options, Mapping):
             raise ArgumentTypeError(f"providers holds {entry!r}, expected a name or a (name, options) pair")
-        name = _SHORT_NAMES.get(name, name)
+        name = SHORT_NAMES.get(name, name)
         own = CudaOptions.from_mapping(options).provider_options() if name == CUDA else dict(options)
         resolved.append((name, own))
     if not resolved:

@@ -13,13 +13,14 @@ from typing import Any, overload
 
 from ..arguments import check_threads
 from ..errors import ArgumentTypeError, ModelFileError
+from ..provider_names import CPU, CUDA
 from ..session_memory import free_early
 from . import cuda_run, tensors
 from .blocked import in_blocked_layout
 from .declared import Declared, NamedSizes
 from .model_source import model_source
 from .placement import RECORD_ASSIGNMENT, PlacementReport, read_placement
-from .providers import CPU, CUDA, Providers, is_cpu_alone, onnxruntime, open_session, resolve
+from .providers import Providers, is_cpu_alone, onnxruntime, open_session, resolve
 
 # numpy has no bfloat16, and onnxruntime's arrays of uint64 are of the C type that torch does not take.
 _BOUND_TYPES = {"tensor(bfloat16)", "tensor(uint64)"}
