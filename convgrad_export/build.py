@@ -83,7 +83,7 @@ def build_model(
         UnsupportedLoweringError: the lowering does not apply, or the provider has no kernel for the dtype.
         ProviderError: `provider` names no execution provider. ArgumentTypeError: an argument of the wrong type.
     """
-    op = operator(operator_name)
+    op = operator(operator_name, "operator_name")
     name = dtypes.name_of(dtype)
     opset, provider = _opset(opset_version), as_provider(provider)
     dims = _dynamic(dynamic)
@@ -229,7 +229,7 @@ def lowerings(
 
     Args and errors: as in `build_model`. Give both shapes or neither.
     """
-    op, provider = operator(operator_name), as_provider(provider)
+    op, provider = operator(operator_name, "operator_name"), as_provider(provider)
     name, opset = dtypes.name_of(dtype), _opset(opset_version)
     entries = [entry for gradient in op.gradients for entry in candidates(gradient)]
     if input_shape is None and weight_shape is None:

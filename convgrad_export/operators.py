@@ -31,14 +31,14 @@ OPERATORS: dict[str, Operator] = {
 } | {CONVOLUTION_BACKWARD: Operator(CONVOLUTION_BACKWARD, None, ("input", "weight", "bias"))}
 
 
-def operator(name: str) -> Operator:
-    """Look a name up.
+def operator(name: str, argument: str = "operator") -> Operator:
+    """Look a name up, which the caller was given as `argument`.
 
     Raises:
         GeometryError: no such operator; the message lists them.
     """
     if not isinstance(name, str):
-        raise ArgumentTypeError(f"operator is {name!r}, expected one of {', '.join(OPERATORS)}")
+        raise ArgumentTypeError(f"{argument} is {name!r}, expected one of {', '.join(OPERATORS)}")
     if name not in OPERATORS:
-        raise GeometryError(f"operator is {name!r}, expected one of {', '.join(OPERATORS)}")
+        raise GeometryError(f"{argument} is {name!r}, expected one of {', '.join(OPERATORS)}")
     return OPERATORS[name]

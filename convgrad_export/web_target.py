@@ -90,7 +90,7 @@ def check_target(target: str) -> str:
     Raises:
         ArgumentTypeError: another one.
     """
-    if target not in TARGETS:
+    if not isinstance(target, str) or target not in TARGETS:
         raise ArgumentTypeError(f"target is {target!r}, expected one of: {', '.join(TARGETS)}")
     return target
 

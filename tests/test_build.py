@@ -54,7 +54,7 @@ def test_convolution_backward_has_one_output_for_each_gradient_in_the_mask(mask:
     ("name", "changes", "error", "message"),
     [
         ("conv2d_bias", {}, cg.GeometryError, "expected one of conv1d_input"),
-        (3, {}, cg.ArgumentTypeError, "operator is 3"),
+        (3, {}, cg.ArgumentTypeError, "operator_name is 3"),
         ("conv1d_input", {}, cg.GeometryError, "input_shape has 4 dimensions"),
         ("conv2d_input", {"weight_shape": None}, cg.GeometryError, "weight_shape is missing"),
         ("conv2d_input", {"lowering": "input.phase_conv"}, cg.UnsupportedLoweringError, "stride is 1"),

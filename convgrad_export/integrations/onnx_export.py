@@ -245,7 +245,7 @@ def export_gradient(
 
     def captured() -> CapturedProgram:
         value, value_args, names, shapes = of, of_args, of_arg_names, of_dynamic_shapes
-        if of == "vjp":
+        if isinstance(of, str) and of == "vjp":  # an array would compare element by element
             value, names = cotangent_product, ["cotangent"]
             cotangent, shapes = example_cotangent(module, _tuple(args), kwargs, dynamic_shapes)
             value_args = (cotangent,)
@@ -269,7 +269,11 @@ def export_gradient(
 
 
 def _check(settings: _Settings, decompositions: Any) -> None:
-    check_flags(verify=settings.verify, overwrite=settings.overwrite)
+    check_flags(
+        verify=settings.verify,
+        overwrite=settings.overwrite,
+        progress=settings.progress is not None and settings.progress,
+    )
     check_table(settings.custom_translation_table, "custom_translation_table")
     check_table(decompositions, "decompositions")
     check_opset(settings.opset_version)

@@ -14,7 +14,7 @@ from convgrad_export.integrations.other_sizes import example_sizes, substituted
 
 
 def scalar_of(of: int | str | Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor] | None:
-    if of is None or of == "sum":
+    if of is None or (isinstance(of, str) and of == "sum"):
         return None
     if isinstance(of, (int, np.integer)) and not isinstance(of, bool):
         index = int(of)
@@ -30,7 +30,7 @@ def scalar_of(of: int | str | Callable[..., torch.Tensor] | None) -> Callable[..
             return output[:, index].sum()
 
         return class_score
-    raise ArgumentTypeError(f"of is {of!r}, expected an int (class), 'sum', 'vjp' or a function of the output")
+    raise ArgumentTypeError(f"of is {of!r:.80}, expected an int (class), 'sum', 'vjp' or a function of the output")
 
 
 def cotangent_product(output: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:

@@ -46,9 +46,9 @@ class GradCAM(nn.Module):
     def __init__(self, network: nn.Module, layer: str, target: int | None = None, resize: bool = True) -> None:
         super().__init__()
         names: Mapping[str, nn.Module] = dict(network.named_modules())
-        if layer not in names or not layer:
+        if not isinstance(layer, str) or layer not in names or not layer:
             known = ", ".join(name for name in list(names)[1:13])
-            raise ArgumentTypeError(f"layer is {layer!r}, which the network does not have; its first ones: {known}")
+            raise ArgumentTypeError(f"layer is {layer!r:.80}, which the network does not have; its first ones: {known}")
         self.network, self.layer, self.target, self.resize = network, layer, check_target(target), resize
 
     def forward(self, x: Tensor) -> Tensor:

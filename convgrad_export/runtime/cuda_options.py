@@ -134,6 +134,8 @@ def _count(name: str, value: Any, least: int) -> int:
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise ArgumentTypeError(f"{name} is {value!r:.80}, expected one of {', '.join(allowed)}")
     if value not in allowed:
         raise ProviderError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
 

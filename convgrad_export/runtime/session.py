@@ -11,7 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, overload
 
-from ..arguments import check_threads
+from ..arguments import as_bool, check_threads
 from ..errors import ArgumentTypeError, ModelFileError
 from ..provider_names import CPU, CUDA
 from ..session_memory import free_early
@@ -79,6 +79,7 @@ class GradientSession:
         source, parsed = model_source(model)
         wanted = resolve(providers)
         check_threads(threads)
+        as_bool(blocked_layout, "blocked_layout")
         if session_options is not None and not isinstance(session_options, ort.SessionOptions):
             raise ArgumentTypeError(
                 f"session_options is a {type(session_options).__name__}, expected an onnxruntime.SessionOptions or None"

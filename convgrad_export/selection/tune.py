@@ -148,6 +148,8 @@ def tune(
     """
     started = time.monotonic()
     wanted, again = _gradients(gradients), as_bool(again, "again")
+    if not (progress is None or callable(progress)):
+        raise ArgumentTypeError(f"progress is {progress!r:.80}, expected a function, or None")
     settings = TuningSettings(
         provider=_provider(provider),
         threads=check_threads(threads),
@@ -261,7 +263,7 @@ def _gradients(gradients: Any) -> tuple[str, ...]:
     if not isinstance(gradients, Iterable):
         raise ArgumentTypeError(f"gradients is {gradients!r}, expected 'input', 'weight' or both")
     given = (gradients,) if isinstance(gradients, str) else tuple(gradients)
-    if not given or any(name not in BOTH for name in given):
+    if not given or any(not isinstance(name, str) or name not in BOTH for name in given):
         raise GeometryError(f"gradients is {given}, expected 'input', 'weight' or both")
     return given
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import as_int, as_names, as_path
+from ..arguments import as_bool, as_int, as_names, as_path
 from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError
 from ..runtime import tensors
 from ..runtime.cuda_options import CudaOptions
@@ -55,8 +55,9 @@ class Module:
         self.training = True
         self._state = state
         self._open = functools.partial(GradientSession, providers=_provider(device), session_options=session_options)
-        self._train, self._eval_path = self._open(train_model_uri), eval_model_uri
-        self._eval = None if eval_model_uri is None else self._open(eval_model_uri)
+        self._train = self._open(as_path(train_model_uri, "train_model_uri"))
+        self._eval_path = None if eval_model_uri is None else as_path(eval_model_uri, "eval_model_uri")
+        self._eval = None if self._eval_path is None else self._open(self._eval_path)
         self._reset = True
         self.seed = 0
         sessions = [self._train, *([self._eval] if self._eval else [])]
@@ -140,7 +141,7 @@ class Module:
 
     def train(self, mode: bool = True) -> Module:
         """Switch to training, or with False to evaluation."""
-        self.training = mode
+        self.training = as_bool(mode, "mode")
         return self
 
     def eval(self) -> Module:
@@ -159,7 +160,7 @@ class Module:
         return _returned(session)
 
     def _names(self, trainable_only: bool) -> list[str]:
-        return self._state.trained if trainable_only else self._state.parameter_names
+        return self._state.trained if as_bool(trainable_only, "trainable_only") else self._state.parameter_names
 
     def get_parameters_size(self, trainable_only: bool = True) -> int:
         """Number of elements."""
@@ -212,7 +213,7 @@ class Module:
         names = list(dict.fromkeys(as_names(graph_output_names, "graph_output_names", "output")))
         if not names:
             raise ArgumentTypeError("graph_output_names is empty, expected the outputs that inference shall return")
-        model = ir.load(as_path(self._eval_path, "eval_model_uri"))
+        model = ir.load(self._eval_path)
         available = {value.name: value for value in model.graph.outputs}
         if unknown := [name for name in names if name not in available]:
             raise ArgumentTypeError(
@@ -269,7 +270,11 @@ def _ort_value(array: np.ndarray) -> Any:
 
 
 def _provider(device: Any) -> Any:
-    kind, _, index = device.partition(":") if isinstance(device, str) else (device, "", "")
+    if not isinstance(device, str):
+        raise ArgumentTypeError(
+            f"device is {device!r:.80} ({type(device).__name__}), expected 'cpu', 'cuda' or one with a number, 'cuda:1'"
+        )
+    kind, _, index = device.partition(":")
     if kind == "cuda" and index.isdecimal():
         return CudaOptions(device_id=int(index))
     return kind if index in ("", "0") else device
@@ -288,7 +293,7 @@ class Optimizer:
                 f"module is a {type(module).__name__}, expected a convgrad_export.training.api.Module"
             )
         self._state = module._state
-        self._session = module._open(optimizer_uri)
+        self._session = module._open(as_path(optimizer_uri, "optimizer_uri"))
         types = {value.name: value.type for value in self._session.inference_session.get_inputs()}
         _, self._rate_type = tensors.onnx_type(types.get(LEARNING_RATE, "tensor(float)"))
         missing = [
@@ -342,6 +347,8 @@ class LinearLRScheduler:
             raise ArgumentTypeError(f"optimizer is a {type(optimizer).__name__}, expected the Optimizer of this module")
         warmup_step_count = as_int(warmup_step_count, "warmup_step_count")
         total_step_count = as_int(total_step_count, "total_step_count")
+        if total_step_count < 0:
+            raise ArgumentTypeError(f"total_step_count is {total_step_count}, expected 0 or more")
         if not 0 <= warmup_step_count <= total_step_count:
             raise ArgumentTypeError(
                 f"warmup_step_count is {warmup_step_count}, expected a number from 0 to {total_step_count}"
@@ -350,7 +357,7 @@ class LinearLRScheduler:
             optimizer,
             warmup_step_count,
             total_step_count,
-            check_rate(initial_lr),
+            check_rate(initial_lr, "initial_lr"),
         )
         self.step()
 

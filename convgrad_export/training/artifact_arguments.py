@@ -138,10 +138,6 @@ def frozen_names(
     module: torch.nn.Module, requires_grad: Sequence[str] | None, frozen_params: Sequence[str] | None
 ) -> list[str]:
     names = [name for name, _ in module.named_parameters()]
-    if requires_grad is not None:
-        requires_grad = as_names(requires_grad, "requires_grad", "fc.weight")
-    if frozen_params is not None:
-        frozen_params = as_names(frozen_params, "frozen_params", "fc.weight")
     others = module.initializers if isinstance(module, OnnxModule) else ()  # they stay as they are in any case
     known = {"requires_grad": names, "frozen_params": [*names, *others]}
     for option, given in (("requires_grad", requires_grad), ("frozen_params", frozen_params)):

@@ -119,14 +119,19 @@ def generate_artifacts(
         ("custom_op_library", custom_op_library),
         ("nominal_checkpoint", nominal_checkpoint),
     ):
-        if value:
+        if value is not None and not (isinstance(value, bool | int | str) and not value):
             raise ArgumentTypeError(
-                f"{name} is {value!r}: not supported, the models are standard ONNX for any onnxruntime"
+                f"{name} is {value!r:.80}: not supported, the models are standard ONNX for any onnxruntime"
             )
     check_opset(opset_version)
     check_flags(overwrite=overwrite, verify=verify)
-    if additional_output_names is not None:
-        as_names(additional_output_names, "additional_output_names", "logits")
+    for name, names, example in (
+        ("additional_output_names", additional_output_names, "logits"),
+        ("requires_grad", requires_grad, "fc.weight"),
+        ("frozen_params", frozen_params, "fc.weight"),
+    ):
+        if names is not None:
+            as_names(names, name, example)
     paths = file_paths(artifact_directory, prefix, overwrite)
     module, batch, resolved = module_and_batch(model, loss, args, loss_input_names, requires_grad or ())
     untrained_loss_parameters(resolved, optimizer, module)

@@ -118,7 +118,7 @@ class CheckpointState:
         Raises:
             ModelFileError: missing, damaged, or not written by `generate_artifacts` or `save_checkpoint`.
         """
-        return cls(*read_checkpoint(checkpoint_uri))
+        return cls(*read_checkpoint(as_path(checkpoint_uri, "checkpoint_uri")))
 
     @classmethod
     def save_checkpoint(

@@ -282,14 +282,14 @@ def raise_refused(error: Exception, within: str) -> NoReturn:
     ) from error
 
 
-def check_rate(value: Any) -> float:
+def check_rate(value: Any, name: str = "learning_rate") -> float:
     """A learning rate; with not-a-number the state would be lost in a step whose loss is still finite."""
     try:
         rate = float(value)
     except (TypeError, ValueError):
         rate = math.nan
     if not math.isfinite(rate) or isinstance(value, str | bytes | bool):
-        raise ArgumentTypeError(f"learning_rate is {value!r}, expected a finite number")
+        raise ArgumentTypeError(f"{name} is {value!r:.80}, expected a finite number")
     return rate
 
 

@@ -173,7 +173,7 @@ def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(tmp_path: Path
         (["build", "conv2d_weight", *SHAPES, "--groups", "3", "-o", "unused.onnx"], "4 channels, expected 12"),
         (["build", "conv2d_weight", *SHAPES, "--groups", "1.5", "-o", "unused.onnx"], "'--groups'"),
         (["build", "conv2d_weight", *SHAPES], "Missing option"),
-        (["lowerings", "conv9d_weight"], "operator is 'conv9d_weight'"),
+        (["lowerings", "conv9d_weight"], "operator_name is 'conv9d_weight'"),
         (["nothing"], "No such command"),
     ],
 )

@@ -245,3 +245,10 @@ def test_dynamic_shapes_of_variadic_arguments(shapes: Any) -> None:
     assert report.inputs == {"xs_0": ["n"], "xs_1": ["n"], "k": ["n"]}
     with pytest.raises(ArgumentTypeError, match="xs_2"):
         cg.export(Variadic(), (x, x), kwargs={"k": x}, dynamic_shapes={"xs": ({0: "n"},) * 3})
+
+
+@pytest.mark.parametrize("name", ["of", "target", "progress"])
+@pytest.mark.parametrize("given", [np.ones(2), torch.ones(2)], ids=["array", "tensor"])
+def test_options_that_are_arrays_are_named(name: str, given: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match=f"{name} is "):
+        cg.export_gradient(nn.Linear(3, 2), (torch.randn(2, 3),), **{name: given})

@@ -200,6 +200,12 @@ def test_a_layer_without_a_map_is_refused(layer: str, message: str) -> None:
         cg.export(recipe, (pictures(),))
 
 
+def test_a_layer_that_is_no_name_is_refused() -> None:
+    for layer in (["twice"], torch.ones(2)):
+        with pytest.raises(cg.ArgumentTypeError, match="layer is "):
+            GradCAM(Aside(), layer)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_takes_the_options_that_it_names(recipe: str) -> None:
     read = set()

@@ -71,6 +71,8 @@ def test_the_bare_name_has_the_defaults() -> None:
         ({"nonsense": 1}, cg.ProviderError, "expected one of .*prefer_nhwc"),
         ({"use_tf32": "maybe"}, cg.ArgumentTypeError, "use_tf32 is 'maybe', expected True or False"),
         ({"device_id": -1}, cg.ProviderError, "device_id is -1, expected 0 or more"),
+        ({"cudnn_conv_algo_search": np.ones(2)}, cg.ArgumentTypeError, "cudnn_conv_algo_search is array"),
+        ({"arena_extend_strategy": 3}, cg.ArgumentTypeError, "arena_extend_strategy is 3"),
         ({"device_id": True}, cg.ArgumentTypeError, "device_id is True, expected an integer"),
         ({"gpu_mem_limit": "much"}, cg.ArgumentTypeError, "gpu_mem_limit is 'much', expected an integer"),
         ({"gpu_mem_limit": 0}, cg.ProviderError, "expected 1 or more"),

@@ -342,3 +342,9 @@ def test_a_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(onnx, name, lambda *a, original=original, **k: parsed.append(a) or original(*a, **k))
     cg.GradientSession(path)
     assert len(parsed) == 1
+
+
+def test_a_layout_that_is_no_boolean_is_refused() -> None:
+    for given in (np.ones(2), "no"):
+        with pytest.raises(cg.ArgumentTypeError, match="blocked_layout is"):
+            cg.GradientSession(b"", blocked_layout=given)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -186,6 +187,8 @@ def test_a_module_is_tuned_layer_by_layer_and_the_cache_answers_next_time(own_ca
         ({"target": GEOMETRY, "max_error_factor": "2"}, cg.ArgumentTypeError, "max_error_factor is '2'"),
         ({"target": GEOMETRY, "max_workspace": "1"}, cg.ArgumentTypeError, "max_workspace is '1'"),
         ({"target": GEOMETRY, "seed": -1}, cg.GeometryError, "seed is -1"),
+        ({"target": GEOMETRY, "gradients": np.ones((2, 2))}, cg.GeometryError, "gradients is .*expected 'input'"),
+        ({"target": GEOMETRY, "progress": True}, cg.ArgumentTypeError, "progress is True"),
         ({"target": GEOMETRY, "gradients": 3}, cg.ArgumentTypeError, "gradients is 3"),
         ({"target": GEOMETRY, "gradients": ("bias",)}, cg.GeometryError, "gradients is"),
         ({"target": GEOMETRY, "provider": "tpu"}, cg.ProviderError, "provider is 'tpu'"),
