@@ -221,7 +221,8 @@ def compare(runner: Any, program: CapturedProgram, inputs: Mapping[str, torch.Te
         cancelling = cancelling_moves(moved, norms, precision)
         errors = _judged(compared, values, truth, plain, runs, precision, cancelling)
     if not all(error.within for error in errors.values()):
-        name, error = max(errors.items(), key=lambda item: item[1].relative / item[1].bound)
+        # Not-a-number, which no comparison finds, is the worst.
+        name, error = max(errors.items(), key=lambda item: np.nan_to_num(item[1].relative / item[1].bound, nan=np.inf))
         reference = "float64 eager" if exact.refusal is None else "eager"
         raise VerificationError(
             f"output {name!r} of the exported model is wrong: relative error {error.relative:.3g} against {reference}, "

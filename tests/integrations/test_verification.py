@@ -353,3 +353,19 @@ def test_nan_that_both_have_is_equal_and_one_side_alone_is_not() -> None:
         wrong = Answers(program, lambda outputs, p=place, v=value: outputs["output"].__setitem__(p, v))
         with pytest.raises(cg.VerificationError, match="output"):
             verification.compare(wrong, program, {"input": torch.randn(2, 2)})
+
+
+def test_an_output_that_is_not_a_number_is_the_one_that_is_named() -> None:
+    class Runner:
+        input_names = ("x",)
+
+        def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {"output_0": feeds["x"] * 2, "output_1": feeds["x"] * np.nan}
+
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x * 2, x * 3
+
+    program = capture(Two(), (torch.randn(4),), None)
+    with pytest.raises(cg.VerificationError, match=r"output 'output_1' .* is wrong"):
+        verification.compare(Runner(), program, {"x": torch.randn(4)})
