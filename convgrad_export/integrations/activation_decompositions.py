@@ -19,6 +19,7 @@ aten = torch.ops.aten
 _ELEMENTWISE = {
     *(aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar, aten.neg.default),
     *(aten.div.Tensor, aten.div.Scalar, aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor),
+    *(aten.pow.Tensor_Scalar, aten.sqrt.default, aten.abs.default),
 }
 _MOVING = {
     *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten.permute.default),

@@ -476,6 +476,7 @@ BEHIND = {
     "sqrt": Tensor.sqrt,
     "log": Tensor.log,
     "reciprocal": Tensor.reciprocal,
+    "rsqrt": Tensor.rsqrt,
     "root": lambda y: y**0.3,
 }
 IN_FRONT: dict[str, Callable[[Tensor], Tensor]] = {
