@@ -16,7 +16,7 @@ _FEW_CHANNELS = 16  # a GEMM with a side this short leaves most of its register 
 # Output positions of a sample.
 _TINY_IMAGE, _ONE_THREAD_TINY_IMAGE = 64, 8  # up to here a GEMM a sample does little but read the weight
 # Output positions of one sample up to which a pointwise GEMM is short beside the rearrangement of its weight: of any
-# weight, and of one that leaves the cache (`_WIDENING_WEIGHT`).
+# weight, and at one thread of one that leaves the cache (`_WIDENING_WEIGHT`).
 _FEW_POSITIONS, _MORE_POSITIONS = 64, 256
 _VECTOR = 8  # up to here a GEMM a sample fills half of a register at most
 _SMALL_IMAGE = 256  # up to here Col2Im's additions cost less than ConvTranspose's
@@ -47,7 +47,7 @@ def input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) 
     if columns.is_one_window(g):
         return ("input.columns", *_ANY_INPUT)
     if g.unit_stride and g.is_pointwise:
-        return _pointwise_input_preferences(g, constant_weight)
+        return _pointwise_input_preferences(g, constant_weight, one_thread)
     volume = g.rank == 3 and g.groups == 1 and g.is_static
     if volume and _is_one_sample(g) and g.input_size[0] > 1 and math.prod(g.output_size) <= _ONE_SAMPLE_VOLUME:
         return _ANY_INPUT
@@ -81,7 +81,7 @@ def input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) 
     return ("input.col2im", *_ANY_INPUT) if positions <= _COLUMN_IMAGE else _ANY_INPUT
 
 
-def _pointwise_input_preferences(g: ConvGeometry, constant_weight: bool) -> tuple[str, ...]:
+def _pointwise_input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) -> tuple[str, ...]:
     """Of a stride of 1: a Conv, unless one GEMM over the batch saves reading a large weight for each sample.
 
     Or unless a sample has so few positions that its own GEMM would leave most of each register empty.
@@ -90,7 +90,7 @@ def _pointwise_input_preferences(g: ConvGeometry, constant_weight: bool) -> tupl
     large = size >= _LARGE_WEIGHT or (size >= _WIDENING_WEIGHT and g.out_channels > g.in_channels)
     positions = math.prod(g.output_size)
     plain = not constant_weight and g.groups == 1 and g.is_static
-    few = positions <= (_MORE_POSITIONS if size >= _WIDENING_WEIGHT else _FEW_POSITIONS)
+    few = positions <= (_MORE_POSITIONS if one_thread and size >= _WIDENING_WEIGHT else _FEW_POSITIONS)
     if plain and _is_one_sample(g) and few:
         return _ANY_INPUT  # a Conv would need the weight transposed, which takes longer than the GEMM
     together = plain and not (isinstance(g.batch, int) and g.batch < 2)
@@ -141,7 +141,8 @@ def _channels_last_pays(g: ConvGeometry, one_thread: bool) -> bool:
         return True
     if g.in_channels < _FEW_CHANNELS and all(k <= s for k, s in zip(g.kernel_size, g.stride, strict=True)):
         return False  # no element is read twice
-    return math.prod(g.output_size) > _TINY_IMAGE  # else the result's Transpose, on one thread, takes too long
+    # Else the result's Transpose, on one thread, takes too long.
+    return math.prod(g.output_size) > (_FEW_SAMPLES_COLUMNS if _is_one_sample(g) else _TINY_IMAGE)
 
 
 def _matmul_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
