@@ -71,7 +71,7 @@ def session_model(operation: str, geometry: ConvGeometry, threads: int) -> bytes
         return None
     model = build_model(f"conv{geometry.rank}d_{operation}", **geometry.to_dict(), dynamic=(), threads=threads)
     content = model.SerializeToString()
-    found = in_blocked_layout(content)
+    found = in_blocked_layout(content, threads=threads)
     return found if isinstance(found, bytes) and found is not content else None
 
 

@@ -82,7 +82,7 @@ class OrtSegment:
         content = self.model.SerializeToString()
         if provider == CPU:
             free_early(options)
-            content = in_blocked_layout(content)
+            content = in_blocked_layout(content, threads=torch.get_num_threads())
         try:
             self._session = ort.InferenceSession(content, options, providers=[provider], provider_options=[settings])
         except Exception as error:

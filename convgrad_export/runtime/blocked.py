@@ -36,14 +36,18 @@ from .providers import onnxruntime
 
 DOMAIN = "com.microsoft.nchwc"
 _CANDIDATES = (16, 8)
+_BLOCKS_TOGETHER = 4  # of filters, which onnxruntime's kernel takes at once
 # Dense layers: output positions of all samples from which on the weight's rearrangement is little beside the Conv, and
 # elements of a weight that is little anyway.
 _POSITIONS, _SMALL_WEIGHT = 256, 1 << 16
 _TAPS, _FEW_CHANNELS = 3, 64  # kernels of fewer taps on one axis read what they rearrange too seldom, from here on
 
 
-def put_blocked_layout(model: Any) -> bool:
+def put_blocked_layout(model: Any, threads: int | None = None) -> bool:
     """Bring the convolutions of an onnx.ModelProto into the blocked layout, those that nobody has edited since.
+
+    Args:
+        threads: that will run the model; None for several.
 
     Returns:
         False where none can be, or would gain; then the model is as it was.
@@ -55,19 +59,21 @@ def put_blocked_layout(model: Any) -> bool:
     block = block_size()
     if block is None:
         return False
-    return _rewrite(model, intact(model, [entry for entry in entries if _applies(entry, block)]), block)
+    wanted = [entry for entry in entries if _applies(entry, block) and (threads == 1 or _divides(entry, block))]
+    return _rewrite(model, intact(model, wanted), block)
 
 
-def in_blocked_layout(source: Path | bytes, parsed: Any | None = None) -> Path | bytes:
+def in_blocked_layout(source: Path | bytes, parsed: Any | None = None, threads: int | None = None) -> Path | bytes:
     """The same for a model's file or bytes, as they came where nothing changes.
 
     Args:
         parsed: the onnx.ModelProto that is in it, to be changed; read from it without one.
+        threads: as in `put_blocked_layout`.
     """
     model = parsed
     if model is None and _mentions(source, METADATA.encode()):
         model = loaded(source)
-    return source if model is None or not put_blocked_layout(model) else model.SerializeToString()
+    return source if model is None or not put_blocked_layout(model, threads) else model.SerializeToString()
 
 
 def _mentions(source: Path | bytes, text: bytes) -> bool:
@@ -181,6 +187,17 @@ def _applies(entry: ConvolutionEntry, block: int) -> bool:
     inputs, outputs = g.in_channels_per_group, g.out_channels_per_group
     blocks = inputs % block == 0 or (entry.kind == FORWARD and g.groups == 1 and inputs < block)
     return entry.kind != WEIGHT and blocks and outputs % block == 0 and _dense_pays(g, inputs * outputs)
+
+
+def _divides(entry: ConvolutionEntry, block: int) -> bool:
+    """Whether there is work for two threads: a Conv is divided by sample, group, four blocks of filters and row."""
+    g = entry.geometry
+    if not isinstance(g.batch, int) or one_to_one(g):
+        return True
+    forward = entry.kind == FORWARD
+    rows = 1 if g.rank == 1 else (g.output_size if forward else g.input_size)[0]
+    filters = g.out_channels_per_group if forward else g.in_channels_per_group
+    return g.batch * g.groups * -(-filters // (_BLOCKS_TOGETHER * block)) * rows > 1
 
 
 def _dense_pays(g: ConvGeometry, channels: int) -> bool:

@@ -88,7 +88,7 @@ class GradientSession:
         self._requested, settings = wanted[0]
         stream = cuda_run.stream_for(settings) if self._requested == CUDA else None
         on_cpu = is_cpu_alone(wanted)
-        rewritten = in_blocked_layout(source, parsed) if blocked_layout and on_cpu else source
+        rewritten = in_blocked_layout(source, parsed, threads) if blocked_layout and on_cpu else source
         del parsed  # its weights: the session has its own
         if session_options is None:
             session_options = ort.SessionOptions()

@@ -22,6 +22,7 @@ _VECTOR = 8  # up to here a GEMM a sample fills half of a register at most
 _SMALL_IMAGE = 256  # up to here Col2Im's additions cost less than ConvTranspose's
 _SMALL_VOLUME = 64  # up to here plane by plane pays for strided 1x1x1 kernels
 _ONE_SAMPLE_VOLUME = 128  # of one sample: up to here the planes' weights are rearranged for too little
+_ONE_SAMPLE_IMAGE = 300  # of one sample: up to here ConvTranspose's additions take less than the weight's rearrangement
 _SMALL_PLANE, _ONE_THREAD_PLANE = 256, 64  # up to here a Gather of runs over the batch is faster than a Slice of rows
 _FEW_GROUP_CHANNELS = 4  # up to here taps beside the channels fill a GEMM better than the channels alone
 _MANY_TAPS = 81  # few input channels: from here on the columns are best made inside the Conv
@@ -63,11 +64,14 @@ def input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) 
     positions = math.prod(g.output_size)
     if g.groups > 1:
         # ConvTranspose adds its columns up on one thread; a Conv divides all of its work.
+        several = not (one_thread or g.is_depthwise)
+        narrow = min(g.in_channels_per_group, g.out_channels_per_group) <= _FEW_GROUP_CHANNELS
         if g.unit_stride:
-            return _ANY_INPUT if one_thread else ("input.flipped_conv", *_ANY_INPUT)
-        small = positions <= _SMALL_IMAGE and not g.is_depthwise and not one_thread
+            one = several and _is_one_sample(g) and not narrow and positions <= _LARGE_IMAGE
+            return _ANY_INPUT if one_thread or one else ("input.flipped_conv", *_ANY_INPUT)
+        small = several and positions <= (_COLUMN_IMAGE if _is_one_sample(g) else _SMALL_IMAGE)
         return ("input.col2im", *_ANY_INPUT) if small else _ANY_INPUT
-    one_sample_limit = _SMALL_IMAGE if one_thread and not g.unit_stride else _TINY_IMAGE
+    one_sample_limit = _TINY_IMAGE if one_thread and g.unit_stride else _ONE_SAMPLE_IMAGE
     if _is_one_sample(g) and positions <= one_sample_limit and g.rank < 3:
         return _ANY_INPUT  # its GEMM reads the weight as it lies
     if positions <= (_ONE_THREAD_TINY_IMAGE if one_thread and not g.is_pointwise else _TINY_IMAGE):
@@ -92,7 +96,8 @@ def _pointwise_input_preferences(g: ConvGeometry, constant_weight: bool, one_thr
     plain = not constant_weight and g.groups == 1 and g.is_static
     few = positions <= (_MORE_POSITIONS if one_thread and size >= _WIDENING_WEIGHT else _FEW_POSITIONS)
     if plain and _is_one_sample(g) and few:
-        return _ANY_INPUT  # a Conv would need the weight transposed, which takes longer than the GEMM
+        # A Conv would need the weight transposed, which takes longer than the GEMM; ConvTranspose copies its result.
+        return ("input.matmul_taps", *_ANY_INPUT)
     together = plain and not (isinstance(g.batch, int) and g.batch < 2)
     if together and (positions <= _VECTOR or (large and positions <= _TINY_IMAGE)):
         return ("input.columns", "input.flipped_conv", *_ANY_INPUT)
@@ -117,14 +122,19 @@ def weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
         return ("weight.image_matmul", "weight.depthwise_rows")
     if g.is_depthwise:
         return _depthwise_weight_preferences(g, one_thread)
-    if columns.is_one_window(g) or (_is_one_sample(g) and g.is_pointwise and g.unit_stride and g.groups == 1):
+    if columns.is_one_window(g):
         return ("weight.columns", *_ANY_WEIGHT)  # no copy at all
+    if _is_one_sample(g) and g.is_pointwise and g.groups == 1:
+        # Neither copies anything at a stride of 1.
+        divided = math.prod(g.output_size) >= _LARGE_IMAGE and not (one_thread and g.unit_stride)
+        return ("weight.sample_matmul" if divided else "weight.columns", *_ANY_WEIGHT)
     preferences = _matmul_weight_preferences(g, one_thread)
     if not _channels_last_pays(g, one_thread):
         return preferences
     # The side with more channels gives the GEMM its rows: the other side's columns are copied once for all of them.
     few = isinstance(g.batch, int) and g.batch * math.prod(g.output_size) <= _TINY_IMAGE
-    flipped = g.in_channels > g.out_channels and g.unit_stride and not few
+    more = g.in_channels > g.out_channels or (g.in_channels == g.out_channels and _is_one_sample(g) and not one_thread)
+    flipped = more and g.unit_stride and not few
     return ("weight.channels_last_flipped_conv" if flipped else "weight.channels_last_conv", *preferences)
 
 
@@ -134,13 +144,18 @@ def _channels_last_pays(g: ConvGeometry, one_thread: bool) -> bool:
         return False
     if g.rank == 3:
         dense = g.groups == 1 and min(g.in_channels, g.out_channels) >= _FEW_CHANNELS
-        return dense and _is_one_sample(g) and math.prod(g.output_size) > _FEW_SAMPLES_COLUMNS
+        large = math.prod(g.weight_shape) >= _LARGE_WEIGHT
+        limit = _ONE_SAMPLE_VOLUME if large else _FEW_SAMPLES_COLUMNS
+        return dense and _is_one_sample(g) and math.prod(g.output_size) > limit
     if g.groups > 1:
         return min(g.in_channels_per_group, g.out_channels_per_group) > _FEW_GROUP_CHANNELS
     if one_thread:
         return True
-    if g.in_channels < _FEW_CHANNELS and all(k <= s for k, s in zip(g.kernel_size, g.stride, strict=True)):
-        return False  # no element is read twice
+    if g.in_channels < _FEW_CHANNELS:
+        if all(k <= s for k, s in zip(g.kernel_size, g.stride, strict=True)):
+            return False  # no element is read twice
+        if _is_one_sample(g) and g.taps < _FEW_CHANNELS:
+            return False  # what one thread rearranges is as long as the product
     # Else the result's Transpose, on one thread, takes too long.
     return math.prod(g.output_size) > (_FEW_SAMPLES_COLUMNS if _is_one_sample(g) else _TINY_IMAGE)
 
@@ -161,7 +176,8 @@ def _matmul_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, 
     if g.rank == 3:
         limit = _ONE_THREAD_TINY_IMAGE
     if isinstance(g.batch, int) and g.batch < _FEW_SAMPLES:
-        limit = _FEW_SAMPLES_COLUMNS
+        large = g.rank == 3 and _is_one_sample(g) and math.prod(g.weight_shape) >= _LARGE_WEIGHT
+        limit = _ONE_SAMPLE_VOLUME if large else _FEW_SAMPLES_COLUMNS
     if positions <= limit:
         return ("weight.columns", *_ANY_WEIGHT)
     if g.rank == 3:

@@ -19,6 +19,7 @@ DEFAULT_ERROR_FACTOR = 2.0
 # they are in proportion to the sum of the two, the multiplications to their product.
 _CHANNELS, _ONE_THREAD_CHANNELS = 42, 32
 _WEIGHT_CHANNELS = 60  # against a direct form whose copies stay in the cache
+_ONE_SAMPLE_WEIGHT_CHANNELS = 384  # of one sample, on several threads: the transforms run on one of them
 _LARGE_IMAGE, _LARGE_IMAGE_CHANNELS = 1024, 60  # positions; the untransformed tensors leave the cache as well
 _HUGE_IMAGE, _HUGE_IMAGE_CHANNELS = 8192, 96
 # Three taps on one axis save a third of the multiplications, on two axes more than half.
@@ -50,7 +51,9 @@ def winograd_tiles(
         needed = _WEIGHT_CHANNELS
     if math.prod(size) > _LARGE_IMAGE:
         needed = _LARGE_IMAGE_CHANNELS
-    if len(filtered) < 2:
+    if gradient == "weight" and isinstance(g.batch, int) and g.batch == 1 and not one_thread:
+        needed = _ONE_SAMPLE_WEIGHT_CHANNELS
+    elif len(filtered) < 2:
         needed = _ONE_AXIS_ONE_THREAD_CHANNELS[gradient] if one_thread else _ONE_AXIS_CHANNELS
     if constant_weight:
         needed = max(needed, _CONSTANT_WEIGHT_CHANNELS)

@@ -25,7 +25,11 @@ _WORTH_A_CUT = 1 << 20  # elements of state: below, the gradients' way from one 
 
 
 def prepare(
-    source: Path | bytes, parsed: Any | None, in_place: bool | None, blocked_layout: bool
+    source: Path | bytes,
+    parsed: Any | None,
+    in_place: bool | None,
+    blocked_layout: bool,
+    threads: int | None = None,
 ) -> tuple[Path | bytes, Phases | None]:
     """The model of the first phase, or of the whole step, and what the second phase needs.
 
@@ -33,13 +37,13 @@ def prepare(
         source: as it came; it comes back unchanged where onnxruntime shall say what is wrong with it, where onnx is
             missing, and where tensors lie in other files.
         parsed: the onnx.ModelProto that is in it, to be changed; read from it without one.
-        in_place, blocked_layout: as in `TrainingSession`.
+        in_place, blocked_layout, threads: as in `TrainingSession`.
     """
     model = loaded(source) if parsed is None else parsed
     if model is None or any(tensor.external_data for tensor in model.graph.initializer):
         return source, None
     if blocked_layout:
-        put_blocked_layout(model)
+        put_blocked_layout(model, threads)
     phases = None if in_place is False else _cut(model, bool(in_place))
     first = model if phases is None else phases.gradients
     put_execution_order(first.graph)

@@ -77,7 +77,7 @@ class TrainingSession:
         on_cpu = is_cpu_alone(wanted)
         if in_place and not on_cpu:
             raise ArgumentTypeError(f"in_place is {in_place}, expected None or False: it is for the CPU provider alone")
-        content, cut = prepare(source, parsed, in_place, blocked_layout) if on_cpu else (source, None)
+        content, cut = prepare(source, parsed, in_place, blocked_layout, threads) if on_cpu else (source, None)
         del parsed  # its weights: the session has its own
         self._phases = [PhaseSession(content, wanted, threads, shared=cut is not None)]
         whole: dict[str, tuple[int, ...]] = {}

@@ -127,7 +127,7 @@ def test_three_axes_are_taken_plane_by_plane() -> None:
     assert chosen(64, (1, 2, 2)) == ["plane_col2im", "columns"]
     assert chosen(64, (4, 16, 16), 1, 2) == ["conv_transpose", "depth_taps_gathered"]
     assert chosen(64, (1, 4, 4), 1, 2) == ["plane_col2im", "depth_taps_gathered"]
-    assert chosen(64, (1, 4, 4), 1, 2, batch=1) == ["plane_col2im", "matmul_taps"]
+    assert chosen(64, (1, 4, 4), 1, 2, batch=1) == ["plane_col2im", "columns"]
 
 
 def test_a_constant_weight_changes_the_choice_where_the_runtime_profits() -> None:
@@ -146,17 +146,24 @@ def test_a_constant_weight_changes_the_choice_where_the_runtime_profits() -> Non
         ("input", (8, 96, 56, 56), (96, 1, 3, 3), 1, "input.conv_transpose", "input.flipped_conv"),
         ("weight", (8, 48, 56, 56), (48, 48, 3, 3), 1, "weight.channels_last_conv", "weight.channels_last_conv"),
         ("weight", (8, 512, 2, 2), (512, 512, 3, 3), 1, "weight.channels_last_conv", "weight.columns"),
-        ("input", (1, 512, 2, 2), (2048, 512, 1, 1), 1, "input.conv_transpose", "input.conv_transpose"),
+        ("input", (1, 512, 2, 2), (2048, 512, 1, 1), 1, *["input.matmul_taps"] * 2),
         ("input", (1, 256, 4, 4), (256, 256, 3, 3), 1, "input.conv_transpose", "input.conv_transpose"),
         ("input", (1, 64, 56, 56), (256, 64, 1, 1), 1, "input.flipped_conv", "input.flipped_conv"),
-        ("input", (1, 192, 7, 7), (1152, 192, 1, 1), 1, *["input.conv_transpose"] * 2),
-        ("input", (1, 256, 14, 14), (1024, 256, 1, 1), 1, "input.conv_transpose", "input.flipped_conv"),
+        ("input", (1, 192, 7, 7), (1152, 192, 1, 1), 1, *["input.matmul_taps"] * 2),
+        ("input", (1, 256, 14, 14), (1024, 256, 1, 1), 1, "input.matmul_taps", "input.flipped_conv"),
         ("weight", (1, 448, 8, 8), (384, 448, 3, 3), 1, *["weight.channels_last_conv"] * 2),
-        ("input", (1, 192, 17, 17), (320, 192, 3, 3), 2, "input.conv_transpose", "input.col2im"),
+        ("input", (1, 192, 17, 17), (320, 192, 3, 3), 2, *["input.conv_transpose"] * 2),
+        ("input", (1, 128, 16, 16), (128, 128, 5, 5), 1, "input.col2im", "input.conv_transpose"),
+        ("input", (1, 256, 28, 28), (256, 8, 3, 3), 1, *["input.conv_transpose"] * 2),
+        ("input", (1, 256, 56, 56), (256, 8, 3, 3), 2, "input.conv_transpose", "input.col2im"),
         ("input", (8, 480, 1, 1), (20, 480, 1, 1), 1, *["input.columns"] * 2),
         ("input", (8, 16, 5, 5), (120, 16, 5, 5), 6, *["input.columns"] * 2),
         ("weight", (8, 16, 5, 5), (120, 16, 5, 5), 6, *["weight.columns"] * 2),
-        ("weight", (1, 64, 56, 56), (256, 64, 1, 1), 1, *["weight.columns"] * 2),
+        ("weight", (1, 64, 56, 56), (256, 64, 1, 1), 1, "weight.columns", "weight.sample_matmul"),
+        ("weight", (1, 128, 28, 28), (256, 128, 1, 1), 2, *["weight.columns"] * 2),
+        ("weight", (1, 256, 14, 14), (256, 256, 3, 3), 1, "weight.winograd4", "weight.channels_last_flipped_conv"),
+        ("weight", (1, 512, 14, 14), (512, 512, 3, 3), 1, *["weight.winograd4"] * 2),
+        ("weight", (1, 3, 224, 224), (32, 3, 3, 3), 2, "weight.channels_last_conv", "weight.sample_matmul"),
         ("weight", (1, 128, 4, 4), (32, 128, 3, 3), 1, "weight.channels_last_conv", "weight.columns"),
         ("weight", (8, 256, 56, 56), (64, 256, 1, 1), 1, "weight.sample_matmul", "weight.sample_matmul"),
         ("weight", (8, 64, 14, 14), (384, 64, 1, 1), 1, "weight.sample_matmul", "weight.sample_matmul"),

@@ -297,3 +297,24 @@ def test_a_wrong_layout_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of another size than the machine's give wrong numbers, which is how the size is told."""
     monkeypatch.setattr(blocked, "_CANDIDATES", (4,))
     assert blocked.block_size.__wrapped__() is None
+
+
+@needs_blocks
+@pytest.mark.parametrize(
+    ("batch", "size", "one", "several"),
+    [(1, (2048,), True, False), (8, (2048,), True, True), (1, (40, 40), True, True)],
+)
+def test_a_layer_without_work_for_two_threads_keeps_its_formula(
+    batch: int, size: tuple, one: bool, several: bool
+) -> None:
+    """One sample, one row and no more than four blocks of filters are one piece of work to onnxruntime."""
+    kernel = (5,) * len(size)
+    model = cg.build_model(
+        f"conv{len(size)}d_input",
+        input_shape=(batch, 32, *size),
+        weight_shape=(32, 32, *kernel),
+        padding=2,
+        dynamic=(),
+    )
+    found = [blocked.put_blocked_layout(onnx.load_from_string(model.SerializeToString()), n) for n in (1, 2, None)]
+    assert found == [one, several, several]

@@ -171,7 +171,7 @@ def test_a_rewritten_model_that_does_not_load_gives_way_to_the_file(monkeypatch:
     from convgrad_export.runtime import session
 
     model = layer()
-    monkeypatch.setattr(session, "in_blocked_layout", lambda source, parsed: b"no model")
+    monkeypatch.setattr(session, "in_blocked_layout", lambda source, parsed, threads: b"no model")
     values = feeds(model)
     np.testing.assert_array_equal(cg.GradientSession(model).run(None, values)[0], plain(model, values)[0])
 
