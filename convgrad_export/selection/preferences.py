@@ -125,9 +125,9 @@ def weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
     if columns.is_one_window(g):
         return ("weight.columns", *_ANY_WEIGHT)  # no copy at all
     if _is_one_sample(g) and g.is_pointwise and g.groups == 1:
-        # Neither copies anything at a stride of 1.
-        divided = math.prod(g.output_size) >= _LARGE_IMAGE and not (one_thread and g.unit_stride)
-        return ("weight.sample_matmul" if divided else "weight.columns", *_ANY_WEIGHT)
+        if math.prod(g.output_size) >= _LARGE_IMAGE:
+            return ("weight.sample_matmul", *_ANY_WEIGHT)
+        return ("weight.columns", *_ANY_WEIGHT) if g.unit_stride else _ANY_WEIGHT
     preferences = _matmul_weight_preferences(g, one_thread)
     if not _channels_last_pays(g, one_thread):
         return preferences
@@ -144,9 +144,7 @@ def _channels_last_pays(g: ConvGeometry, one_thread: bool) -> bool:
         return False
     if g.rank == 3:
         dense = g.groups == 1 and min(g.in_channels, g.out_channels) >= _FEW_CHANNELS
-        large = math.prod(g.weight_shape) >= _LARGE_WEIGHT
-        limit = _ONE_SAMPLE_VOLUME if large else _FEW_SAMPLES_COLUMNS
-        return dense and _is_one_sample(g) and math.prod(g.output_size) > limit
+        return dense and _is_one_sample(g) and math.prod(g.output_size) > _volume_columns(g, one_thread)
     if g.groups > 1:
         return min(g.in_channels_per_group, g.out_channels_per_group) > _FEW_GROUP_CHANNELS
     if one_thread:
@@ -176,8 +174,7 @@ def _matmul_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, 
     if g.rank == 3:
         limit = _ONE_THREAD_TINY_IMAGE
     if isinstance(g.batch, int) and g.batch < _FEW_SAMPLES:
-        large = g.rank == 3 and _is_one_sample(g) and math.prod(g.weight_shape) >= _LARGE_WEIGHT
-        limit = _ONE_SAMPLE_VOLUME if large else _FEW_SAMPLES_COLUMNS
+        limit = _volume_columns(g, one_thread) if g.rank == 3 and _is_one_sample(g) else _FEW_SAMPLES_COLUMNS
     if positions <= limit:
         return ("weight.columns", *_ANY_WEIGHT)
     if g.rank == 3:
@@ -187,6 +184,12 @@ def _matmul_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, 
             return ("weight.depth_taps_gathered", *_ANY_WEIGHT)
         return ("weight.depth_taps", *_ANY_WEIGHT)
     return _ANY_WEIGHT if one_thread else ("weight.sample_matmul", *_ANY_WEIGHT)
+
+
+def _volume_columns(g: ConvGeometry, one_thread: bool) -> int:
+    """Output positions of one sample of a volume up to which the columns are copied."""
+    large = math.prod(g.weight_shape) >= _LARGE_WEIGHT and not one_thread
+    return _ONE_SAMPLE_VOLUME if large else _FEW_SAMPLES_COLUMNS
 
 
 def _is_one_sample(g: ConvGeometry) -> bool:

@@ -127,7 +127,7 @@ def test_three_axes_are_taken_plane_by_plane() -> None:
     assert chosen(64, (1, 2, 2)) == ["plane_col2im", "columns"]
     assert chosen(64, (4, 16, 16), 1, 2) == ["conv_transpose", "depth_taps_gathered"]
     assert chosen(64, (1, 4, 4), 1, 2) == ["plane_col2im", "depth_taps_gathered"]
-    assert chosen(64, (1, 4, 4), 1, 2, batch=1) == ["plane_col2im", "columns"]
+    assert chosen(64, (1, 4, 4), 1, 2, batch=1) == ["plane_col2im", "matmul_taps"]
 
 
 def test_a_constant_weight_changes_the_choice_where_the_runtime_profits() -> None:
@@ -159,8 +159,9 @@ def test_a_constant_weight_changes_the_choice_where_the_runtime_profits() -> Non
         ("input", (8, 480, 1, 1), (20, 480, 1, 1), 1, *["input.columns"] * 2),
         ("input", (8, 16, 5, 5), (120, 16, 5, 5), 6, *["input.columns"] * 2),
         ("weight", (8, 16, 5, 5), (120, 16, 5, 5), 6, *["weight.columns"] * 2),
-        ("weight", (1, 64, 56, 56), (256, 64, 1, 1), 1, "weight.columns", "weight.sample_matmul"),
-        ("weight", (1, 128, 28, 28), (256, 128, 1, 1), 2, *["weight.columns"] * 2),
+        ("weight", (1, 64, 56, 56), (256, 64, 1, 1), 1, *["weight.sample_matmul"] * 2),
+        ("weight", (1, 64, 14, 14), (384, 64, 1, 1), 1, *["weight.columns"] * 2),
+        ("weight", (1, 128, 28, 28), (256, 128, 1, 1), 2, *["weight.matmul_taps"] * 2),
         ("weight", (1, 256, 14, 14), (256, 256, 3, 3), 1, "weight.winograd4", "weight.channels_last_flipped_conv"),
         ("weight", (1, 512, 14, 14), (512, 512, 3, 3), 1, *["weight.winograd4"] * 2),
         ("weight", (1, 3, 224, 224), (32, 3, 3, 3), 2, "weight.channels_last_conv", "weight.sample_matmul"),
