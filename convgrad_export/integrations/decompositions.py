@@ -248,8 +248,13 @@ def rrelu_with_noise_functional(
     """Output, and the slope each element was multiplied with."""
     if not training:
         return aten.leaky_relu.default(x, (lower + upper) / 2), noise
-    slope = torch.where(x > 0, 1.0, torch.rand_like(x) * (upper - lower) + lower)
+    slope = rrelu_slope(x, torch.rand_like(x), lower, upper)
     return x * slope, slope
+
+
+def rrelu_slope(x: Tensor, drawn: Tensor, lower: float, upper: float) -> Tensor:
+    """1 where x is positive, elsewhere between the bounds, by numbers drawn from [0, 1)."""
+    return torch.where(x > 0, 1.0, drawn * (upper - lower) + lower)
 
 
 def matrix_vector(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ArgumentTypeError, DTypeError, GeometryError, UnsupportedOperatorError
+from ..integrations.decompositions import rrelu_slope
 from ..integrations.packed import RECURRENT, PackedSequences, is_missing, unchecked_sizes
 from . import attention
 
@@ -346,8 +347,7 @@ def _rrelu(
 ) -> Tensor:
     if not training:
         return functional.rrelu(input, lower, upper, False, inplace)
-    slope = mode.uniform(input.shape, input.dtype) * (upper - lower) + lower
-    slope = torch.where(input > 0, torch.ones_like(slope), slope)
+    slope = rrelu_slope(input, mode.uniform(input.shape, input.dtype), lower, upper)
     return input.mul_(slope) if inplace else input * slope
 
 
