@@ -101,11 +101,10 @@ class GradientSession:
                 if rewritten is source:
                     raise
                 self._session = open_session(source, options, wanted, where)
-        inputs = self._session.get_inputs()
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         self._inputs = {value.name: Declared.of(value, f"input {value.name}") for value in inputs}
-        types = {value.type for value in (*inputs, *self._session.get_outputs())}
-        self._through_numpy = types.isdisjoint(_BOUND_TYPES)
-        self._output_names = [value.name for value in self._session.get_outputs()]
+        self._output_names = [value.name for value in outputs]
+        self._through_numpy = _BOUND_TYPES.isdisjoint(value.type for value in (*inputs, *outputs))
         self._cuda = None if stream is None else cuda_run.CudaRun(self._session, stream, settings)
         if self._requested != CPU and (report := self.placement()).left:
             warnings.warn(f"{report}. See GradientSession.placement().", RuntimeWarning, stacklevel=2)
