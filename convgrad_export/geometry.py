@@ -295,6 +295,11 @@ class ConvGeometry:
             result.append(Phase(first, tap_first, step, taps, base, d // math.gcd(s, d)))
         return tuple(result)
 
+    @property
+    def is_one_sample(self) -> bool:
+        """The batch is fixed, and 1."""
+        return isinstance(self.batch, int) and self.batch == 1
+
     # --- related geometries --------------------------------------------------------------------------------------
 
     def adjoint(self) -> ConvGeometry:
@@ -359,3 +364,25 @@ class ConvGeometry:
         ]
         parts += [f"{name} {value}" for name, value, shown in attributes if shown]
         return ("transposed, " if self.transposed else "") + ", ".join(parts)
+
+
+def aten_attributes(
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: Any,
+    output_padding: Sequence[int],
+    groups: int,
+) -> dict[str, Any]:
+    """The attributes of a call of `aten.convolution`, in its order, as `ConvGeometry` takes them.
+
+    Autograd passes output_padding on for a plain convolution too, where it means nothing.
+    """
+    return {
+        "stride": list(stride),
+        "padding": list(padding),
+        "dilation": list(dilation),
+        "groups": groups,
+        "transposed": bool(transposed),
+        "output_padding": list(output_padding) if transposed else 0,
+    }

@@ -14,7 +14,7 @@ from onnxscript import opset18 as op
 from convgrad_export import dtypes
 from convgrad_export.emit.onnx import GradientRequest, record_gradients
 from convgrad_export.errors import DTypeError
-from convgrad_export.geometry import ConvGeometry
+from convgrad_export.geometry import ConvGeometry, aten_attributes
 from convgrad_export.integrations import dynamic_convolution as dynamic
 from convgrad_export.integrations import float64_convolution
 from convgrad_export.integrations.convolution_marks import Mark, mark
@@ -87,7 +87,6 @@ class ConvolutionBackwardTranslation:
         self, operands: dict[str, Any], attributes: tuple[Any, ...], output_mask: Sequence[bool]
     ) -> tuple[Any, Any, Any]:
         """(dX, dW, db). A gradient that the mask leaves out is a constant, which nothing reads."""
-        stride, padding, dilation, transposed, output_padding, groups = attributes
         # The mask's third entry with bias_sizes=None is legal: the sizes are the output channels anyway.
         wanted = [gradient for gradient, asked in zip(GRADIENTS, output_mask, strict=True) if asked]
         dtype = dtypes.from_onnx_code(int(operands["grad_output"].dtype))
@@ -96,11 +95,9 @@ class ConvolutionBackwardTranslation:
         shapes = {name: list(value.shape) for name, value in operands.items()}
         spatial = [*shapes["input"][2:], *shapes["grad_output"][2:]]
         if all(isinstance(size, int) for size in spatial):
-            results = self._static(
-                operands, shapes, wanted, dtype, stride, padding, dilation, transposed, output_padding, groups
-            )
+            results = self._static(operands, shapes, wanted, dtype, attributes)
         else:
-            g = _dynamic(shapes["weight"], stride, padding, dilation, transposed, output_padding, groups)
+            g = _dynamic(shapes["weight"], *attributes)
             results = self._dynamic(operands, g, wanted, dtype)
         placed = [results[name] if name in results else op.Constant(value_float=0.0) for name in GRADIENTS]
         return placed[0], placed[1], placed[2]
@@ -111,24 +108,14 @@ class ConvolutionBackwardTranslation:
         shapes: dict[str, list[Any]],
         wanted: Sequence[str],
         dtype: str,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        transposed: bool,
-        output_padding: Sequence[int],
-        groups: int,
+        attributes: tuple[Any, ...],
     ) -> dict[str, Any]:
         batch = shapes["input"][0] if isinstance(shapes["input"][0], int) else "batch"
         geometry = ConvGeometry.from_backward(
             (batch, *shapes["grad_output"][1:]),
             (batch, *shapes["input"][1:]),
             shapes["weight"],
-            list(stride),
-            list(padding),
-            list(dilation),
-            groups,
-            transposed=bool(transposed),
-            output_padding=list(output_padding) if transposed else 0,
+            **aten_attributes(*attributes),
         )
         lowerings = {
             gradient: choose(
@@ -242,12 +229,7 @@ def convolution_translation(
         geometry = ConvGeometry.from_forward(
             (batch, *shape[1:]),
             weight_shape,
-            list(stride),
-            list(padding),
-            list(dilation),
-            groups,
-            transposed=bool(transposed),
-            output_padding=list(output_padding) if transposed else 0,
+            **aten_attributes(stride, padding, dilation, transposed, output_padding, groups),
         )
         dtype = dtypes.from_onnx_code(int(input.dtype)) or ""
         body = forward_body(geometry, dtype, provider, max_error_factor, threads, opset)

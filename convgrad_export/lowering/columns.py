@@ -77,7 +77,7 @@ def _columns(op: Ops, g: ConvGeometry, input: Value) -> Value:
     data = reshape(op, data, [g.in_channels, math.prod(g.span), -1])
     if g.taps > 1 or not g.unit_stride:
         picked = ints(op, positions_read(g))
-        if g.batch == 1:  # blocks of one number: with the channels last, a block is all of them
+        if g.is_one_sample:  # blocks of one number: with the channels last, a block is all of them
             rows = op.Transpose(reshape(op, data, [g.in_channels, math.prod(g.span)]), perm=[1, 0])
             data = op.Transpose(op.Gather(rows, picked, axis=0), perm=[1, 0])
         else:

@@ -13,7 +13,7 @@ from .. import dtypes
 from ..arguments import as_int
 from ..errors import CaptureError, GeometryError, ModelFileError
 from ..files import model_files
-from ..geometry import ConvGeometry
+from ..geometry import ConvGeometry, aten_attributes
 from ..operators import operator
 
 BOTH = ("input", "weight")
@@ -162,16 +162,11 @@ def _kept_buffers(module: Any) -> Iterator[None]:
 
 
 def _call_layer(name: str, args: Sequence[Any], dtype: str) -> LayerToTune:
-    value, weight, _, stride, padding, dilation, transposed, output_padding, groups = args
+    value, weight, _, *attributes = args
     geometry = ConvGeometry.from_forward(
         tuple(value.shape),
         tuple(weight.shape),
-        list(stride),
-        list(padding),
-        list(dilation),
-        groups,
-        transposed=bool(transposed),
-        output_padding=list(output_padding) if transposed else 0,
+        **aten_attributes(*attributes),
     )
     return LayerToTune(name or "convolution", geometry, dtype=dtype)
 

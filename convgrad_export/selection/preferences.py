@@ -50,7 +50,7 @@ def input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) 
     if g.unit_stride and g.is_pointwise:
         return _pointwise_input_preferences(g, constant_weight, one_thread)
     volume = g.rank == 3 and g.groups == 1 and g.is_static
-    if volume and _is_one_sample(g) and g.input_size[0] > 1 and math.prod(g.output_size) <= _ONE_SAMPLE_VOLUME:
+    if volume and g.is_one_sample and g.input_size[0] > 1 and math.prod(g.output_size) <= _ONE_SAMPLE_VOLUME:
         return _ANY_INPUT
     if volume and (not g.is_pointwise or math.prod(g.output_size) <= _SMALL_VOLUME):
         return ("input.plane_col2im", *_ANY_INPUT)
@@ -65,14 +65,14 @@ def input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) 
     if g.groups > 1:
         # ConvTranspose adds its columns up on one thread; a Conv divides all of its work.
         several = not (one_thread or g.is_depthwise)
-        narrow = min(g.in_channels_per_group, g.out_channels_per_group) <= _FEW_GROUP_CHANNELS
         if g.unit_stride:
-            one = several and _is_one_sample(g) and not narrow and positions <= _LARGE_IMAGE
-            return _ANY_INPUT if one_thread or one else ("input.flipped_conv", *_ANY_INPUT)
-        small = several and positions <= (_COLUMN_IMAGE if _is_one_sample(g) else _SMALL_IMAGE)
+            wide = min(g.in_channels_per_group, g.out_channels_per_group) > _FEW_GROUP_CHANNELS
+            short = several and g.is_one_sample and wide and positions <= _LARGE_IMAGE
+            return _ANY_INPUT if one_thread or short else ("input.flipped_conv", *_ANY_INPUT)
+        small = several and positions <= (_COLUMN_IMAGE if g.is_one_sample else _SMALL_IMAGE)
         return ("input.col2im", *_ANY_INPUT) if small else _ANY_INPUT
     one_sample_limit = _TINY_IMAGE if one_thread and g.unit_stride else _ONE_SAMPLE_IMAGE
-    if _is_one_sample(g) and positions <= one_sample_limit and g.rank < 3:
+    if g.is_one_sample and positions <= one_sample_limit and g.rank < 3:
         return _ANY_INPUT  # its GEMM reads the weight as it lies
     if positions <= (_ONE_THREAD_TINY_IMAGE if one_thread and not g.is_pointwise else _TINY_IMAGE):
         return ("input.columns", "input.col2im", *_ANY_INPUT)
@@ -95,7 +95,7 @@ def _pointwise_input_preferences(g: ConvGeometry, constant_weight: bool, one_thr
     positions = math.prod(g.output_size)
     plain = not constant_weight and g.groups == 1 and g.is_static
     few = positions <= (_MORE_POSITIONS if one_thread and size >= _WIDENING_WEIGHT else _FEW_POSITIONS)
-    if plain and _is_one_sample(g) and few:
+    if plain and g.is_one_sample and few:
         # A Conv would need the weight transposed, which takes longer than the GEMM; ConvTranspose copies its result.
         return ("input.matmul_taps", *_ANY_INPUT)
     together = plain and not (isinstance(g.batch, int) and g.batch < 2)
@@ -124,7 +124,7 @@ def weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
         return _depthwise_weight_preferences(g, one_thread)
     if columns.is_one_window(g):
         return ("weight.columns", *_ANY_WEIGHT)  # no copy at all
-    if _is_one_sample(g) and g.is_pointwise and g.groups == 1:
+    if g.is_one_sample and g.is_pointwise and g.groups == 1:
         if math.prod(g.output_size) >= _LARGE_IMAGE:
             return ("weight.sample_matmul", *_ANY_WEIGHT)
         return ("weight.columns", *_ANY_WEIGHT) if g.unit_stride else _ANY_WEIGHT
@@ -133,7 +133,7 @@ def weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
         return preferences
     # The side with more channels gives the GEMM its rows: the other side's columns are copied once for all of them.
     few = isinstance(g.batch, int) and g.batch * math.prod(g.output_size) <= _TINY_IMAGE
-    more = g.in_channels > g.out_channels or (g.in_channels == g.out_channels and _is_one_sample(g) and not one_thread)
+    more = g.in_channels > g.out_channels or (g.in_channels == g.out_channels and g.is_one_sample and not one_thread)
     flipped = more and g.unit_stride and not few
     return ("weight.channels_last_flipped_conv" if flipped else "weight.channels_last_conv", *preferences)
 
@@ -144,7 +144,7 @@ def _channels_last_pays(g: ConvGeometry, one_thread: bool) -> bool:
         return False
     if g.rank == 3:
         dense = g.groups == 1 and min(g.in_channels, g.out_channels) >= _FEW_CHANNELS
-        return dense and _is_one_sample(g) and math.prod(g.output_size) > _volume_columns(g, one_thread)
+        return dense and g.is_one_sample and math.prod(g.output_size) > _volume_columns(g, one_thread)
     if g.groups > 1:
         return min(g.in_channels_per_group, g.out_channels_per_group) > _FEW_GROUP_CHANNELS
     if one_thread:
@@ -152,10 +152,10 @@ def _channels_last_pays(g: ConvGeometry, one_thread: bool) -> bool:
     if g.in_channels < _FEW_CHANNELS:
         if all(k <= s for k, s in zip(g.kernel_size, g.stride, strict=True)):
             return False  # no element is read twice
-        if _is_one_sample(g) and g.taps < _FEW_CHANNELS:
+        if g.is_one_sample and g.taps < _FEW_CHANNELS:
             return False  # what one thread rearranges is as long as the product
     # Else the result's Transpose, on one thread, takes too long.
-    return math.prod(g.output_size) > (_FEW_SAMPLES_COLUMNS if _is_one_sample(g) else _TINY_IMAGE)
+    return math.prod(g.output_size) > (_FEW_SAMPLES_COLUMNS if g.is_one_sample else _TINY_IMAGE)
 
 
 def _matmul_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, ...]:
@@ -174,7 +174,7 @@ def _matmul_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[str, 
     if g.rank == 3:
         limit = _ONE_THREAD_TINY_IMAGE
     if isinstance(g.batch, int) and g.batch < _FEW_SAMPLES:
-        limit = _volume_columns(g, one_thread) if g.rank == 3 and _is_one_sample(g) else _FEW_SAMPLES_COLUMNS
+        limit = _volume_columns(g, one_thread) if g.rank == 3 and g.is_one_sample else _FEW_SAMPLES_COLUMNS
     if positions <= limit:
         return ("weight.columns", *_ANY_WEIGHT)
     if g.rank == 3:
@@ -190,10 +190,6 @@ def _volume_columns(g: ConvGeometry, one_thread: bool) -> int:
     """Output positions of one sample of a volume up to which the columns are copied."""
     large = math.prod(g.weight_shape) >= _LARGE_WEIGHT and not one_thread
     return _ONE_SAMPLE_VOLUME if large else _FEW_SAMPLES_COLUMNS
-
-
-def _is_one_sample(g: ConvGeometry) -> bool:
-    return isinstance(g.batch, int) and g.batch == 1
 
 
 def _has_runs(g: ConvGeometry) -> bool:

@@ -51,7 +51,7 @@ def winograd_tiles(
         needed = _WEIGHT_CHANNELS
     if math.prod(size) > _LARGE_IMAGE:
         needed = _LARGE_IMAGE_CHANNELS
-    if gradient == "weight" and isinstance(g.batch, int) and g.batch == 1 and not one_thread:
+    if gradient == "weight" and g.is_one_sample and not one_thread:
         needed = _ONE_SAMPLE_WEIGHT_CHANNELS
     elif len(filtered) < 2:
         needed = _ONE_AXIS_ONE_THREAD_CHANNELS[gradient] if one_thread else _ONE_AXIS_CHANNELS
