@@ -18,6 +18,7 @@ session writes them for the machine it runs on:
 from __future__ import annotations
 
 import functools
+import math
 import mmap
 import os
 from collections.abc import Sequence
@@ -28,18 +29,31 @@ import numpy as np
 
 from ..geometry import ConvGeometry
 from ..provider_names import CPU
-from .convolution_entries import FORWARD, INPUT, METADATA, WEIGHT, ConvolutionEntry, from_text, one_to_one
+from .blocked_volumes import plane_pairs
+from .blocked_writer import DOMAIN, BlockedWriter
+from .convolution_entries import (
+    FORWARD,
+    INPUT,
+    METADATA,
+    WEIGHT,
+    ConvolutionEntry,
+    from_text,
+    one_to_one,
+    reversed_pads,
+)
 from .formula import intact
 from .graph_nodes import put_nodes, reads
 from .model_source import external_locations, loaded
 from .providers import onnxruntime
 
-DOMAIN = "com.microsoft.nchwc"
 _CANDIDATES = (16, 8)
 _BLOCKS_TOGETHER = 4  # of filters, which onnxruntime's kernel takes at once
 # Dense layers: output positions of all samples from which on the weight's rearrangement is little beside the Conv, and
 # elements of a weight that is little anyway.
 _POSITIONS, _SMALL_WEIGHT = 256, 1 << 16
+# The same over three axes, where the file's own forms are slower; and of an input gradient also per element of weight.
+_VOLUME_POSITIONS, _WEIGHT_USES = 128, 1 << 13
+_MOST_PAIRS = 1 << 12  # of a plane and a depth tap, which are listed one by one
 _TAPS, _FEW_CHANNELS = 3, 64  # kernels of fewer taps on one axis read what they rearrange too seldom, from here on
 
 
@@ -149,7 +163,7 @@ def _rewrite(model: Any, entries: Sequence[ConvolutionEntry], block: int) -> boo
     }
     if not found:
         return False
-    writer = _Writer(block)
+    writer = BlockedWriter(block)
     nodes: list[Any] = []
     for node in graph.node:
         entry = found.get(node.output[0]) if node.output else None
@@ -179,8 +193,10 @@ def _applies(entry: ConvolutionEntry, block: int) -> bool:
     g = entry.geometry
     if 0 in (*g.input_size, *g.output_size) or g.out_channels % block:
         return False
+    if g.rank == 3:
+        return _volume_applies(entry, block)
     depthwise = one_to_one(g)
-    if entry.kind == INPUT and (min(_reversed_pads(g)) < 0 or not (depthwise or set(g.stride) == {1})):
+    if entry.kind == INPUT and (min(reversed_pads(g)) < 0 or not (depthwise or set(g.stride) == {1})):
         return False
     if depthwise:
         return entry.kind != WEIGHT or _batch(g) > 0
@@ -189,12 +205,30 @@ def _applies(entry: ConvolutionEntry, block: int) -> bool:
     return entry.kind != WEIGHT and blocks and outputs % block == 0 and _dense_pays(g, inputs * outputs)
 
 
+def _volume_applies(entry: ConvolutionEntry, block: int) -> bool:
+    g = entry.geometry
+    axes, pads = g.rank, reversed_pads(g)
+    if entry.kind == WEIGHT or g.groups > 1 or g.in_channels % block:
+        return False
+    if entry.kind == INPUT and (set(g.stride[1:]) != {1} or min(*pads[1:axes], *pads[axes + 1 :]) < 0):
+        return False
+    if g.input_size[0] * g.kernel_size[0] > _MOST_PAIRS or not all(pairs := plane_pairs(entry)):
+        return False
+    positions = max(_batch(g), 1) * math.prod(g.output_size)
+    # The file's input gradient reads the weight nearly as it lies; its Conv reads all of it for every sample.
+    used = len({tap for pair in pairs for tap in pair}) * math.prod(g.kernel_size[1:])
+    needed = used * g.in_channels * g.out_channels // _WEIGHT_USES if entry.kind == INPUT else 0
+    return positions >= max(_VOLUME_POSITIONS, needed)
+
+
 def _divides(entry: ConvolutionEntry, block: int) -> bool:
     """Whether there is work for two threads: a Conv is divided by sample, group, four blocks of filters and row."""
     g = entry.geometry
     if not isinstance(g.batch, int) or one_to_one(g):
         return True
     forward = entry.kind == FORWARD
+    if g.rank == 3:
+        return True  # its planes are samples
     rows = 1 if g.rank == 1 else (g.output_size if forward else g.input_size)[0]
     filters = g.out_channels_per_group if forward else g.in_channels_per_group
     return g.batch * g.groups * -(-filters // (_BLOCKS_TOGETHER * block)) * rows > 1
@@ -212,193 +246,6 @@ def _dense_pays(g: ConvGeometry, channels: int) -> bool:
     return channels * taps <= _SMALL_WEIGHT or max(_batch(g), 1) * positions >= _POSITIONS
 
 
-def _reversed_pads(g: ConvGeometry) -> list[int]:
-    """Padding of grad_output, with `stride` - 1 zeros behind each element, that gives a result of the input's size."""
-    reach = [e - 1 for e in g.extent]
-    begin = [r - pad for r, pad in zip(reach, g.begin, strict=True)]
-    spread = [s * size for s, size in zip(g.stride, g.output_size, strict=True)]
-    end = [i + r - s - b for i, r, s, b in zip(g.input_size, reach, spread, begin, strict=True)]
-    return [*begin, *end]
-
-
-class _Writer:
-    """Writes nodes; a tensor is brought into the blocked layout once, however many read it."""
-
-    def __init__(self, block: int) -> None:
-        self._block = block
-        self._made: set[str] = set()
-        self._nodes: list[Any] = []
-        self.constants: dict[str, Any] = {}
-
-    def nodes_of(self, entry: ConvolutionEntry) -> list[Any]:
-        self._nodes = []
-        {FORWARD: self._forward, INPUT: self._input_gradient, WEIGHT: self._weight_gradient}[entry.kind](entry)
-        return self._nodes
-
-    def _node(self, operator: str, inputs: Sequence[str], output: str, domain: str = "", **attributes: Any) -> str:
-        from onnx import helper
-
-        self._nodes.append(helper.make_node(operator, inputs, [output], name=output, domain=domain, **attributes))
-        return output
-
-    def _ints(self, *values: int) -> str:
-        from onnx import numpy_helper
-
-        name = "blocked.ints." + ".".join(str(value) for value in values)
-        self.constants.setdefault(name, numpy_helper.from_array(np.array(values, np.int64), name))
-        return name
-
-    def _plane_tensor(self, name: str, channels: int, size: Sequence[int]) -> str:
-        """(N, C, *size) as (N, C, H, W): a row is an image of height 1."""
-        plane = name if len(size) == 2 else f"{name}.plane"
-        if plane not in self._made and plane != name:
-            self._made.add(plane)
-            self._node("Reshape", [name, self._ints(0, channels, 1, size[0])], plane)
-        return plane
-
-    def _block_tensor(self, name: str, channels: int, size: Sequence[int]) -> str:
-        """(N, C, *size) as blocked (N, C, H, W)."""
-        blocked = f"{name}.blocked"
-        if blocked not in self._made:
-            self._made.add(blocked)
-            self._node("ReorderInput", [self._plane_tensor(name, channels, size)], blocked, DOMAIN)
-        return blocked
-
-    def _weight(self, entry: ConvolutionEntry, name: str) -> str:
-        """The weight as (O/B, I/B, K, B, B), of the Conv that is to run, in the shape that the operator wants to see.
-
-        A depthwise one, and one of fewer than B input channels, is (O/B, I, K, B). An input gradient's Conv takes the
-        kernel reversed, and the channels the other way round. Every step moves whole blocks, or one axis to an end:
-        for anything else onnxruntime's Transpose and Gather take ten times as long.
-        """
-        g = entry.geometry
-        taps, block, stem = int(np.prod(g.kernel_size)), self._block, f"{entry.result}.weight"
-        groups, outputs, inputs = g.groups, g.out_channels, g.in_channels_per_group
-        if entry.kind == INPUT and inputs >= block:
-            flat = self._node("Reshape", [name, self._ints(outputs * inputs, taps)], f"{stem}.flat")
-            first = self._node("Transpose", [flat], f"{stem}.taps_first", perm=[1, 0])
-            first = self._node("Gather", [first, self._ints(*range(taps - 1, -1, -1))], f"{stem}.reversed", axis=0)
-            split = self._ints(taps, groups, outputs // groups // block, block, inputs // block, block)
-            first = self._node("Reshape", [first, split], f"{stem}.split")
-            inner = self._node("Transpose", [first], f"{stem}.inner", perm=[1, 4, 2, 0, 3, 5])
-            outputs, inputs = inputs * groups, outputs // groups
-        else:
-            image = self._node("Reshape", [name, self._ints(1, outputs, inputs, taps)], f"{stem}.image")
-            inner = self._node("ReorderInput", [image], f"{stem}.lanes", DOMAIN)  # (O/B, I, K, B)
-            if inputs >= block:
-                split = self._ints(outputs // block, inputs // block, block, taps, block)
-                inner = self._node("Reshape", [inner, split], f"{stem}.split")
-                inner = self._node("Transpose", [inner], f"{stem}.inner", perm=[0, 1, 3, 2, 4])
-            elif entry.kind == INPUT:
-                inner = self._node("Reshape", [inner, self._ints(outputs // block, taps, block)], f"{stem}.split")
-                inner = self._node("Gather", [inner, self._ints(*range(taps - 1, -1, -1))], f"{stem}.reversed", axis=1)
-        return self._node("Reshape", [inner, self._ints(outputs, inputs, *_plane(g.kernel_size))], f"{stem}.blocked")
-
-    def _forward(self, entry: ConvolutionEntry) -> None:
-        g = entry.geometry
-        x, w, *bias = entry.operands
-        few = g.groups == 1 and g.in_channels < self._block  # then the operator reads rows as they are
-        convert = self._plane_tensor if few else self._block_tensor
-        inputs = [convert(x, g.in_channels, g.input_size), self._weight(entry, w), *bias]
-        self._convolve(entry, inputs, g.stride, g.onnx_pads, g.out_channels, g.output_size)
-
-    def _input_gradient(self, entry: ConvolutionEntry) -> None:
-        g = entry.geometry
-        grad_output, w = entry.operands
-        data = self._block_tensor(grad_output, g.out_channels, g.output_size)
-        if set(g.stride) != {1}:
-            data = self._spread(entry, data)
-        ones, pads = [1] * len(g.stride), _reversed_pads(g)
-        self._convolve(entry, [data, self._weight(entry, w)], ones, pads, g.in_channels, g.input_size)
-
-    def _spread(self, entry: ConvolutionEntry, blocked: str) -> str:
-        """`stride` - 1 zeros behind each element of a blocked (N, C, H, W), along both axes."""
-        g = entry.geometry
-        (height, width), (down, right) = _plane(g.output_size), _plane(g.stride)
-        rows, stem = g.out_channels // self._block * height, f"{entry.result}.spread"
-        apart = self._node("Reshape", [blocked, self._ints(0, rows, 1, width, 1, self._block)], f"{stem}.apart")
-        amounts = self._ints(*[0] * 8, down - 1, 0, right - 1, 0)
-        padded = self._node("Pad", [apart, amounts], f"{stem}.padded")
-        shape = self._ints(0, g.out_channels, height * down, width * right)
-        return self._node("Reshape", [padded, shape], stem)
-
-    def _convolve(
-        self,
-        entry: ConvolutionEntry,
-        inputs: Sequence[str],
-        stride: Sequence[int],
-        pads: Sequence[int],
-        channels: int,
-        size: Sequence[int],
-    ) -> None:
-        """The Conv, and its result as the graph's (N, channels, *size)."""
-        g = entry.geometry
-        blocked = self._node(
-            "Conv",
-            inputs,
-            f"{entry.result}.blocked_result",
-            DOMAIN,
-            group=g.groups,
-            kernel_shape=_plane(g.kernel_size),
-            strides=_plane(stride),
-            dilations=_plane(g.dilation),
-            pads=_plane_pads(pads),
-        )
-        if len(size) == 2:
-            self._node("ReorderOutput", [blocked], entry.result, DOMAIN, channels=channels)
-            return
-        plane = self._node("ReorderOutput", [blocked], f"{entry.result}.result_plane", DOMAIN, channels=channels)
-        self._node("Reshape", [plane, self._ints(0, channels, size[0])], entry.result)
-
-    def _weight_gradient(self, entry: ConvolutionEntry) -> None:
-        """Result element k of channel (n, c) is the sum over grad_output of input, k dilations on: a Conv.
-
-        Stride and dilation change places. A last window that the forward convolution left out is cut off.
-        """
-        g = entry.geometry
-        grad_output, x = entry.operands
-        together = _batch(g) * g.in_channels
-        stem = f"{entry.result}.weight_gradient"
-        data = self._block_tensor(x, g.in_channels, g.input_size)
-        data = self._node("Reshape", [data, self._ints(1, together, *_plane(g.input_size))], f"{stem}.image")
-        kernel = self._block_tensor(grad_output, g.in_channels, g.output_size)
-        kernel = self._node("Reshape", [kernel, self._ints(together, 1, *_plane(g.output_size))], f"{stem}.kernel")
-        blocked = self._node(
-            "Conv",
-            [data, kernel],
-            f"{stem}.blocked",
-            DOMAIN,
-            group=together,
-            kernel_shape=_plane(g.output_size),
-            strides=_plane(g.dilation),
-            dilations=_plane(g.stride),
-            pads=_plane_pads(g.onnx_pads),
-        )
-        taps = self._node("ReorderOutput", [blocked], f"{stem}.taps", DOMAIN, channels=together)
-        size = _plane(g.kernel_size)
-        if _weight_windows(g) != size:
-            taps = self._node("Slice", [taps, self._ints(0, 0), self._ints(*size), self._ints(2, 3)], f"{stem}.cut")
-        shape = self._ints(_batch(g), g.in_channels, 1, *g.kernel_size)
-        samples = self._node("Reshape", [taps, shape], f"{stem}.samples")
-        self._node("ReduceSum", [samples, self._ints(0)], entry.result, keepdims=0)
-
-
-def _weight_windows(g: ConvGeometry) -> list[int]:
-    """Positions that the Conv of the weight gradient has; the first of them are the kernel's."""
-    padded = [lo + size + hi for size, (lo, hi) in zip(g.input_size, g.pads, strict=True)]
-    spans = [s * (o - 1) + 1 for s, o in zip(g.stride, g.output_size, strict=True)]
-    counts = [(p - e) // d + 1 for p, e, d in zip(padded, spans, g.dilation, strict=True)]
-    return _plane(counts)
-
-
 def _batch(g: ConvGeometry) -> int:
     """0 where it is not fixed."""
     return g.batch if isinstance(g.batch, int) else 0
-
-
-def _plane(sizes: Sequence[int]) -> list[int]:
-    return [1] * (2 - len(sizes)) + list(sizes)
-
-
-def _plane_pads(pads: Sequence[int]) -> list[int]:
-    return list(pads) if len(pads) == 4 else [0, pads[0], 0, pads[1]]

@@ -17,7 +17,7 @@ from ..geometry import ConvGeometry
 METADATA = "convgrad.convolutions"
 FORWARD, INPUT, WEIGHT = "forward", "input", "weight"
 _SMALLEST_BLOCK = 8  # channels side by side in the narrowest of onnxruntime's blocked layouts
-_DIRECT = ("input.flipped_conv", "input.conv_transpose", "input.col2im")
+_DIRECT = ("input.flipped_conv", "input.conv_transpose", "input.col2im", "input.plane_col2im")
 _ANY_BATCH, _LARGEST = "batch", 2**31 - 1
 _OPERANDS = {FORWARD: (2, 3), INPUT: (2, 2), WEIGHT: (2, 2)}
 
@@ -30,7 +30,7 @@ class ConvolutionEntry:
         kind: ``"forward"`` (operands input, weight, and perhaps the bias), ``"input"`` (grad_output, weight) or
             ``"weight"`` (grad_output, input).
         result, operands: names in the graph.
-        geometry: of the forward convolution; not transposed, one or two spatial axes, all sizes but the batch fixed.
+        geometry: of the forward convolution; not transposed, all sizes but the batch fixed.
         formula: hash of the nodes between operands and result (`formula.py`); empty while the graph is being made.
     """
 
@@ -46,6 +46,15 @@ def one_to_one(g: ConvGeometry) -> bool:
     return g.is_depthwise and g.in_channels == g.out_channels
 
 
+def reversed_pads(g: ConvGeometry) -> list[int]:
+    """Padding of grad_output, with `stride` - 1 zeros behind each element, that gives a result of the input's size."""
+    reach = [e - 1 for e in g.extent]
+    begin = [r - pad for r, pad in zip(reach, g.begin, strict=True)]
+    spread = [s * size for s, size in zip(g.stride, g.output_size, strict=True)]
+    end = [i + r - s - b for i, r, s, b in zip(g.input_size, reach, spread, begin, strict=True)]
+    return [*begin, *end]
+
+
 def may_replace(geometry: ConvGeometry, lowering: str) -> bool:
     """Whether a session has a better form: than any lowering of a layer in groups, than a direct one of a dense."""
     return geometry.groups > 1 or lowering in _DIRECT
@@ -55,7 +64,7 @@ def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence
     """The entry for a float32 convolution, None for a kind that no session computes in another way."""
     g = geometry
     static = all(isinstance(size, int) for size in (*g.input_size, *g.output_size))
-    if g.transposed or g.rank > 2 or not static:
+    if g.transposed or not static or (g.rank == 3 and g.groups > 1):
         return None
     depthwise = one_to_one(g)
     narrow = min(g.in_channels_per_group, g.out_channels_per_group) < _SMALLEST_BLOCK
@@ -113,6 +122,6 @@ def _geometry(value: Any) -> ConvGeometry | None:
         return None
     g = geometry
     sizes = (*g.input_shape[1:], *g.weight_shape, *g.output_size, *g.stride, *g.dilation, *itertools.chain(*g.pads))
-    if g.transposed or g.rank > 2 or any(not isinstance(n, int) or n > _LARGEST for n in sizes):
+    if g.transposed or any(not isinstance(n, int) or n > _LARGEST for n in sizes):
         return None
     return geometry

@@ -60,7 +60,7 @@ def winograd_tiles(
     batch = g.batch if isinstance(g.batch, int) else _ASSUMED_BATCH
     if g.rank == 3:
         elements = batch * math.prod(size) * max(g.in_channels, g.out_channels)
-        if gradient == "forward" or elements > _VOLUME_ELEMENTS or any(size[axis] < 2 for axis in filtered):
+        if elements > _VOLUME_ELEMENTS or any(size[axis] < 2 for axis in filtered):
             return []
         needed = max(needed, _VOLUME_CHANNELS)
     channels = 2 * g.in_channels * g.out_channels / (g.in_channels + g.out_channels)

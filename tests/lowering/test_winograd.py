@@ -122,7 +122,7 @@ def test_auto_wants_more_channels_of_a_kernel_along_one_axis() -> None:
 
 def test_auto_takes_tiles_of_4_for_volumes() -> None:
     g = ConvGeometry.from_forward((8, 128, 4, 14, 14), (128, 128, 3, 3, 3), padding=1)
-    assert names(g) == ("input.winograd4", "weight.winograd4", False)
+    assert names(g) == ("input.winograd4", "weight.winograd4", True)
 
 
 def test_auto_obeys_the_limit_the_provider_and_a_constant_weight() -> None:

@@ -1,0 +1,111 @@
+"""Convolutions over three spatial axes, and their input gradients, by the blocked layout's two-dimensional Conv.
+
+The layout has no third axis. So the depth is left to Gathers of whole planes, and the depth taps that reach a plane
+become further channels of one Conv over the other two axes: planes with the same taps are its samples. Taps that meet
+padding alone are left out, a third of the work at a depth of 2 with 3 taps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ..geometry import ConvGeometry
+from ..lowering.depth import depth_pairs
+from .convolution_entries import INPUT, ConvolutionEntry, reversed_pads
+
+if TYPE_CHECKING:
+    from .blocked_writer import BlockedWriter
+
+Pairs = dict[int, int]
+
+
+def plane_pairs(entry: ConvolutionEntry) -> list[Pairs]:
+    """For every plane of the result, the depth taps that reach it and the operand's plane that each of them reads."""
+    g = entry.geometry
+    if entry.kind == INPUT:
+        return [depth_pairs(g, plane) for plane in range(g.input_size[0])]
+    return [_read_planes(g, plane) for plane in range(g.output_size[0])]
+
+
+def _read_planes(g: ConvGeometry, plane: int) -> Pairs:
+    first = plane * g.stride[0] - g.begin[0]
+    planes = {tap: first + tap * g.dilation[0] for tap in range(g.kernel_size[0])}
+    return {tap: source for tap, source in planes.items() if 0 <= source < g.input_size[0]}
+
+
+def write_volume(writer: BlockedWriter, entry: ConvolutionEntry) -> None:
+    """The nodes that compute the entry's result; every plane of it is reached by some tap."""
+    g, operand, pairs = entry.geometry, entry.operands[0], plane_pairs(entry)
+    if entry.kind == INPUT:
+        read, written, sizes, results = g.out_channels, g.in_channels, g.output_size, g.input_size
+        stride, pads = [1, 1, 1], reversed_pads(g)
+    else:
+        read, written, sizes, results = g.in_channels, g.out_channels, g.input_size, g.output_size
+        stride, pads = list(g.stride), g.onnx_pads
+    used = sorted({tap for pair in pairs for tap in pair})
+    weight = _weight(writer, entry, used)
+    planes = _planes(writer, operand, read, list(sizes))
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for plane, pair in enumerate(pairs):
+        groups.setdefault(tuple(pair), []).append(plane)
+    parts, order = [], []
+    for number, (taps, chosen) in enumerate(groups.items()):
+        stem = f"{entry.result}.planes{number}"
+        sources, data = [pairs[plane][tap] for plane in chosen for tap in taps], planes
+        if sources != list(range(sizes[0])):
+            data = writer.node("Gather", [planes, writer.ints(*sources)], f"{stem}.gathered", axis=1)
+        data = writer.node("Reshape", [data, writer.ints(-1, len(taps) * read, *sizes[1:])], f"{stem}.read")
+        filters = weight
+        if len(taps) < len(used):
+            places = writer.ints(*(used.index(tap) for tap in taps))
+            filters = writer.node("Gather", [weight, places], f"{stem}.taps", axis=1)
+        shape = writer.ints(written, len(taps) * read, *g.kernel_size[1:])
+        filters = writer.node("Reshape", [filters, shape], f"{stem}.weight")
+        inputs = [data, filters, *entry.operands[2:]]
+        image = writer.convolve(entry, inputs, stride, pads, written, f"{stem}.images")
+        parts.append(writer.node("Reshape", [image, writer.ints(-1, len(chosen), written, *results[1:])], stem))
+        order += chosen
+    value = writer.node("Concat", parts, f"{entry.result}.joined", axis=1) if len(parts) > 1 else parts[0]
+    if order != sorted(order):
+        places = writer.ints(*(order.index(plane) for plane in range(len(order))))
+        value = writer.node("Gather", [value, places], f"{entry.result}.in_order", axis=1)
+    writer.node("Transpose", [value], entry.result, perm=[0, 2, 1, 3, 4])
+
+
+def _planes(writer: BlockedWriter, name: str, channels: int, size: list[int]) -> str:
+    """(N, channels, *size) as (N, planes, elements), every plane in the blocked layout."""
+    result = f"{name}.blocked_planes"
+    if writer.once(result):
+        apart = writer.node("Transpose", [name], f"{name}.planes_first", perm=[0, 2, 1, 3, 4])
+        images = writer.node("Reshape", [apart, writer.ints(-1, channels, *size[1:])], f"{name}.planes")
+        blocked = writer.reorder_input(images, f"{name}.planes_blocked")
+        writer.node("Reshape", [blocked, writer.ints(-1, size[0], channels * math.prod(size[1:]))], result)
+    return result
+
+
+def _weight(writer: BlockedWriter, entry: ConvolutionEntry, used: list[int]) -> str:
+    """The weight's used depth taps as (O/B, taps, I/B * K[1:] * B * B), of the Conv that is to run.
+
+    As `BlockedWriter._weight` has it: whole blocks are moved, or one axis to an end.
+    """
+    g, block, stem, weight = entry.geometry, writer.block, f"{entry.result}.weight", entry.operands[1]
+    outputs, inputs, depth, flat = g.out_channels, g.in_channels, g.kernel_size[0], math.prod(g.kernel_size[1:])
+    if entry.kind == INPUT:
+        rows = writer.node("Reshape", [weight, writer.ints(outputs * inputs, depth * flat)], f"{stem}.flat")
+        rows = writer.node("Transpose", [rows], f"{stem}.taps_first", perm=[1, 0])
+        order = [tap * flat + inner for tap in used for inner in range(flat - 1, -1, -1)]
+        rows = writer.node("Gather", [rows, writer.ints(*order)], f"{stem}.reversed", axis=0)
+        split = writer.ints(len(used), flat, outputs // block, block, inputs // block, block)
+        perm, outputs = [4, 0, 2, 1, 3, 5], inputs
+    else:
+        rows = weight
+        if len(used) < depth:
+            rows = writer.node("Gather", [rows, writer.ints(*used)], f"{stem}.used", axis=2)
+        image = writer.node("Reshape", [rows, writer.ints(1, outputs, inputs, len(used) * flat)], f"{stem}.image")
+        rows = writer.reorder_input(image, f"{stem}.lanes")  # (O/B, I, K, B)
+        split = writer.ints(outputs // block, inputs // block, block, len(used), flat, block)
+        perm = [0, 3, 1, 4, 2, 5]
+    rows = writer.node("Reshape", [rows, split], f"{stem}.split")
+    rows = writer.node("Transpose", [rows], f"{stem}.inner", perm=perm)
+    return writer.node("Reshape", [rows, writer.ints(outputs // block, len(used), -1)], f"{stem}.by_taps")
