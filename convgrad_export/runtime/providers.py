@@ -84,7 +84,8 @@ def open_session(
         providers: names and options, as `resolve` gives them. what: the model, in words, for the error.
 
     Raises:
-        ModelFileError: onnxruntime cannot load the model. ProviderError: the first provider could not start.
+        ModelFileError: onnxruntime cannot load the model.
+        ProviderError: the first provider could not start, or the CPU's has no such option.
     """
     try:
         session = onnxruntime().InferenceSession(
@@ -102,6 +103,12 @@ def open_session(
             raise
         raise ModelFileError(f"onnxruntime cannot load {what}: {error}") from error
     check_active(providers[0][0], session.get_providers())
+    known = session.get_provider_options().get(CPU, {})  # onnxruntime drops what is not among them without a word
+    if unknown := [option for name, settings in providers if name == CPU for option in settings if option not in known]:
+        raise ProviderError(
+            f"{CPU} has no option {unknown[0]!r}; this onnxruntime's takes {', '.join(sorted(known)) or 'none'}. "
+            "Leave it out; what GradientSession can be told otherwise is in threads= and session_options="
+        )
     return session
 
 

@@ -62,7 +62,7 @@ class GradientSession:
 
     Raises:
         ModelFileError: missing, truncated, not an ONNX model, or with external data outside its folder.
-        ProviderError: the first provider asked for is missing or could not start.
+        ProviderError: the first provider asked for is missing or could not start, or has no such option.
         ArgumentTypeError: an argument of another kind, or no thread.
     """
 

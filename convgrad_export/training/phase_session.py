@@ -32,7 +32,7 @@ class PhaseSession:
 
     Raises:
         ModelFileError: onnxruntime cannot load the model.
-        ProviderError: the first provider cannot start.
+        ProviderError: the first provider cannot start, or has no such option.
     """
 
     def __init__(

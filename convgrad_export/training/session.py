@@ -51,7 +51,7 @@ class TrainingSession:
 
     Raises:
         ModelFileError: no training step, or a checkpoint that is damaged or of another model.
-        ProviderError: the first provider asked for cannot start.
+        ProviderError: the first provider asked for cannot start, or has no such option.
     """
 
     def __init__(

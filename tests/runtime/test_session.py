@@ -194,6 +194,15 @@ def test_a_provider_that_cannot_start_is_an_error_and_not_a_log_line() -> None:
             cg.GradientSession(MODEL, "cuda")
 
 
+@pytest.mark.parametrize("name", ["no_such", "use_arena"])
+def test_an_option_that_the_cpu_provider_does_not_have_is_an_error(name: str) -> None:
+    """onnxruntime takes any, and does nothing with it."""
+    with pytest.raises(cg.ProviderError, match=rf"{providers.CPU} has no option '{name}'.*takes none"):
+        cg.GradientSession(MODEL, [(providers.CPU, {name: "1"})])
+    with pytest.raises(cg.ProviderError, match=f"no option '{name}'"):
+        cg.conv2d_input((2, 3, 8, 8), **feeds(), padding=1, providers=("cpu", {name: 1}))
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

@@ -292,6 +292,11 @@ def test_settings_that_cannot_be_are_refused(step_file: Path, options: dict[str,
         cg.TrainingSession(step_file, **options)
 
 
+def test_an_option_that_the_provider_does_not_have_is_refused(step_file: Path) -> None:
+    with pytest.raises(cg.ProviderError, match="no option 'no_such'"):
+        cg.TrainingSession(step_file, providers=[("cpu", {"no_such": "1"})])
+
+
 def test_a_learning_rate_that_is_no_number_leaves_the_state(step_file: Path) -> None:
     session = cg.TrainingSession(step_file)
     before = session.state()
