@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -80,7 +81,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes, *, overwrite: bo
     file = written_file(target)
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as stream:
+        _clear_up(file.parent)
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=_prefix(), delete=False) as stream:
             temporary = Path(stream.name)
             stream.write(data)
             stream.flush()
@@ -176,8 +178,9 @@ def temporary_folder(parent: str | os.PathLike[str]) -> Iterator[Path]:
         OutputPathError: it cannot be made, or an OSError of the body (a full disk, say).
     """
     target = Path(parent)
+    _clear_up(target)
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=".convgrad-", dir=target))
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(), dir=target))
     except OSError as error:
         raise OutputPathError(f"cannot write to {target}: {error.strerror or error}") from error
     try:
@@ -189,6 +192,57 @@ def temporary_folder(parent: str | os.PathLike[str]) -> Iterator[Path]:
         raise OutputPathError(f"cannot write to {target}: {error.strerror or error}{file}") from error
     finally:
         _certainly(lambda: shutil.rmtree(temporary, ignore_errors=True))
+
+
+def _clear_up(folder: Path) -> None:
+    """Remove the temporary files of writers that were killed: of processes of this system that are no more.
+
+    Previous files that `replace_together` had set aside stay: they are the user's.
+    """
+    if not (system := _system()):
+        return
+    name = re.compile(rf"\.convgrad-{system}-([1-9]\d{{0,8}})-\w+")
+    try:
+        found = [match for entry in os.listdir(folder) if (match := name.fullmatch(entry))]
+    except OSError:  # whoever writes there next says why
+        return
+    for match in found:
+        path = Path(folder, match[0])
+        if not _is_gone(int(match[1])):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _prefix() -> str:
+    """Of temporary names. It says whose they are, where that can be told."""
+    system = _system()
+    return f".convgrad-{system}-{os.getpid()}-" if system else ".convgrad-"
+
+
+def _system() -> str:
+    """What a process's number is unique in: one boot of a machine, one container; "" where it cannot be told.
+
+    Several may write to a network folder or a mounted one, and each numbers its own processes.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+        return hashlib.sha256(boot + os.readlink(b"/proc/self/ns/pid")).hexdigest()[:16]
+    except OSError:
+        return ""
+
+
+def _is_gone(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        pass
+    return False
 
 
 def _certainly(action: Callable[[], None]) -> None:

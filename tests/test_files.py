@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,56 @@ def test_a_temporary_folder_goes_though_its_removal_is_interrupted(
     with pytest.raises(KeyboardInterrupt), files.temporary_folder(tmp_path) as folder:
         (folder / "file").touch()
     assert list(tmp_path.iterdir()) == []
+
+
+WRITER = """
+import sys, time
+from convgrad_export import files
+
+def hang(*_):
+    print("writing", flush=True)
+    time.sleep(600)
+
+def whole():
+    files.os.fsync = hang
+    files.write_atomically(sys.argv[2], b"half")
+
+def together():
+    with files.staged(sys.argv[2].rpartition("/")[0]) as folder:
+        (folder / "half").touch()
+        hang()
+
+globals()[sys.argv[1]]()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="the system does not tell whose a temporary file is")
+@pytest.mark.parametrize("way", ["whole", "together"])
+def test_the_next_writer_removes_what_a_killed_one_left(way: str, tmp_path: Path) -> None:
+    def names() -> set[str]:
+        return {path.name for path in tmp_path.iterdir()}
+
+    writer = [sys.executable, "-c", WRITER, way, str(tmp_path / "model.onnx")]
+    with subprocess.Popen(writer, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        (left,) = names()
+        with files.temporary_folder(tmp_path):
+            assert left in names()
+        files.write_atomically(tmp_path / "first", b"")
+        assert names() == {left, "first"}  # its writer lives
+        process.kill()
+    _, system, number, rest = left.split("-")
+    others = {
+        f".convgrad-{'0' * len(system)}-{number}-{rest}",  # another machine's, or another container's
+        f".convgrad-{system}-{os.getpid()}-{rest}",  # of this very process, perhaps another thread's
+        ".convgrad-0123456789abcdef",  # what `replace_together` has set aside
+        f".convgrad-{system}-notes",
+    }
+    for name in others:
+        (tmp_path / name).touch()
+    files.write_atomically(tmp_path / "second", b"")
+    assert names() == {"first", "second"} | others
 
 
 def archive(**arrays: Any) -> bytes:
