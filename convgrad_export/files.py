@@ -255,22 +255,31 @@ def _certainly(action: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def staged(folder: str | os.PathLike[str], *, outdated: Iterable[str] = ()) -> Iterator[Path]:
+def staged(
+    folder: str | os.PathLike[str], *, outdated: Iterable[str] = (), elsewhere: Iterable[Path] = ()
+) -> Iterator[Path]:
     """For files that belong together: a temporary folder whose files are renamed into `folder` when all are complete.
 
     Args:
         folder: where the files go.
         outdated: names of files that go with the old ones, unless they are among the new.
+        elsewhere: paths of those among the new that go into another folder, under the same name.
 
     Raises:
         OutputPathError: one of them could not be written (a full disk, say); what `folder` held before is still there.
     """
-    with temporary_folder(folder) as temporary:
+    places = {path.name: path for path in elsewhere}
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(temporary_folder(folder))
         yield temporary
-        written = sorted(path for path in temporary.iterdir() if path.is_file())
-        moves = {path: written_file(Path(folder) / path.name) for path in written}
-        for path, target in moves.items():
+        moves = {}
+        for path in sorted(path for path in temporary.iterdir() if path.is_file()):
+            target = written_file(places.get(path.name, Path(folder) / path.name))
+            if target.parent != Path(folder):  # perhaps on another disk, where a file cannot be renamed to
+                near = stack.enter_context(temporary_folder(target.parent))
+                path = Path(shutil.move(path, near / path.name))
             hand_on_permissions(path, target)
+            moves[path] = target
         replace_together(moves, outdated=[Path(folder) / name for name in outdated])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import subprocess
@@ -48,6 +49,27 @@ def test_a_link_stays_and_its_file_is_written(exists: bool, tmp_path: Path) -> N
         (folder / "link").write_bytes(b"newer")
     assert link.is_symlink()
     assert file.read_bytes() == b"newer"
+
+
+def test_files_that_belong_together_may_lie_on_several_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "real").symlink_to(disk / "linked")
+    rename = os.rename
+
+    def within_a_disk(source: Path, target: Path) -> None:
+        if (disk in Path(source).parents) != (disk in Path(target).parents):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", within_a_disk)
+    monkeypatch.setattr(os, "replace", within_a_disk)
+    with files.staged(tmp_path, elsewhere=[disk / "checkpoint"]) as folder:
+        for name in ("real", "other", "checkpoint"):
+            (folder / name).write_text(name)
+    assert sorted(os.listdir(tmp_path)) == ["disk", "other", "real"]
+    assert (tmp_path / "real").is_symlink()
+    assert {path.name: path.read_text() for path in disk.iterdir()} == {"linked": "real", "checkpoint": "checkpoint"}
 
 
 def test_a_file_that_only_its_owner_reads_stays_so(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..arguments import check_error_factor, check_flags, check_threads
 from ..errors import UnsupportedOperatorError
-from ..files import staged
+from ..files import staged, written_file
 from ..integrations import saving
 from ..integrations.arguments import CallArguments, check_module, named_tensors
 from ..integrations.capture import state_inputs
@@ -196,9 +196,10 @@ def export_training_step(
             report.notes += verification.notes
     if target_path is not None:
         report.checkpoint = checkpoint_path(target_path)
-        outdated = [saving.data_path(target_path).name]
-        with staged(target_path.parent, outdated=outdated) as folder:  # never a model beside another's state
-            report.sizes = saving.save(model, folder / target_path.name)
+        file = written_file(target_path)  # external data lies beside the file itself, not beside a link to it
+        outdated, elsewhere = [saving.data_path(file).name], [report.checkpoint]
+        with staged(file.parent, outdated=outdated, elsewhere=elsewhere) as folder:  # never beside another's state
+            report.sizes = saving.save(model, folder / file.name)
             save_checkpoint(folder / report.checkpoint.name, state)
         report.sizes["checkpoint"] = report.checkpoint.stat().st_size
     return report

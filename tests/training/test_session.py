@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import convgrad_export as cg
+from convgrad_export.integrations import saving
 from convgrad_export.training import load_checkpoint
 
 from .parity import assert_same_training, batches, small_network
@@ -422,6 +424,23 @@ def test_existing_files_are_kept(step_file: Path) -> None:
         cg.export_training_step(
             with_dropout(), "cross_entropy", "adam", batches(1, torch.float32)[0], step_file, verify=False
         )
+
+
+def test_a_link_to_a_step_stays_and_its_weights_lie_beside_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "store").mkdir()
+    link = tmp_path / "step.onnx"
+    link.symlink_to(tmp_path / "store" / "v1.onnx")
+    monkeypatch.setitem(saving.save.__kwdefaults__, "external_data_above", 0)
+    batch = batches(1, torch.float32)[0]
+    for _ in range(2):
+        report = cg.export_training_step(with_dropout(), "cross_entropy", "adam", batch, link, overwrite=True)
+        assert link.is_symlink()
+        assert sorted(os.listdir(tmp_path)) == ["step.checkpoint.safetensors", "step.onnx", "store"]
+        assert sorted(os.listdir(tmp_path / "store")) == ["v1.onnx", "v1.onnx.data"]
+        for path in (link, link.resolve()):
+            assert np.isfinite(cg.TrainingSession(path, report.checkpoint).step(*arrays(1)[0])["loss"])
 
 
 def test_an_export_without_room_leaves_the_old_model_and_its_state(tmp_path: Path) -> None:
