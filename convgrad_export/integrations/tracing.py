@@ -22,7 +22,6 @@ import torch.fx.experimental._config
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
@@ -366,8 +365,3 @@ def _reads_values(error: BaseException) -> bool:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def is_fake(tensor: Any) -> bool:
-    """Whether a node's `meta["val"]` is a fake tensor (and not a size, or a list of tensors)."""
-    return isinstance(tensor, FakeTensor)
