@@ -10,7 +10,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from convgrad_export.errors import DeviceError, DynamicShapeError
+from convgrad_export.integrations.places import present_place
 from convgrad_export.integrations.program import GraphInput
+
+
+class TracedSizes(ShapeEnv):
+    """The constraints on dynamic sizes, and where in the traced code each became a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fixed_at: dict[str, str] = {}  # by the number
+
+    def _set_replacement(self, a: Any, tgt: Any, *reason: Any) -> None:
+        if not tgt.free_symbols and str(tgt) not in self.fixed_at:
+            self.fixed_at[str(tgt)] = present_place()
+        super()._set_replacement(a, tgt, *reason)
 
 
 def require_data(inputs: Sequence[GraphInput]) -> None:
@@ -76,7 +90,9 @@ def _with_general_sizes(example: torch.Tensor, dynamic: Mapping[int, str]) -> to
     return general.requires_grad_(example.requires_grad)
 
 
-def check_dynamic(inputs: Sequence[GraphInput], fakes: Sequence[torch.Tensor], shape_env: ShapeEnv) -> dict[str, Any]:
+def check_dynamic(
+    inputs: Sequence[GraphInput], fakes: Sequence[torch.Tensor], shape_env: TracedSizes
+) -> dict[str, Any]:
     """Each dynamic dimension's name and what tracing found it to be: a symbol, or an expression of others."""
     dimensions: dict[str, Any] = {}
     for spec, fake in zip(inputs, fakes, strict=True):
@@ -84,11 +100,12 @@ def check_dynamic(inputs: Sequence[GraphInput], fakes: Sequence[torch.Tensor], s
             size = fake.shape[axis]
             expression = size.node.expr if isinstance(size, torch.SymInt) else size
             if not getattr(expression, "free_symbols", None):
-                guards = [str(guard.sloc) for guard in shape_env.guards if "Eq" in str(guard.expr)]
+                place = shape_env.fixed_at.get(str(expression))
                 raise DynamicShapeError(
                     f"dimension {axis} of {spec.name!r} was declared dynamic ({label!r}), but the forward only works "
-                    f"for size {expression}. Declare it static, or remove the place that fixes it (int() of a size, or "
-                    f"torch.func.vmap over the dimension). {guards[-1] if guards else ''}".rstrip()
+                    f"for size {expression}{f': it is fixed {place}' if place else ''}. Declare it static, or "
+                    "remove what fixes it: int() of a size, torch.func.vmap over the dimension, an operator that "
+                    "PyTorch traces for fixed sizes only"
                 )
             dimensions.setdefault(label, expression)
     return dimensions

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import itertools
 import os
 import threading
 import traceback
@@ -10,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.fx import traceback as fx_traceback
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
@@ -73,12 +76,45 @@ def node_place(node: torch.fx.Node) -> str:
 
 def user_frame(error: BaseException) -> str:
     """The innermost line of code that is neither PyTorch's nor this package's."""
-    frames = list(reversed(traceback.extract_tb(error.__traceback__)))
+    return _users_line(traceback.extract_tb(error.__traceback__)) or "in the forward"
+
+
+def present_place() -> str:
+    """What is being traced at this moment, as far as it can be told: line, module, operator, kind of derivative."""
+    meta = fx_traceback.current_meta
+    own = itertools.dropwhile(lambda frame: not _is_below(frame, _OWN_DIRECTORY), traceback.extract_stack())
+    module = [path for path, _ in (meta.get("nn_module_stack") or {}).values()][-1:]
+    line = _users_line(list(own))
+    found = [
+        f"at {line}" if line else "",
+        f"in module {module[0]!r}" if module and module[0] else "",
+        f"in {operator}" if (operator := _present_operator()) else "",
+        "in a forward-mode derivative (torch.func.jvp)" if forward_ad._current_level >= 0 else "",
+    ]
+    return ", ".join(part for part in found if part)
+
+
+def _present_operator() -> str:
+    """Of the ATen calls that Python sees; PyTorch asks for a size by one of its own."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        function = frame.f_locals.get("func")
+        if isinstance(function, torch._ops.OpOverload) and "size" not in function._opname:
+            return str(function)
+        frame = frame.f_back
+    return ""
+
+
+def _users_line(frames: Sequence[traceback.FrameSummary]) -> str:
+    """Of the innermost frame; where there is none but PyTorch's, of its innermost layer."""
     layers = os.path.join(_TORCH_DIRECTORY, "nn", "modules")
     for skipped in ((_OWN_DIRECTORY, _TORCH_DIRECTORY), (_OWN_DIRECTORY,)):
-        for frame in frames:
-            path = os.path.abspath(frame.filename)
-            users = not path.startswith(skipped) and (len(skipped) == 2 or path.startswith(layers))
-            if users and os.path.exists(path) and not path.endswith("module.py"):
+        for frame in reversed(frames):
+            users = not _is_below(frame, *skipped) and (len(skipped) == 2 or _is_below(frame, layers))
+            if users and os.path.exists(frame.filename) and not frame.filename.endswith("module.py"):
                 return f"{frame.filename}:{frame.lineno}, in {frame.name} ({frame.line})"
-    return "in the forward"
+    return ""
+
+
+def _is_below(frame: traceback.FrameSummary, *folders: str) -> bool:
+    return os.path.abspath(frame.filename).startswith(folders)

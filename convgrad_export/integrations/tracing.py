@@ -41,7 +41,7 @@ from convgrad_export.errors import (
 )
 from convgrad_export.integrations.compiled_modules import as_written
 from convgrad_export.integrations.differentiable import DifferentiableReplacements
-from convgrad_export.integrations.fake_inputs import check_dynamic, fake_inputs, require_data
+from convgrad_export.integrations.fake_inputs import TracedSizes, check_dynamic, fake_inputs, require_data
 from convgrad_export.integrations.module_attributes import kept_attributes
 from convgrad_export.integrations.packed import PaddedPacking
 from convgrad_export.integrations.places import MODULE_PATH, module_path, module_paths, node_place, user_frame
@@ -95,7 +95,7 @@ def _traced(
     decompositions: Decompositions | None,
     replacements: DifferentiableReplacements,
 ) -> CapturedProgram:
-    shape_env = ShapeEnv()
+    shape_env = TracedSizes()
     mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
     # Sizes 0 and 1 of a dynamic dimension must not become special cases: an exported model also runs at batch 1.
     config: Any = torch.fx.experimental._config  # a config module: its `patch` is added at run time

@@ -111,6 +111,31 @@ def test_a_size_that_the_forward_fixes_is_refused_beside_a_norm_too() -> None:
         cg.export(Fixed(3), (torch.randn(4, 3),), dynamic_shapes={"input": {0: "n"}})
 
 
+class Tangent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.ReLU(), nn.Linear(6, 4))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.func.jvp(self.net, (input,), (input.cos(),))[1]
+
+
+@pytest.mark.parametrize(
+    ("module", "place"),
+    [
+        (
+            Tangent(),
+            r"at .*test_dynamic_gradients.py:\d+, in forward .*in module 'net\.1', in a forward-mode derivative",
+        ),
+        (nn.Sequential(nn.FractionalMaxPool2d(2, output_size=3)), r"in aten\.fractional_max_pool2d_backward"),
+        (nn.Sequential(nn.ReLU(), Apply(lambda x: x * int(x.shape[0]))), r"at .*gradients.py:\d+, in .*in module '1'"),
+    ],
+)
+def test_what_fixes_a_size_is_named(module: nn.Module, place: str) -> None:
+    with pytest.raises(cg.DynamicShapeError, match=rf"size 2: it is fixed {place}.*Declare it static"):
+        cg.export_gradient(module, (image(2, 3, 6, 6),), dynamic_shapes=({0: "n"},))
+
+
 STATISTICS: dict[str, tuple[Callable[[Tensor], Tensor], dict[int, str]]] = {
     "std-height": (lambda x: x.std((2, 3)), {2: "h"}),
     "std-biased": (lambda x: x.std((2, 3), correction=0), {2: "h", 3: "w"}),
