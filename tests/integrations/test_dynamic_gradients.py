@@ -171,6 +171,17 @@ def test_parts_of_a_dynamic_size(name: str, opset: int) -> None:
     assert not [operator for operator in report.operators if "Sequence" in operator]
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_the_rules_for_one_sample_are_for_a_batch_that_is_fixed(dynamic: bool) -> None:
+    module = nn.Sequential(nn.Conv2d(48, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 16, 1))
+    shapes = {"input": {0: "n"}} if dynamic else None
+    one, four = (
+        cg.export_gradient(module, (image(n, 48, 7, 7),), wrt="parameters", dynamic_shapes=shapes, verify=False)
+        for n in (1, 4)
+    )
+    assert ([c.lowering for c in one.lowerings] == [c.lowering for c in four.lowerings]) == dynamic
+
+
 class Product(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x * y
