@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import dtypes
+from ..errors import DeviceError
 from ..geometry import ConvGeometry
 from ..lowering import LOWERINGS
 from ..selection import aten_measurements
@@ -73,6 +74,9 @@ def measure_step(
     Args:
         step: runs forward and backward once. device: where its tensors lie. seconds: stop after so many; what was
             measured by then is kept. timer: milliseconds by name for calls by name; the default times CUDA events.
+
+    Raises:
+        DeviceError: a CUDA device, and this PyTorch finds none.
     """
     calls = [call for call in calls_of(step) if worth_measuring(call[0], call[1])]
     measured = measure_calls(calls, device=device, seconds=seconds, timer=timer)
@@ -87,7 +91,16 @@ def measure_calls(
     seconds: float = 300.0,
     timer: Timer | None = None,
 ) -> list[AtenMeasurement]:
-    """`AtenMeasurement` of each (gradient, geometry, dtype), until the time is up."""
+    """`AtenMeasurement` of each (gradient, geometry, dtype), until the time is up.
+
+    Raises:
+        DeviceError: a CUDA device, and this PyTorch finds none.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise DeviceError(
+            f"device is {device!r}, and this PyTorch ({torch.__version__}) finds no CUDA device: measure on "
+            "the GPU that the step will run on"
+        )
     name = torch.cuda.get_device_name() if device.startswith("cuda") else device
     deadline = time.monotonic() + seconds
     measured = []

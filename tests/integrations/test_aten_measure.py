@@ -136,3 +136,10 @@ def test_a_wrong_result_is_no_contender() -> None:
     assert aten_measure.agrees(exact, exact, "float32")
     assert not aten_measure.agrees(exact + 1, exact, "float32")
     assert not aten_measure.agrees((exact + 1).half(), exact.half(), "float16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this PyTorch finds a CUDA device")
+def test_without_a_gpu_there_is_nothing_to_measure_on() -> None:
+    conv = torch.nn.Conv2d(8, 8, 3, groups=8)
+    with pytest.raises(cg.DeviceError, match=r"device is 'cuda', and this PyTorch .* finds no CUDA device"):
+        aten_measure.measure_step(lambda: conv(torch.randn(2, 8, 9, 9)).sum().backward())
