@@ -49,6 +49,24 @@ def test_convgrad_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert main(shlex.split(line)[1:]) == 0, line
 
 
+def test_the_models_of_the_recipes_are_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tritonclient.grpc", reason="tritonclient and grpcio are not installed (extra serving)")
+    import torch
+
+    import convgrad_export as cg
+    from convgrad_export.recipes import GradCAM
+
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    (line,) = [line for line in lines if line.startswith("convgrad serve-repo ")]
+    model = shlex.split(line)[2]
+    assert any(line.startswith("convgrad export ") and line.endswith(f"-o {model}") for line in lines)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    shapes = {"x": {0: "batch", 2: "height", 3: "width"}}  # as by --dynamic
+    cg.export(GradCAM(net, "0"), (torch.randn(1, 3, 32, 32),), model, dynamic_shapes=shapes, verify=False)
+    assert main(shlex.split(line)[1:]) == 0
+
+
 def test_links_and_pictures_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if not target.startswith("http"):
