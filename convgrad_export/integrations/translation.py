@@ -267,6 +267,20 @@ def _name_inputs(
             value.meta[CONSTANT] = True
         value.const_value = tensor_of(spec.value, spec.name)
         model.graph.initializers[spec.name] = value
+    _rename_inner(model)
+
+
+def _rename_inner(model: ir.Model) -> None:
+    """Another name for each result that is called as an input or a parameter is: folded, it would be a second one."""
+    given = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    used = given.union(value.name for value in _all_values(model))
+    for value in _all_values(model):
+        if value.name in given:
+            name = f"{value.name}_inner"
+            while name in used:
+                name += "_"
+            value.name = name
+            used.add(name)
 
 
 def tensor_of(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:

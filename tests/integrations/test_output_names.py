@@ -84,6 +84,18 @@ def test_an_output_with_the_name_of_an_input_is_told_apart() -> None:
     assert list(report.outputs) == list(report.errors) == ["output.x", "y", "output.conv.weight"]
 
 
+def test_arguments_may_be_called_as_an_operator_whose_result_is_folded() -> None:
+    """Upsampling multiplies by a constant, transposed: the result of PyTorch's operator "t" was a second "t"."""
+
+    class Denoiser(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, t_inner: Tensor) -> Tensor:
+            return nn.functional.interpolate(x, (7, 9), mode="bilinear") * t * t_inner
+
+    report = cg.export_gradient(Denoiser(), (torch.randn(2, 3, 4, 5), torch.randn(2, 1, 1, 1), torch.randn(1)))
+    assert report.verified
+    assert list(report.inputs) == ["x", "t", "t_inner"]
+
+
 def test_an_output_with_the_name_of_the_value_an_activation_or_a_gradient_is_told_apart() -> None:
     report = cg.export_gradient(
         Named("value", "conv", "x.grad", "x"),
