@@ -92,11 +92,14 @@ def split(model: Any, trained: Collection[str], state: Collection[str], updated:
     carried = tuple(name for node in early for name in node.output if name and name in read_late)
     first = [name for name in outputs if name not in made_late]
     hidden = tuple(name for name in carried if name not in first)
-    # read or not: the caller gives all of it
+    # Read or not: the caller gives all of the batch, and state is what has an input (spectral norm writes a vector that
+    # it does not read).
     batch = {value.name for value in graph.input}.difference(state, [LEARNING_RATE])
+    written = {new: name for name, new in updated.items()}
+    second = [name for name in outputs if name in made_late]
     return Phases(
-        _part(model, early, [*first, *hidden], batch),
-        _part(model, update, [name for name in outputs if name in made_late]),
+        _part(model, early, [*first, *hidden], batch.union(written[name] for name in first if name in written)),
+        _part(model, update, second, {written[name] for name in second if name in written}),
         carried,
         hidden,
         in_place,

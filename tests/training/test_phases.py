@@ -222,6 +222,33 @@ def test_an_argument_that_nothing_reads_stays_an_argument() -> None:
         assert np.isfinite(session.step(x, torch.ones(3), y)["loss"])
 
 
+def last_gradient(
+    parameter: Tensor, gradient: Tensor, state: State, rate: Tensor, step: Tensor
+) -> tuple[Tensor, State]:
+    new = parameter - rate * gradient
+    return new, {"gradient": gradient, "before": parameter}
+
+
+def test_state_that_is_written_without_being_read_is_carried_on() -> None:
+    """Spectral norm's left vector is computed anew from the right one; an update may keep what it was given."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(64, 5))
+    )
+
+    class Keeping:
+        def initial_state(self, parameter: Tensor) -> State:
+            return {"gradient": torch.zeros_like(parameter), "before": torch.zeros_like(parameter)}
+
+        update = staticmethod(last_gradient)
+
+    report = cg.export_training_step(module, "cross_entropy", Keeping(), batches(1, torch.float32)[0])
+    updated = trained(report, in_place=True)
+    assert_same_bits(trained(report, in_place=False), updated)
+    changed = {name for name, value in updated.state().items() if (value != report.state[name].numpy()).any()}
+    assert changed == set(report.state)
+
+
 def test_the_gradient_alone_is_carried() -> None:
     phases = cut("h = Relu(g)", "s = Mul(h h)", "u = Mul(s learning_rate)", "m_ = Add(m u)", "w_ = Sub(w m_)")
     assert phases is not None
