@@ -324,12 +324,13 @@ def _program(
     shape_env: ShapeEnv,
     function: TracedFunction,
 ) -> CapturedProgram:
-    """Drop outputs for buffers that nothing updated, tidy names, attach module paths."""
+    """Drop outputs for buffers that are what they were, tidy names, attach module paths."""
     graph = functional.graph
     (output,) = [node for node in graph.nodes if node.op == "output"]
+    own = {source.name: node for node, source in zip(graph.find_nodes(op="placeholder"), inputs, strict=True)}
     kept_nodes, kept_specs = [], []
     for spec, node in zip(specs, output.args[0], strict=True):
-        if spec.kind == "buffer" and _source(node).op == "placeholder":
+        if spec.kind == "buffer" and _source(node) is own.get(str(spec.target)):
             continue
         kept_nodes.append(node)
         kept_specs.append(spec)

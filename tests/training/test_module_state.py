@@ -65,6 +65,27 @@ class Averaged(nn.Module):
         return self.network(x) * guided
 
 
+class Remembering(nn.Module):
+    """Buffers that become what another one, a parameter or a constant is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = linear()
+        for name, value in {
+            "first": torch.ones(2),
+            "second": torch.full((2,), 0.5),
+            "before": torch.zeros(2, 3),
+        }.items():
+            self.register_buffer(name, value.double())
+        self.register_buffer("seen", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = torch.where(self.seen, self.layer(x) - x @ self.before.T, self.layer(x)) * self.first
+        self.first, self.second = self.second, self.first
+        self.before, self.seen = self.layer.weight.detach().clone(), torch.tensor(True)
+        return result
+
+
 def in_place(old: Tensor, new: Tensor) -> None:
     old.mul_(0.5).add_(new, alpha=0.5)
 
@@ -77,8 +98,8 @@ def assigned(old: Tensor, new: Tensor) -> None:
     old.data = old.data * 0.5 + new.data * 0.5
 
 
-@pytest.mark.parametrize("make", [Clamped, lambda: Averaged(in_place), lambda: Averaged(through_data)])
-def test_parameters_that_the_forward_changes_in_place_are_state(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [Clamped, lambda: Averaged(in_place), lambda: Averaged(through_data), Remembering])
+def test_what_the_forward_changes_of_its_own_is_state(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     assert_same_training(make(), "mse", functional.mse_loss, sgd, data())
     eager, batches = make().float(), data(3, torch.float32)
     artifacts.generate_artifacts(eager, loss="mse", optimizer="sgd", args=batches[0], artifact_directory=tmp_path)
@@ -88,7 +109,7 @@ def test_parameters_that_the_forward_changes_in_place_are_state(make: Callable[[
     optimizer.set_learning_rate(0.5)
     train_artifacts(module, optimizer, batches)
     train_in_pytorch(eager, functional.mse_loss, sgd(eager.parameters()), batches)
-    for name, value in eager.named_parameters():
+    for name, value in (*eager.named_parameters(), *eager.named_buffers()):
         np.testing.assert_allclose(state.arrays[name], value.detach(), rtol=1e-4, atol=1e-6, err_msg=name)
 
 
