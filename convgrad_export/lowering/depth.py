@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 
+from ..depth_planes import reaching_planes
 from ..geometry import ConvGeometry
 from .blocks import Ops, Value, columns_to_image, ints, reshape, stack, transpose, zeros_like_batch
 
@@ -20,21 +21,11 @@ _MOST_PAIRS = 1 << 16  # of a plane and a depth tap
 _FEW_COLUMNS = 16  # a sample: for so few, turning the weight round costs more than the GEMM loses by not doing it
 
 
-def depth_pairs(g: ConvGeometry, plane: int) -> dict[int, int]:
-    """Depth tap to the plane of grad_output that it connects with an input plane; taps that meet none are absent."""
-    pairs = {}
-    for tap in range(g.kernel_size[0]):
-        source, rest = divmod(plane + g.begin[0] - g.dilation[0] * tap, g.stride[0])
-        if rest == 0 and 0 <= source < g.output_size[0]:
-            pairs[tap] = source
-    return pairs
-
-
 def planes_by_taps(g: ConvGeometry) -> dict[tuple[int, ...], list[int]]:
     """Input planes by the depth taps that reach them."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for plane in range(g.input_size[0]):
-        groups.setdefault(tuple(depth_pairs(g, plane)), []).append(plane)
+        groups.setdefault(tuple(reaching_planes(g, plane)), []).append(plane)
     return groups
 
 
@@ -113,7 +104,7 @@ def _rows(op: Ops, g: ConvGeometry, filters: Value, taps: tuple[int, ...], fused
 
 def _received(op: Ops, g: ConvGeometry, data: Value, taps: tuple[int, ...], planes: list[int]) -> Value:
     """The planes of grad_output that reach input `planes` by `taps`: (N, G, taps * planes, M/G * area)."""
-    pairs = [depth_pairs(g, plane) for plane in planes]
+    pairs = [reaching_planes(g, plane) for plane in planes]
     sources = [pair[tap] for tap in taps for pair in pairs]
     return data if sources == list(range(g.output_size[0])) else op.Gather(data, ints(op, sources), axis=2)
 

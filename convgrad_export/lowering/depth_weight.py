@@ -13,10 +13,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+from ..depth_planes import reaching_planes
 from ..geometry import ConvGeometry
 from .blocks import Ops, Value, extend, ints, pad, reshape, slices, stack, tap_slices, total
 from .columns import too_many
-from .depth import depth_pairs, planes_by_taps, used_taps, why_not
+from .depth import planes_by_taps, used_taps, why_not
 
 _WORTH_SPLITTING = 1.1  # products of whole planes over those needed, from which on planes are told apart by their taps
 
@@ -61,7 +62,7 @@ def _by_planes(op: Ops, g: ConvGeometry, grad: Value, data: Value, parts: Callab
     groups = _groups(g)
     none: int = g.output_size[0]
     sources = {
-        taps: [depth_pairs(g, plane).get(tap, none) for tap in taps for plane in planes]
+        taps: [reaching_planes(g, plane).get(tap, none) for tap in taps for plane in planes]
         for taps, planes in groups.items()
     }
     grad = _with_zeros(op, grad, any(none in entry for entry in sources.values()), trailing=2)

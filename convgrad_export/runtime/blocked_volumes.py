@@ -10,28 +10,19 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..geometry import ConvGeometry
-from ..lowering.depth import depth_pairs
+from ..depth_planes import Pairs, reaching_planes, read_planes
 from .convolution_entries import INPUT, ConvolutionEntry, reversed_pads
 
 if TYPE_CHECKING:
     from .blocked_writer import BlockedWriter
-
-Pairs = dict[int, int]
 
 
 def plane_pairs(entry: ConvolutionEntry) -> list[Pairs]:
     """For every plane of the result, the depth taps that reach it and the operand's plane that each of them reads."""
     g = entry.geometry
     if entry.kind == INPUT:
-        return [depth_pairs(g, plane) for plane in range(g.input_size[0])]
-    return [_read_planes(g, plane) for plane in range(g.output_size[0])]
-
-
-def _read_planes(g: ConvGeometry, plane: int) -> Pairs:
-    first = plane * g.stride[0] - g.begin[0]
-    planes = {tap: first + tap * g.dilation[0] for tap in range(g.kernel_size[0])}
-    return {tap: source for tap, source in planes.items() if 0 <= source < g.input_size[0]}
+        return [reaching_planes(g, plane) for plane in range(g.input_size[0])]
+    return [read_planes(g, plane) for plane in range(g.output_size[0])]
 
 
 def write_volume(writer: BlockedWriter, entry: ConvolutionEntry) -> None:
