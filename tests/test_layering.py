@@ -27,6 +27,7 @@ LAYERS = [
     ],
     ["geometry_checks"],
     ["geometry"],
+    ["depth_planes"],
     ["functions", "lowering"],
     ["torch_convolution"],
     ["accuracy", "web_target"],
