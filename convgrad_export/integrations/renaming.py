@@ -11,6 +11,7 @@ import onnx_ir as ir
 from convgrad_export.errors import ArgumentTypeError
 from convgrad_export.integrations.convolution_marks import rename_in_metadata
 from convgrad_export.integrations.report import ExportReport, describe
+from convgrad_export.tensor_names import inner_name
 
 
 def check_names(what: str, names: Any) -> None:
@@ -49,20 +50,15 @@ def rename(
             f"input_names and output_names give {', '.join(map(repr, twice))}, which another input or output, or a "
             "parameter of the model, is called as well"
         )
-    for value in (value for node in model.graph for value in node.outputs):
+    inner = [value for node in model.graph for value in node.outputs]
+    used = {*taken, *(str(value.name) for value in inner)}
+    for value in inner:
         if value not in renamed and value.name in taken and not value.is_graph_output():
-            renamed[value] = _free_name(f"{value.name}_inner", model, taken)
+            renamed[value] = inner_name(str(value.name), used)
+            used.add(renamed[value])
     names_before = {str(value.name): name for value, name in renamed.items()}
     for value, name in renamed.items():
         value.name = name
     rename_in_metadata(model, names_before)
     report.errors = {names_before.get(name, name): error for name, error in report.errors.items()}
     report.inputs, report.outputs = describe(model)["inputs"], describe(model)["outputs"]
-
-
-def _free_name(wanted: str, model: ir.Model, taken: Counter[str]) -> str:
-    used = {value.name for node in model.graph for value in node.outputs}
-    while wanted in used or wanted in taken:
-        wanted += "_"
-    taken[wanted] += 1
-    return wanted

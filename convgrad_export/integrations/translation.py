@@ -33,6 +33,7 @@ from convgrad_export.integrations.symbolic_scalars import scalars_to_tensors
 from convgrad_export.lowering import CPU
 from convgrad_export.selection.policy import AUTO
 from convgrad_export.selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
+from convgrad_export.tensor_names import inner_name
 
 PRODUCER = "convgrad_export"
 
@@ -276,11 +277,8 @@ def _rename_inner(model: ir.Model) -> None:
     used = given.union(value.name for value in _all_values(model))
     for value in _all_values(model):
         if value.name in given:
-            name = f"{value.name}_inner"
-            while name in used:
-                name += "_"
-            value.name = name
-            used.add(name)
+            value.name = inner_name(str(value.name), used)
+            used.add(value.name)
 
 
 def tensor_of(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
