@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from .geometry import ConvGeometry
 
 Pairs = dict[int, int]
@@ -22,3 +24,16 @@ def reaching_planes(g: ConvGeometry, plane: int) -> Pairs:
         if rest == 0 and 0 <= source < g.output_size[0]:
             pairs[tap] = source
     return pairs
+
+
+def by_taps(pairs: Sequence[Pairs]) -> dict[tuple[int, ...], list[int]]:
+    """The planes, which `pairs` lists in order, by the depth taps that connect them."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for plane, pair in enumerate(pairs):
+        groups.setdefault(tuple(pair), []).append(plane)
+    return groups
+
+
+def all_taps(pairs: Iterable[Iterable[int]]) -> list[int]:
+    """Depth taps that connect any plane, in order."""
+    return sorted({tap for pair in pairs for tap in pair})

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from ..depth_planes import reaching_planes
+from ..depth_planes import all_taps, by_taps, reaching_planes
 from ..geometry import ConvGeometry
 from .blocks import Ops, Value, columns_to_image, ints, reshape, stack, transpose, zeros_like_batch
 
@@ -23,15 +23,12 @@ _FEW_COLUMNS = 16  # a sample: for so few, turning the weight round costs more t
 
 def planes_by_taps(g: ConvGeometry) -> dict[tuple[int, ...], list[int]]:
     """Input planes by the depth taps that reach them."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for plane in range(g.input_size[0]):
-        groups.setdefault(tuple(reaching_planes(g, plane)), []).append(plane)
-    return groups
+    return by_taps([reaching_planes(g, plane) for plane in range(g.input_size[0])])
 
 
 def used_taps(g: ConvGeometry) -> list[int]:
     """Depth taps that reach any input plane, in order."""
-    return sorted({tap for taps in planes_by_taps(g) for tap in taps})
+    return all_taps(planes_by_taps(g))
 
 
 def why_not(g: ConvGeometry) -> str | None:

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from ..depth_planes import all_taps
 from ..geometry import ConvGeometry
 from ..provider_names import CPU
 from .blocked_volumes import plane_pairs
@@ -216,7 +217,7 @@ def _volume_applies(entry: ConvolutionEntry, block: int) -> bool:
         return False
     positions = max(_batch(g), 1) * math.prod(g.output_size)
     # The file's input gradient reads the weight nearly as it lies; its Conv reads all of it for every sample.
-    used = len({tap for pair in pairs for tap in pair}) * math.prod(g.kernel_size[1:])
+    used = len(all_taps(pairs)) * math.prod(g.kernel_size[1:])
     needed = used * g.in_channels * g.out_channels // _WEIGHT_USES if entry.kind == INPUT else 0
     return positions >= max(_VOLUME_POSITIONS, needed)
 
@@ -224,11 +225,9 @@ def _volume_applies(entry: ConvolutionEntry, block: int) -> bool:
 def _divides(entry: ConvolutionEntry, block: int) -> bool:
     """Whether there is work for two threads: a Conv is divided by sample, group, four blocks of filters and row."""
     g = entry.geometry
-    if not isinstance(g.batch, int) or one_to_one(g):
+    if not isinstance(g.batch, int) or one_to_one(g) or g.rank == 3:  # a volume's planes are samples
         return True
     forward = entry.kind == FORWARD
-    if g.rank == 3:
-        return True  # its planes are samples
     rows = 1 if g.rank == 1 else (g.output_size if forward else g.input_size)[0]
     filters = g.out_channels_per_group if forward else g.in_channels_per_group
     return g.batch * g.groups * -(-filters // (_BLOCKS_TOGETHER * block)) * rows > 1

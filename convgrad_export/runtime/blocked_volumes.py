@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..depth_planes import Pairs, reaching_planes, read_planes
-from .convolution_entries import INPUT, ConvolutionEntry, reversed_pads
+from ..depth_planes import Pairs, all_taps, by_taps, reaching_planes, read_planes
+from .convolution_entries import INPUT, ConvolutionEntry
 
 if TYPE_CHECKING:
     from .blocked_writer import BlockedWriter
@@ -30,18 +30,13 @@ def write_volume(writer: BlockedWriter, entry: ConvolutionEntry) -> None:
     g, operand, pairs = entry.geometry, entry.operands[0], plane_pairs(entry)
     if entry.kind == INPUT:
         read, written, sizes, results = g.out_channels, g.in_channels, g.output_size, g.input_size
-        stride, pads = [1, 1, 1], reversed_pads(g)
     else:
         read, written, sizes, results = g.in_channels, g.out_channels, g.input_size, g.output_size
-        stride, pads = list(g.stride), g.onnx_pads
-    used = sorted({tap for pair in pairs for tap in pair})
+    used = all_taps(pairs)
     weight = _weight(writer, entry, used)
     planes = _planes(writer, operand, read, list(sizes))
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for plane, pair in enumerate(pairs):
-        groups.setdefault(tuple(pair), []).append(plane)
     parts, order = [], []
-    for number, (taps, chosen) in enumerate(groups.items()):
+    for number, (taps, chosen) in enumerate(by_taps(pairs).items()):
         stem = f"{entry.result}.planes{number}"
         sources, data = [pairs[plane][tap] for plane in chosen for tap in taps], planes
         if sources != list(range(sizes[0])):
@@ -53,8 +48,7 @@ def write_volume(writer: BlockedWriter, entry: ConvolutionEntry) -> None:
             filters = writer.node("Gather", [weight, places], f"{stem}.taps", axis=1)
         shape = writer.ints(written, len(taps) * read, *g.kernel_size[1:])
         filters = writer.node("Reshape", [filters, shape], f"{stem}.weight")
-        inputs = [data, filters, *entry.operands[2:]]
-        image = writer.convolve(entry, inputs, stride, pads, written, f"{stem}.images")
+        image = writer.convolve(entry, [data, filters, *entry.operands[2:]], f"{stem}.images")
         parts.append(writer.node("Reshape", [image, writer.ints(-1, len(chosen), written, *results[1:])], stem))
         order += chosen
     value = writer.node("Concat", parts, f"{entry.result}.joined", axis=1) if len(parts) > 1 else parts[0]

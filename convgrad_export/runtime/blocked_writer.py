@@ -103,8 +103,7 @@ class BlockedWriter:
         x, w, *bias = entry.operands
         few = g.groups == 1 and g.in_channels < self.block  # then the operator reads rows as they are
         convert = self._plane_tensor if few else self._block_tensor
-        inputs = [convert(x, g.in_channels, g.input_size), self._weight(entry, w), *bias]
-        self._convolve(entry, inputs, g.stride, g.onnx_pads, g.out_channels, g.output_size)
+        self._image(entry, [convert(x, g.in_channels, g.input_size), self._weight(entry, w), *bias])
 
     def _input_gradient(self, entry: ConvolutionEntry) -> None:
         g = entry.geometry
@@ -112,8 +111,7 @@ class BlockedWriter:
         data = self._block_tensor(grad_output, g.out_channels, g.output_size)
         if set(g.stride) != {1}:
             data = self._spread(entry, data)
-        ones, pads = [1] * len(g.stride), reversed_pads(g)
-        self._convolve(entry, [data, self._weight(entry, w)], ones, pads, g.in_channels, g.input_size)
+        self._image(entry, [data, self._weight(entry, w)])
 
     def _spread(self, entry: ConvolutionEntry, blocked: str) -> str:
         """`stride` - 1 zeros behind each element of a blocked (N, C, H, W), along both axes."""
@@ -126,33 +124,25 @@ class BlockedWriter:
         shape = self.ints(0, g.out_channels, height * down, width * right)
         return self.node("Reshape", [padded, shape], stem)
 
-    def _convolve(
-        self,
-        entry: ConvolutionEntry,
-        inputs: Sequence[str],
-        stride: Sequence[int],
-        pads: Sequence[int],
-        channels: int,
-        size: Sequence[int],
-    ) -> None:
-        """The Conv, and its result as the graph's (N, channels, *size)."""
-        if len(size) == 2:
-            self.convolve(entry, inputs, stride, pads, channels, entry.result)
+    def _image(self, entry: ConvolutionEntry, inputs: Sequence[str]) -> None:
+        """The entry's result, of its own rank."""
+        if entry.geometry.rank == 2:
+            self.convolve(entry, inputs, entry.result)
             return
-        plane = self.convolve(entry, inputs, stride, pads, channels, f"{entry.result}.result_plane")
-        self.node("Reshape", [plane, self.ints(0, channels, size[0])], entry.result)
+        plane = self.convolve(entry, inputs, f"{entry.result}.result_plane")
+        _, channels, length = entry.geometry.input_shape if entry.kind == INPUT else entry.geometry.output_shape
+        self.node("Reshape", [plane, self.ints(0, channels, length)], entry.result)
 
-    def convolve(
-        self,
-        entry: ConvolutionEntry,
-        inputs: Sequence[str],
-        stride: Sequence[int],
-        pads: Sequence[int],
-        channels: int,
-        output: str,
-    ) -> str:
-        """The entry's Conv over its last two axes, blocked operands to a plain (N, channels, H, W)."""
+    def convolve(self, entry: ConvolutionEntry, inputs: Sequence[str], output: str) -> str:
+        """The entry's Conv over its last two axes, blocked operands to a plain (N, channels, H, W).
+
+        An input gradient's has a stride of 1: the zeros that a stride leaves between the elements are in its operand.
+        """
         g = entry.geometry
+        if entry.kind == INPUT:
+            channels, stride, pads = g.in_channels, [1] * g.rank, reversed_pads(g)
+        else:
+            channels, stride, pads = g.out_channels, list(g.stride), g.onnx_pads
         blocked = self.node(
             "Conv",
             inputs,

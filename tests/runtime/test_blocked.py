@@ -19,6 +19,8 @@ from convgrad_export.geometry import ConvGeometry
 from convgrad_export.runtime import blocked
 from convgrad_export.runtime.convolution_entries import METADATA, described, from_text
 
+from .layouts import assert_steps_agree, integers, metadata
+
 BLOCK = blocked.block_size()
 needs_blocks = pytest.mark.skipif(BLOCK is None, reason="this machine's onnxruntime has no blocked layout")
 CHANNELS = 32
@@ -65,10 +67,6 @@ def takes_input_gradient(
         if begin < 0 or i + d * (k - 1) - s * o - begin < 0:
             return False
     return True
-
-
-def integers(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
 def operators(model: onnx.ModelProto) -> list[str]:
@@ -136,19 +134,12 @@ def test_a_step_computes_the_same_and_its_file_is_standard(in_place: bool) -> No
     report = training_step()
     model = onnx.load_from_string(_bytes(report))
     assert {opset.domain for opset in model.opset_import} == {""}
-    kinds = sorted(entry.kind for entry in from_text(_entry(model)))
+    kinds = sorted(entry.kind for entry in from_text(metadata(model)))
     assert kinds == ["forward"] * 7 + ["input"] * 5 + ["weight"] * 3  # no weight gradient but the depthwise layers'
     rewritten = rewritten_model(model)
     assert [n.op_type for n in rewritten.graph.node if n.domain == blocked.DOMAIN].count("Conv") == 15
     batch = torch.randn(4, 3, 11, 9), torch.tensor([0, 1, 2, 3])
-    states = []
-    for layout in (True, False):
-        session = cg.TrainingSession(report.model, report.state, blocked_layout=layout, in_place=in_place)
-        losses = [session.step(*batch)["loss"] for _ in range(3)]
-        states.append((losses, session.state()))
-    np.testing.assert_allclose(states[0][0], states[1][0], rtol=1e-5)
-    for name, value in states[0][1].items():
-        np.testing.assert_allclose(value, states[1][1][name], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert_steps_agree(report, batch, in_place)
 
 
 def _bytes(report: cg.TrainingStepReport) -> bytes:
@@ -158,10 +149,6 @@ def _bytes(report: cg.TrainingStepReport) -> bytes:
     return content
 
 
-def _entry(model: onnx.ModelProto) -> str | None:
-    return next((entry.value for entry in model.metadata_props if entry.key == METADATA), None)
-
-
 @needs_blocks
 def test_the_input_gradient_of_a_transposed_convolution_is_a_convolution() -> None:
     torch.manual_seed(0)
@@ -169,7 +156,7 @@ def test_the_input_gradient_of_a_transposed_convolution_is_a_convolution() -> No
     net = nn.Sequential(nn.Conv2d(1, 16, 1), nn.Tanh(), transposed, nn.Flatten())
     batch = torch.randn(2, 1, 4, 5), torch.tensor([3, 1])
     report = cg.export_training_step(net, "cross_entropy", "sgd", batch)
-    entries = from_text(_entry(onnx.load_from_string(_bytes(report))))
+    entries = from_text(metadata(onnx.load_from_string(_bytes(report))))
     assert [(e.kind, e.geometry.in_channels, e.geometry.out_channels) for e in entries] == [("forward", CHANNELS, 16)]
     sessions = [cg.TrainingSession(report.model, report.state, blocked_layout=layout) for layout in (True, False)]
     for session in sessions:
@@ -222,7 +209,7 @@ def test_every_batch_size_of_an_input_gradient(batch: int) -> None:
 )
 def test_models_that_say_nothing_are_left_alone(options: dict[str, Any]) -> None:
     model = cg.build_model("conv2d_input", **{**LAYER, **options})
-    assert _entry(model) is None
+    assert metadata(model) is None
     content = model.SerializeToString()
     assert blocked.in_blocked_layout(content) is content
 
@@ -253,7 +240,7 @@ def test_models_that_say_nothing_are_left_alone(options: dict[str, Any]) -> None
 )
 def test_entries_that_do_not_fit_the_graph_are_left_out(change: dict[str, Any]) -> None:
     model = cg.build_model("conv2d_input", **LAYER)
-    (entry,) = json.loads(_entry(model) or "")
+    (entry,) = json.loads(metadata(model) or "")
     for item in model.metadata_props:
         if item.key == METADATA:
             geometry = change.get("geometry", {})
@@ -270,7 +257,7 @@ def test_constant_weights_are_left_to_onnxruntime(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS), nn.Tanh()).eval()
     report = cg.export_gradient(net, (torch.randn(2, CHANNELS, 6, 7),), tmp_path / "grad.onnx")
-    assert from_text(_entry(onnx.load(report.path)))
+    assert from_text(metadata(onnx.load(report.path)))
     assert blocked.in_blocked_layout(report.path) == report.path
 
 
@@ -283,7 +270,7 @@ def test_files_are_searched_and_not_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "3", "[3, null]", '{"kind": "input"}'])
-def test_metadata_of_another_form_is_no_entry(text: str) -> None:
+def test_metadata_of_another_form_is_nometadata(text: str) -> None:
     assert from_text(text) == []
 
 

@@ -17,9 +17,10 @@ from torch import nn
 import convgrad_export as cg
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.runtime import blocked
-from convgrad_export.runtime.convolution_entries import FORWARD, METADATA, ConvolutionEntry, from_text
+from convgrad_export.runtime.convolution_entries import FORWARD, ConvolutionEntry, from_text
 
-from ..lowering.forward import forward_model
+from ..lowering.forward import convolved, forward_model
+from .layouts import assert_steps_agree, integers, metadata
 
 BLOCK = blocked.block_size()
 pytestmark = pytest.mark.skipif(BLOCK is None, reason="this machine's onnxruntime has no blocked layout")
@@ -42,10 +43,6 @@ def volumes(draw: st.DrawFn) -> ConvGeometry:
     return ConvGeometry.from_forward((batch, channels, *image), (outputs, channels, *kernel), stride, pads, dilation)
 
 
-def integers(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
-
-
 def convolution(op: Any, g: ConvGeometry, input: Any, weight: Any) -> Any:
     return op.Conv(input, weight, strides=list(g.stride), dilations=list(g.dilation), pads=g.onnx_pads)
 
@@ -58,11 +55,6 @@ def run(model: onnx.ModelProto, **feeds: torch.Tensor) -> np.ndarray:
     return result
 
 
-def padded_convolution(g: ConvGeometry, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    pads = [amount for pair in reversed(g.pads) for amount in pair]
-    return nn.functional.conv3d(nn.functional.pad(x, pads), w, None, g.stride, 0, g.dilation)
-
-
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(g=volumes())
 def test_the_forward_pass_is_exact_on_integers(g: ConvGeometry) -> None:
@@ -72,7 +64,7 @@ def test_the_forward_pass_is_exact_on_integers(g: ConvGeometry) -> None:
     if all(blocked.plane_pairs(entry)):
         assert blocked._rewrite(model, [entry], BLOCK)
         assert [node.op_type for node in model.graph.node if node.domain == blocked.DOMAIN].count("Conv")
-    np.testing.assert_array_equal(run(model, input=x, weight=w), padded_convolution(g, x, w).numpy())
+    np.testing.assert_array_equal(run(model, input=x, weight=w), convolved(g, x, w).numpy())
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -80,9 +72,9 @@ def test_the_forward_pass_is_exact_on_integers(g: ConvGeometry) -> None:
 def test_input_gradients_are_exact_on_integers(g: ConvGeometry) -> None:
     x, w, grad = integers(*g.input_shape), integers(*g.weight_shape, seed=1), integers(*g.output_shape, seed=2)
     x.requires_grad_(True)
-    (expected,) = torch.autograd.grad(padded_convolution(g, x, w), x, grad)
+    (expected,) = torch.autograd.grad(convolved(g, x, w), x, grad)
     model = cg.build_model("conv3d_input", **{**g.to_dict(), "transposed": False}, dynamic=())
-    (entry,) = from_text(_metadata(model)) or [None]
+    (entry,) = from_text(metadata(model)) or [None]
     if entry is not None:
         # However few positions it has: what is to gain is another question.
         rows = blocked.reversed_pads(g)
@@ -93,10 +85,6 @@ def test_input_gradients_are_exact_on_integers(g: ConvGeometry) -> None:
         ):
             assert blocked._rewrite(model, [entry], BLOCK)
     np.testing.assert_array_equal(run(model, grad_output=grad, weight=w), expected.numpy())
-
-
-def _metadata(model: onnx.ModelProto) -> str | None:
-    return next((item.value for item in model.metadata_props if item.key == METADATA), None)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +117,7 @@ def test_models_in_groups_say_nothing() -> None:
     model = cg.build_model(
         "conv3d_input", input_shape=(4, CHANNELS, 3, 8, 8), weight_shape=(CHANNELS, 16, 3, 3, 3), groups=2, padding=1
     )
-    assert _metadata(model) is None
+    assert metadata(model) is None
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -151,13 +139,6 @@ def test_a_step_computes_the_same(in_place: bool) -> None:
     report = cg.export_training_step(network, "cross_entropy", "sgd", batch)
     model = ir.to_proto(report.model)
     assert {opset.domain for opset in model.opset_import} == {""}
-    assert sorted(entry.kind for entry in from_text(_metadata(model))) == ["forward"] * 4 + ["input"] * 3
+    assert sorted(entry.kind for entry in from_text(metadata(model))) == ["forward"] * 4 + ["input"] * 3
     assert blocked.put_blocked_layout(model)
-    states = []
-    for layout in (True, False):
-        session = cg.TrainingSession(report.model, report.state, blocked_layout=layout, in_place=in_place)
-        losses = [session.step(*batch)["loss"] for _ in range(3)]
-        states.append((losses, session.state()))
-    np.testing.assert_allclose(states[0][0], states[1][0], rtol=1e-5)
-    for name, value in states[0][1].items():
-        np.testing.assert_allclose(value, states[1][1][name], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert_steps_agree(report, batch, in_place)
