@@ -183,7 +183,7 @@ def _replaceable(geometry: ConvGeometry, chosen: Mapping[str, Lowering]) -> list
     found = [
         described(gradient, geometry, f"grad_{gradient}", ("grad_output", others[gradient]))
         for gradient, entry in chosen.items()
-        if gradient in others and may_replace(geometry, entry.name)
+        if gradient in others and may_replace(gradient, geometry, entry.name)
     ]
     return [entry for entry in found if entry is not None]
 

@@ -19,7 +19,7 @@ from convgrad_export.integrations import dynamic_convolution as dynamic
 from convgrad_export.integrations import float64_convolution
 from convgrad_export.integrations.convolution_marks import Mark, mark
 from convgrad_export.lowering import CPU, CUDA, GRADIENTS
-from convgrad_export.runtime.convolution_entries import FORWARD, may_replace
+from convgrad_export.runtime.convolution_entries import FORWARD, WEIGHT, may_replace
 from convgrad_export.selection.forward_policy import forward_body
 from convgrad_export.selection.policy import AUTO, check_name, choose
 from convgrad_export.selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
@@ -135,12 +135,15 @@ class ConvolutionBackwardTranslation:
         results = record_gradients(op, request, operands)
         if self._lowering == AUTO and self._provider == CPU:
             for gradient, other in (("input", "weight"), ("weight", "input")):
-                if gradient in results and may_replace(geometry, lowerings[gradient].name):
+                if gradient in results and may_replace(gradient, geometry, lowerings[gradient].name):
                     pair = (operands["grad_output"], operands[other])
                     self.marks += mark(gradient, geometry, dtype, results[gradient], pair)
             if geometry.transposed and "input" in results and lowerings["input"].name == "input.conv":
                 pair = (operands["grad_output"], operands["weight"])
                 self.marks += mark(FORWARD, geometry.adjoint(), dtype, results["input"], pair)
+            if geometry.transposed and "weight" in results and may_replace(WEIGHT, geometry, lowerings["weight"].name):
+                pair = (operands["input"], operands["grad_output"])
+                self.marks += mark(WEIGHT, geometry.adjoint(), dtype, results["weight"], pair)
         return results
 
     def _dynamic(

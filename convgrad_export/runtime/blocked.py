@@ -31,6 +31,7 @@ from ..depth_planes import all_taps
 from ..geometry import ConvGeometry
 from ..provider_names import CPU
 from .blocked_volumes import plane_pairs
+from .blocked_weights import fills_blocks
 from .blocked_writer import DOMAIN, BlockedWriter
 from .convolution_entries import (
     FORWARD,
@@ -52,6 +53,8 @@ _BLOCKS_TOGETHER = 4  # of filters, which onnxruntime's kernel takes at once
 # Dense layers: output positions of all samples from which on the weight's rearrangement is little beside the Conv, and
 # elements of a weight that is little anyway.
 _POSITIONS, _SMALL_WEIGHT = 256, 1 << 16
+# Of a weight gradient, which every sample adds to.
+_WEIGHT_POSITIONS, _SMALL_WEIGHT_POSITIONS = 512, 128
 # The same over three axes, where the file's own forms are slower; and of an input gradient also per element of weight.
 _VOLUME_POSITIONS, _WEIGHT_USES = 128, 1 << 13
 _MOST_PAIRS = 1 << 12  # of a plane and a depth tap, which are listed one by one
@@ -201,9 +204,11 @@ def _applies(entry: ConvolutionEntry, block: int) -> bool:
         return False
     if depthwise:
         return entry.kind != WEIGHT or _batch(g) > 0
+    if entry.kind == WEIGHT:
+        return fills_blocks(g, block) and _weight_pays(g)
     inputs, outputs = g.in_channels_per_group, g.out_channels_per_group
     blocks = inputs % block == 0 or (entry.kind == FORWARD and g.groups == 1 and inputs < block)
-    return entry.kind != WEIGHT and blocks and outputs % block == 0 and _dense_pays(g, inputs * outputs)
+    return blocks and outputs % block == 0 and _dense_pays(g, inputs * outputs)
 
 
 def _volume_applies(entry: ConvolutionEntry, block: int) -> bool:
@@ -227,6 +232,8 @@ def _divides(entry: ConvolutionEntry, block: int) -> bool:
     g = entry.geometry
     if not isinstance(g.batch, int) or one_to_one(g) or g.rank == 3:  # a volume's planes are samples
         return True
+    if entry.kind == WEIGHT:  # its rows are the kernel's, its samples are summed over
+        return g.kernel_size[0] * -(-g.out_channels // (_BLOCKS_TOGETHER * block)) > 1
     forward = entry.kind == FORWARD
     rows = 1 if g.rank == 1 else (g.output_size if forward else g.input_size)[0]
     filters = g.out_channels_per_group if forward else g.in_channels_per_group
@@ -243,6 +250,13 @@ def _dense_pays(g: ConvGeometry, channels: int) -> bool:
     if len(g.kernel_size) == 1 and taps < _TAPS and channels > _FEW_CHANNELS**2:
         return False
     return channels * taps <= _SMALL_WEIGHT or max(_batch(g), 1) * positions >= _POSITIONS
+
+
+def _weight_pays(g: ConvGeometry) -> bool:
+    """Whether a dense weight gradient has enough products for what is moved, its result above all."""
+    samples, positions = _batch(g), _batch(g) * math.prod(g.output_size)
+    small = samples > 1 and math.prod(g.weight_shape) <= _SMALL_WEIGHT
+    return positions >= (_SMALL_WEIGHT_POSITIONS if small else _WEIGHT_POSITIONS)
 
 
 def _batch(g: ConvGeometry) -> int:

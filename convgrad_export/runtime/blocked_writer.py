@@ -7,9 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from ..geometry import ConvGeometry
 from .blocked_volumes import write_volume
-from .convolution_entries import FORWARD, INPUT, WEIGHT, ConvolutionEntry, reversed_pads
+from .blocked_weights import write_dense_weight, write_depthwise_weight
+from .convolution_entries import (
+    FORWARD,
+    INPUT,
+    WEIGHT,
+    ConvolutionEntry,
+    one_to_one,
+    plane_of,
+    plane_pads,
+    reversed_pads,
+)
 
 DOMAIN = "com.microsoft.nchwc"
 
@@ -25,10 +34,13 @@ class BlockedWriter:
 
     def nodes_of(self, entry: ConvolutionEntry) -> list[Any]:
         self._nodes = []
-        if entry.geometry.rank == 3:
+        g = entry.geometry
+        if g.rank == 3:
             write_volume(self, entry)
-            return self._nodes
-        {FORWARD: self._forward, INPUT: self._input_gradient, WEIGHT: self._weight_gradient}[entry.kind](entry)
+        elif entry.kind == WEIGHT:
+            (write_depthwise_weight if one_to_one(g) else write_dense_weight)(self, entry)
+        else:
+            (self._forward if entry.kind == FORWARD else self._input_gradient)(entry)
         return self._nodes
 
     def node(self, operator: str, inputs: Sequence[str], output: str, domain: str = "", **attributes: Any) -> str:
@@ -61,7 +73,26 @@ class BlockedWriter:
             self.node("Reshape", [name, self.ints(0, channels, 1, size[0])], plane)
         return plane
 
-    def _block_tensor(self, name: str, channels: int, size: Sequence[int]) -> str:
+    def reorder_output(self, blocked: str, output: str, channels: int) -> str:
+        """Blocked (N, channels, H, W) as it lies without blocks."""
+        return self.node("ReorderOutput", [blocked], output, DOMAIN, channels=channels)
+
+    def conv(self, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        """Conv over blocked operands, with a blocked result."""
+        return self.node("Conv", inputs, output, DOMAIN, **attributes)
+
+    def channels_last(self, name: str, channels: int, size: Sequence[int]) -> str:
+        """(N, C, *size) as (N, *size, C); one block lies so already."""
+        result, positions = f"{name}.channels_last", int(np.prod(size))
+        if self.once(result):
+            last = f"{name}.blocked"
+            if channels != self.block or last not in self._made:
+                flat = self.node("Reshape", [name, self.ints(0, channels, positions)], f"{result}.flat")
+                last = self.node("Transpose", [flat], f"{result}.positions", perm=[0, 2, 1])
+            self.node("Reshape", [last, self.ints(0, *size, channels)], result)
+        return result
+
+    def block_tensor(self, name: str, channels: int, size: Sequence[int]) -> str:
         """(N, C, *size) as blocked (N, C, H, W)."""
         blocked = f"{name}.blocked"
         if self.once(blocked):
@@ -96,19 +127,19 @@ class BlockedWriter:
             elif entry.kind == INPUT:
                 inner = self.node("Reshape", [inner, self.ints(outputs // block, taps, block)], f"{stem}.split")
                 inner = self.node("Gather", [inner, self.ints(*range(taps - 1, -1, -1))], f"{stem}.reversed", axis=1)
-        return self.node("Reshape", [inner, self.ints(outputs, inputs, *_plane(g.kernel_size))], f"{stem}.blocked")
+        return self.node("Reshape", [inner, self.ints(outputs, inputs, *plane_of(g.kernel_size))], f"{stem}.blocked")
 
     def _forward(self, entry: ConvolutionEntry) -> None:
         g = entry.geometry
         x, w, *bias = entry.operands
         few = g.groups == 1 and g.in_channels < self.block  # then the operator reads rows as they are
-        convert = self._plane_tensor if few else self._block_tensor
+        convert = self._plane_tensor if few else self.block_tensor
         self._image(entry, [convert(x, g.in_channels, g.input_size), self._weight(entry, w), *bias])
 
     def _input_gradient(self, entry: ConvolutionEntry) -> None:
         g = entry.geometry
         grad_output, w = entry.operands
-        data = self._block_tensor(grad_output, g.out_channels, g.output_size)
+        data = self.block_tensor(grad_output, g.out_channels, g.output_size)
         if set(g.stride) != {1}:
             data = self._spread(entry, data)
         self._image(entry, [data, self._weight(entry, w)])
@@ -116,7 +147,7 @@ class BlockedWriter:
     def _spread(self, entry: ConvolutionEntry, blocked: str) -> str:
         """`stride` - 1 zeros behind each element of a blocked (N, C, H, W), along both axes."""
         g = entry.geometry
-        (height, width), (down, right) = _plane(g.output_size), _plane(g.stride)
+        (height, width), (down, right) = plane_of(g.output_size), plane_of(g.stride)
         rows, stem = g.out_channels // self.block * height, f"{entry.result}.spread"
         apart = self.node("Reshape", [blocked, self.ints(0, rows, 1, width, 1, self.block)], f"{stem}.apart")
         amounts = self.ints(*[0] * 8, down - 1, 0, right - 1, 0)
@@ -143,66 +174,13 @@ class BlockedWriter:
             channels, stride, pads = g.in_channels, [1] * g.rank, reversed_pads(g)
         else:
             channels, stride, pads = g.out_channels, list(g.stride), g.onnx_pads
-        blocked = self.node(
-            "Conv",
+        blocked = self.conv(
             inputs,
             f"{output}.blocked_result",
-            DOMAIN,
             group=g.groups,
-            kernel_shape=_plane(g.kernel_size),
-            strides=_plane(stride),
-            dilations=_plane(g.dilation),
-            pads=_plane_pads(pads),
+            kernel_shape=plane_of(g.kernel_size),
+            strides=plane_of(stride),
+            dilations=plane_of(g.dilation),
+            pads=plane_pads(pads),
         )
-        return self.node("ReorderOutput", [blocked], output, DOMAIN, channels=channels)
-
-    def _weight_gradient(self, entry: ConvolutionEntry) -> None:
-        """Result element k of channel (n, c) is the sum over grad_output of input, k dilations on: a Conv.
-
-        Stride and dilation change places. A last window that the forward convolution left out is cut off.
-        """
-        g = entry.geometry
-        grad_output, x = entry.operands
-        together = int(g.batch) * g.in_channels
-        stem = f"{entry.result}.weight_gradient"
-        data = self._block_tensor(x, g.in_channels, g.input_size)
-        data = self.node("Reshape", [data, self.ints(1, together, *_plane(g.input_size))], f"{stem}.image")
-        kernel = self._block_tensor(grad_output, g.in_channels, g.output_size)
-        kernel = self.node("Reshape", [kernel, self.ints(together, 1, *_plane(g.output_size))], f"{stem}.kernel")
-        blocked = self.node(
-            "Conv",
-            [data, kernel],
-            f"{stem}.blocked",
-            DOMAIN,
-            group=together,
-            kernel_shape=_plane(g.output_size),
-            strides=_plane(g.dilation),
-            dilations=_plane(g.stride),
-            pads=_plane_pads(g.onnx_pads),
-        )
-        taps = self.node("ReorderOutput", [blocked], f"{stem}.taps", DOMAIN, channels=together)
-        size = _plane(g.kernel_size)
-        if _weight_windows(g) != size:
-            taps = self.node("Slice", [taps, self.ints(0, 0), self.ints(*size), self.ints(2, 3)], f"{stem}.cut")
-        shape = self.ints(int(g.batch), g.in_channels, 1, *g.kernel_size)
-        samples = self.node("Reshape", [taps, shape], f"{stem}.samples")
-        self.node("ReduceSum", [samples, self.ints(0)], entry.result, keepdims=0)
-
-
-def _weight_windows(g: ConvGeometry) -> list[int]:
-    """Positions that the Conv of the weight gradient has; the first of them are the kernel's."""
-    padded = [lo + size + hi for size, (lo, hi) in zip(g.input_size, g.pads, strict=True)]
-    spans = [s * (o - 1) + 1 for s, o in zip(g.stride, g.output_size, strict=True)]
-    counts = [(p - e) // d + 1 for p, e, d in zip(padded, spans, g.dilation, strict=True)]
-    return _plane(counts)
-
-
-def _plane(sizes: Sequence[int]) -> list[int]:
-    """The last two axes, the first of size 1 where there is one."""
-    return [1, *sizes][-2:]
-
-
-def _plane_pads(pads: Sequence[int]) -> list[int]:
-    """The same of all beginnings, then all ends."""
-    axes = len(pads) // 2
-    return [0] * (axes == 1) + list(pads[:axes][-2:]) + [0] * (axes == 1) + list(pads[axes:][-2:])
+        return self.reorder_output(blocked, output, channels)

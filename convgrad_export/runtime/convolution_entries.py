@@ -18,6 +18,7 @@ METADATA = "convgrad.convolutions"
 FORWARD, INPUT, WEIGHT = "forward", "input", "weight"
 _SMALLEST_BLOCK = 8  # channels side by side in the narrowest of onnxruntime's blocked layouts
 _DIRECT = ("input.flipped_conv", "input.conv_transpose", "input.col2im", "input.plane_col2im")
+_WINOGRAD = "winograd"  # in the names of forms with fewer multiplications, whose tiles a graph's layers share
 _ANY_BATCH, _LARGEST = "batch", 2**31 - 1
 _OPERANDS = {FORWARD: (2, 3), INPUT: (2, 2), WEIGHT: (2, 2)}
 
@@ -55,20 +56,31 @@ def reversed_pads(g: ConvGeometry) -> list[int]:
     return [*begin, *end]
 
 
-def may_replace(geometry: ConvGeometry, lowering: str) -> bool:
+def plane_of(sizes: Sequence[int]) -> list[int]:
+    """The last two axes, the first of size 1 where there is one."""
+    return [1, *sizes][-2:]
+
+
+def plane_pads(pads: Sequence[int]) -> list[int]:
+    """The same of all beginnings, then all ends."""
+    axes = len(pads) // 2
+    return [0] * (axes == 1) + list(pads[:axes][-2:]) + [0] * (axes == 1) + list(pads[axes:][-2:])
+
+
+def may_replace(kind: str, geometry: ConvGeometry, lowering: str) -> bool:
     """Whether a session has a better form: than any lowering of a layer in groups, than a direct one of a dense."""
-    return geometry.groups > 1 or lowering in _DIRECT
+    return geometry.groups > 1 or (_WINOGRAD not in lowering if kind == WEIGHT else lowering in _DIRECT)
 
 
 def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence[str]) -> ConvolutionEntry | None:
     """The entry for a float32 convolution, None for a kind that no session computes in another way."""
     g = geometry
     static = all(isinstance(size, int) for size in (*g.input_size, *g.output_size))
-    if g.transposed or not static or (g.rank == 3 and g.groups > 1):
+    if g.transposed or not static or (g.rank == 3 and (g.groups > 1 or kind == WEIGHT)):
         return None
     depthwise = one_to_one(g)
     narrow = min(g.in_channels_per_group, g.out_channels_per_group) < _SMALLEST_BLOCK
-    if not depthwise and (g.is_pointwise or kind == WEIGHT or (g.groups > 1 and narrow)):
+    if not depthwise and (g.is_pointwise or (g.groups > 1 and (narrow or kind == WEIGHT))):
         return None  # no gain was measured
     if kind == FORWARD and any(r >= s for r, s in zip(g.remainder, g.stride, strict=True)):
         return None  # the adjoint of a transposed convolution whose output padding is never read
