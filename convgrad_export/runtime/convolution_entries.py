@@ -80,7 +80,13 @@ def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence
         return None
     depthwise = one_to_one(g)
     narrow = min(g.in_channels_per_group, g.out_channels_per_group) < _SMALLEST_BLOCK
-    if not depthwise and (g.is_pointwise or (g.groups > 1 and (narrow or kind == WEIGHT))):
+    if (
+        not depthwise
+        and kind == WEIGHT
+        and (g.groups > 1 or (g.rank == 2 and 1 not in (g.dilation[1], g.kernel_size[1])))
+    ):
+        return None
+    if not depthwise and (g.is_pointwise or (g.groups > 1 and narrow)):
         return None  # no gain was measured
     if kind == FORWARD and any(r >= s for r, s in zip(g.remainder, g.stride, strict=True)):
         return None  # the adjoint of a transposed convolution whose output padding is never read

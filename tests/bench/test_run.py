@@ -30,7 +30,7 @@ class Measuring:
     started = 0
     asked: ClassVar[list[dict[str, Any]]] = []
     deaths: ClassVar[set[int]] = set()
-    timed: ClassVar[set[str]] = {"torch", *LOWERINGS}
+    timed: ClassVar[set[str]] = {"torch", "session", *LOWERINGS}
     greeting: ClassVar[dict[str, Any]] = {"ort_training": None}
 
     def __init__(self, command: Any, what: str, environment: Any) -> None:
