@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..geometry import ConvGeometry
-from .convolution_entries import ConvolutionEntry, plane_of, plane_pads
+from .convolution_entries import ConvolutionEntry, plane_of, plane_pads, taps_beside_channels
 
 if TYPE_CHECKING:
     from .blocked_writer import BlockedWriter
@@ -24,12 +24,11 @@ _LARGE_IMAGE = 100  # positions of grad_output from which on the Conv is most of
 
 
 def fills_blocks(g: ConvGeometry, block: int) -> bool:
-    """Whether a dense layer's samples can be a Conv's channels, and its last axis' taps lie beside the input's."""
+    """Whether a dense layer's samples can be a Conv's channels."""
     if not isinstance(g.batch, int) or not (0 < g.batch < block or (g.batch > 0 and g.batch % block == 0)):
         return False
-    if any(size + _margins(g, axis)[1] < 1 for axis, size in enumerate(g.input_size)):  # padding is all that is read
-        return False
-    return g.groups == 1 and (g.rank == 1 or (g.rank == 2 and 1 in (g.dilation[1], g.kernel_size[1])))
+    # Otherwise padding is all that is read.
+    return taps_beside_channels(g) and all(size + _margins(g, i)[1] > 0 for i, size in enumerate(g.input_size))
 
 
 def write_dense_weight(writer: BlockedWriter, entry: ConvolutionEntry) -> None:

@@ -47,6 +47,11 @@ def one_to_one(g: ConvGeometry) -> bool:
     return g.is_depthwise and g.in_channels == g.out_channels
 
 
+def taps_beside_channels(g: ConvGeometry) -> bool:
+    """Whether a dense weight gradient is a Conv whose last axis holds the input's channels and one axis of taps."""
+    return g.groups == 1 and (g.rank == 1 or (g.rank == 2 and 1 in (g.dilation[1], g.kernel_size[1])))
+
+
 def reversed_pads(g: ConvGeometry) -> list[int]:
     """Padding of grad_output, with `stride` - 1 zeros behind each element, that gives a result of the input's size."""
     reach = [e - 1 for e in g.extent]
@@ -76,15 +81,11 @@ def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence
     """The entry for a float32 convolution, None for a kind that no session computes in another way."""
     g = geometry
     static = all(isinstance(size, int) for size in (*g.input_size, *g.output_size))
-    if g.transposed or not static or (g.rank == 3 and (g.groups > 1 or kind == WEIGHT)):
+    if g.transposed or not static or (g.rank == 3 and g.groups > 1):
         return None
     depthwise = one_to_one(g)
     narrow = min(g.in_channels_per_group, g.out_channels_per_group) < _SMALLEST_BLOCK
-    if (
-        not depthwise
-        and kind == WEIGHT
-        and (g.groups > 1 or (g.rank == 2 and 1 not in (g.dilation[1], g.kernel_size[1])))
-    ):
+    if kind == WEIGHT and not depthwise and not taps_beside_channels(g):
         return None
     if not depthwise and (g.is_pointwise or (g.groups > 1 and narrow)):
         return None  # no gain was measured
