@@ -219,7 +219,7 @@ def _schema(node: onnx.NodeProto, opset: int) -> Any | None:
 
 def _read(path: Path) -> onnx.ModelProto:
     try:
-        return onnx.load(path, load_external_data=False)
+        return onnx.load(path, format="protobuf", load_external_data=False)  # whatever its suffix is
     except Exception as error:  # protobuf's DecodeError and the operating system's errors alike
         raise ModelFileError(f"{path} cannot be read as an ONNX model: {error}") from error
 

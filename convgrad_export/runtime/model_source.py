@@ -79,7 +79,7 @@ def _with_own_data(path: Path) -> Any | None:
     except ImportError:
         return None
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)  # whatever its suffix is
     except (DecodeError, ValueError) as error:
         raise ModelFileError(f"{path} is not an ONNX model, or is truncated: {error}") from error
     if not model.HasField("graph"):

@@ -70,7 +70,7 @@ def _model_layer(file: Path) -> LayerToTune | None:
     from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.load(str(file), load_external_data=False)
+        model = onnx.load(str(file), format="protobuf", load_external_data=False)  # whatever its suffix is
     except (DecodeError, ValueError, OSError) as error:
         raise ModelFileError(f"{file} is not an ONNX model, or is truncated: {error}") from error
     metadata = {item.key: item.value for item in model.metadata_props}

@@ -65,7 +65,7 @@ class OnnxModule(nn.Module):
             source, _ = model_source(path)  # external data outside the folder is refused there
             assert isinstance(source, Path)
             try:
-                model = onnx.load(source)
+                model = onnx.load(source, format="protobuf")
             except Exception as error:  # protobuf has errors of several modules
                 raise ModelFileError(f"{path} cannot be read as an ONNX model: {error}") from error
         known = {*OPERATORS, "BatchNormalization", "Dropout", "Constant"}

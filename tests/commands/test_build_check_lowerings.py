@@ -104,6 +104,20 @@ def test_check_refuses_foreign_and_truncated_files(tmp_path: Path, capsys: pytes
     assert main(["check", str(empty)]) == 2
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "model.textproto", "model.onnxtxt"])
+@pytest.mark.parametrize(
+    "arguments", [["check"], ["check", "--target", "web"], ["tune"], ["serve-repo", "-o", "repository"]]
+)
+def test_a_file_of_another_kind_is_refused_whatever_its_suffix(
+    arguments: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text('{"functions/conv1d_input.onnx": {}}')
+    assert main([*arguments, name]) == 2
+    assert "ONNX model" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 HUGE = '{{"input_shape": [2, 4, {0}, {0}], "weight_shape": [8, 4, 3, 3], "padding": 1}}'
 
 
