@@ -80,13 +80,13 @@ def load_module(name: str) -> torch.nn.Module:
         found = importlib.import_module(place)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:  # whatever a module of the user's raises
+    except (Exception, SystemExit) as error:  # whatever a module of the user's raises: a script may end itself
         raise ArgumentTypeError(f"module {name!r} cannot be imported: {_described(error)}") from error
     made: Any = found
     if callable(found) and not isinstance(found, torch.nn.Module):
         try:
             made = found()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ArgumentTypeError(
                 f"module {name!r} gives no network when it is called without arguments: {_described(error)}"
             ) from error
@@ -95,7 +95,7 @@ def load_module(name: str) -> torch.nn.Module:
     return made
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     """The error with its kind, and the line of another file than this that it comes from."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     silent = frame.filename == __file__ or isinstance(error, ImportError | SyntaxError)

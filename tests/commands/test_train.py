@@ -172,6 +172,8 @@ def test_a_single_array_is_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixt
         ),
         ("class C:\n    def __init__(self, width): pass", "C", "missing 1 required positional argument: 'width'"),
         ("x = 3", "y", "has no attribute 'y'"),
+        ("import sys\nsys.exit()", "f", "cannot be imported: SystemExit"),
+        ("def f():\n    raise SystemExit(0)", "f", "SystemExit: 0 (bad_module.py, line 2)"),
     ],
 )
 def test_modules_that_give_no_network(
