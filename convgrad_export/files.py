@@ -121,6 +121,24 @@ def make_folder(folder: Path) -> None:
         raise OutputPathError(f"output {folder} cannot be made a folder: {error.strerror or error}") from error
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make the folder with its parents; those that are new and still empty go again where the body fails.
+
+    Raises:
+        OutputPathError: as `make_folder`.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        make_folder(folder)
+        yield
+    except BaseException:  # Ctrl-C too
+        with contextlib.suppress(OSError):  # of what is not empty, or never came to be
+            for path in new:
+                path.rmdir()
+        raise
+
+
 def grant(path: Path, mode: int) -> None:
     """Give a temporary file or folder, which is its owner's alone, the permissions that the umask leaves of `mode`."""
     path.chmod(mode & ~_umask())

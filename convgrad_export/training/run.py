@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
-import math
 import time
 import traceback
 from collections.abc import Callable
@@ -17,8 +16,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from ..arguments import as_number, check_threads
 from ..errors import ArgumentTypeError
-from ..files import make_folder
+from ..files import new_folder
 from ..integrations.onnx_export import export
 from ..runtime.session import GradientSession
 from .comparison import LossCurves, train_with_pytorch
@@ -117,8 +117,9 @@ def train(
     ``trained.safetensors`` the last state, and ``trained.onnx`` the network for inference.
 
     Raises:
-        ArgumentTypeError: fewer samples than a batch, an unknown loss or optimizer, or a learning rate that is no
-            number.
+        ArgumentTypeError: fewer samples than a batch, an unknown loss or optimizer, a learning rate that is no number
+            or that float32 does not hold, or what is no number of threads. Nothing is left of a folder then that was
+            made for it, nor where the step is refused.
     """
     per_epoch = len(data.targets) // settings.batch_size
     if per_epoch == 0:
@@ -127,23 +128,24 @@ def train(
         )
     if settings.optimizer not in TORCH_OPTIMIZERS:
         raise ArgumentTypeError(f"optimizer is {settings.optimizer!r}, expected one of: {', '.join(TORCH_OPTIMIZERS)}")
-    if not (math.isfinite(settings.learning_rate) and settings.learning_rate >= 0):
-        raise ArgumentTypeError(f"learning_rate is {settings.learning_rate}, expected a finite number, 0 or above")
+    # more than float32 holds, which is what a step takes, would be infinity there
+    as_number(settings.learning_rate, "learning_rate", minimum=0, maximum=float(np.finfo(np.float32).max))
+    check_threads(settings.threads)
     make_optimizer = lambda parameters: TORCH_OPTIMIZERS[settings.optimizer](parameters, lr=settings.learning_rate)  # noqa: E731
     module = module.train()
     loss = resolve_loss(settings.loss)
     example = tuple(torch.from_numpy(a) for a in next(data.batches(settings.batch_size, 0, settings.seed)))
     _check_data(module, loss, data, example)
-    make_folder(folder)
-    export_training_step(
-        module,
-        settings.loss,
-        make_optimizer(module.parameters()),
-        example,
-        folder / "step.onnx",
-        dynamic_shapes=({0: "batch"}, {0: "batch"}),
-        overwrite=settings.overwrite,
-    )
+    with new_folder(folder):
+        export_training_step(
+            module,
+            settings.loss,
+            make_optimizer(module.parameters()),
+            example,
+            folder / "step.onnx",
+            dynamic_shapes=({0: "batch"}, {0: "batch"}),
+            overwrite=settings.overwrite,
+        )
     session = TrainingSession(folder / "step.onnx", threads=settings.threads, seed=settings.seed)
     evaluator = _Evaluator(module, data, settings)
     order = [

@@ -140,6 +140,8 @@ def test_an_output_that_can_be_no_folder_is_refused(
         ["--optimizer", "lamb"],
         ["--loss", "dice"],
         ["--learning-rate", "nan"],
+        ["--learning-rate", "1e+300"],
+        ["--threads", "99999999999"],
         ["--seed", "-1"],
         ["--seed", "99999999999999999999999"],
         ["--batch-size", "5000"],
@@ -152,6 +154,15 @@ def test_what_is_refused_leaves_no_folder(
     assert main(["train", "-o", str(tmp_path / "out" / "below"), *arguments]) == 2
     assert (arguments[0] if arguments[0] == "--seed" else arguments[1]) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_step_that_is_refused_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = own_data(tmp_path / "data.npz")
+    arguments = ["--module", f"{__name__}:Line", "--data", str(data), "--loss", "mse"]
+    rate = ["--optimizer", "sgd", "--learning-rate", "1e30"]  # with which not a single step can be held to PyTorch
+    assert main(["train", "-o", str(tmp_path / "out" / "below"), *arguments, *rate]) == 2
+    assert "Nothing was written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
 
 
 def test_a_single_array_is_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
