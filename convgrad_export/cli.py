@@ -5,6 +5,7 @@ Each subcommand lives in `commands`; heavy libraries are imported inside them, s
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -47,6 +48,9 @@ def _common_options(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a name that its encoding lacks is no reason to fail
     try:
         given = None if arguments is None else list(arguments)
         try:

@@ -84,9 +84,11 @@ def open_session(
         providers: names and options, as `resolve` gives them. what: the model, in words, for the error.
 
     Raises:
-        ModelFileError: onnxruntime cannot load the model.
+        ModelFileError: onnxruntime cannot load the model, or its path is no UTF-8.
         ProviderError: the first provider could not start, or the CPU's has no such option.
     """
+    if not isinstance(source, bytes) and not _is_unicode(str(source)):
+        raise ModelFileError(f"onnxruntime cannot load {what}: it takes no path that is not UTF-8; rename it")
     try:
         session = onnxruntime().InferenceSession(
             source if isinstance(source, bytes) else str(source),
@@ -110,6 +112,15 @@ def open_session(
             "Leave it out; what GradientSession can be told otherwise is in threads= and session_options="
         )
     return session
+
+
+def _is_unicode(path: str) -> bool:
+    """Whether every byte of a path could be decoded, by the locale's encoding."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_onnxruntime_error(error: Exception) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -66,6 +67,25 @@ def test_brackets_in_a_name_are_shown(tmp_path: Path, capsys: pytest.CaptureFixt
     onnx.save(cg.build_model("conv1d_weight", input_shape=(2, 3, 8), weight_shape=(4, 3, 3)), path)
     assert main(["check", str(path)]) == 0
     assert "a[b]/[/c].onnx" in "".join(capsys.readouterr().out.replace("│", "").split())
+
+
+def test_a_name_that_is_no_utf_8_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """onnxruntime takes none: its binding ended in a TypeError."""
+    path = tmp_path / os.fsdecode(b"na\xefve.onnx")
+    onnx.save(cg.build_model("conv1d_weight", input_shape=(2, 3, 8), weight_shape=(4, 3, 3)), path)
+    assert main(["check", str(path)]) == 2
+    assert "takes no path that is not UTF-8; rename it" in capsys.readouterr().err
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "naïve.onnx"
+    onnx.save(cg.build_model("conv1d_weight", input_shape=(2, 3, 8), weight_shape=(4, 3, 3)), path)
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", path.name]) == 0
+    shown.seek(0)
+    assert "na\\xefve.onnx" in shown.read()
 
 
 def test_check_fails_with_1_on_a_model_with_a_wrong_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
