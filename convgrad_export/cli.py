@@ -1,4 +1,5 @@
-"""The command `convgrad`: exit status 0 done, 1 a check failed, 2 wrong usage or input.
+"""The command `convgrad`: exit status 0 done, 1 a check failed, 2 wrong usage or input, as shells have it 130 and 141
+when it was interrupted or nobody reads its output.
 
 Each subcommand lives in `commands`; heavy libraries are imported inside them, so that `--help` answers at once.
 """
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (typer.Abort, KeyboardInterrupt):  # where typer does not give status 130 itself
         return 130
+    except SystemExit:  # typer's, with status 1, where nobody reads its output any more (`| head`)
+        return 141
     except Exception as error:
         show = getattr(error, "show", None)  # click's usage errors know how to print themselves
         if show is None:
