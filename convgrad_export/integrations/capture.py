@@ -373,7 +373,7 @@ def _scalar(value: Callable[..., torch.Tensor] | None, result: Any, labels: Sequ
     if value is None:
         if not isinstance(result, torch.Tensor):
             raise ArgumentTypeError(
-                f"the forward returns a {type(result).__name__}: pass value=..., a function of it that returns a scalar"
+                f"the forward returns a {type(result).__name__}: pass of=..., a function of it that returns a scalar"
             )
         return result.sum()
     scalar = value(result, *labels)

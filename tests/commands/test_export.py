@@ -31,6 +31,11 @@ NAME = f"{__name__}:Small"
 SHAPE = ["--input-shape", "2,3,16,17"]
 
 
+class Pair(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.sin(), x.cos()
+
+
 def test_gradients_of_inputs_and_parameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "small.onnx"
     arguments = ["export", NAME, "-o", str(path), *SHAPE, "--wrt", "inputs,parameters", "--of", "3", "--json"]
@@ -95,6 +100,7 @@ def test_a_recipe_with_saved_weights_and_a_table(tmp_path: Path, capsys: pytest.
         ([NAME, "--seed", "99999999999999999999999"], "--seed"),
         ([NAME, "--of", "--1"], "--1"),
         ([NAME, "--of", "²"], "²"),
+        ([f"{__name__}:Pair"], "the forward returns a tuple: pass of=..., a function of it"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_writes_nothing(
