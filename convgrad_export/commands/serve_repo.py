@@ -75,8 +75,13 @@ def serve_repo(
         sizes=_sizes(size or []),
         versions=versions,
     )
-    for path in models:
-        read_signature(path)  # all of them readable before the first is written
+    signatures = [read_signature(path) for path in models]  # all of them readable before the first is written
+    known = {size for model in signatures for tensor in model.inputs for size in tensor.shape if isinstance(size, str)}
+    if unknown := [name for name in settings.sizes if name not in known]:
+        raise ServingConfigError(
+            f"--size names {', '.join(unknown)}, which no input has, expected some of: "
+            f"{', '.join(sorted(known)) or 'none, all sizes are fixed'}"
+        )
     entries = [add_model(path, output, settings, name=name, update_config=update_config) for path in models]
     if as_json:
         options.print_json({"repository": str(output), "models": [entry.to_dict() for entry in entries]})

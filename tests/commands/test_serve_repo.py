@@ -41,6 +41,7 @@ def test_two_models_then_a_version(tmp_path: Path, capsys: pytest.CaptureFixture
         (["grad.onnx", "--size", "height"], "NAME=VALUE"),
         (["grad.onnx", "--size", "height=²"], "NAME=VALUE"),
         (["grad.onnx", "--size", "height=" + "9" * 5000], "--size is"),
+        (["grad.onnx", "--size", "hieght=4", "--size", "batch=2"], "--size names hieght, which no input has"),
         (["grad.onnx", "--max-batch-size", "99999999999"], "max_batch_size is 99999999999, expected at most"),
         (["grad.onnx", "--preferred-batch-sizes", "a"], "integers"),
         (["grad.onnx", "--preferred-batch-sizes", "99", "--max-batch-size", "4"], "exceeds"),
