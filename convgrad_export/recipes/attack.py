@@ -8,14 +8,14 @@ from torch.nn import functional
 
 from ..arguments import as_number
 from ..errors import ArgumentTypeError
+from .scores import as_leaf, check_logits, gradient_of
 
 
 def _loss_gradient(network: nn.Module, x: Tensor, label: Tensor) -> Tensor:
     with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
+        leaf = as_leaf(x)
         # the sum, so that a picture's gradient does not depend on the batch it is in
-        (gradient,) = torch.autograd.grad(functional.cross_entropy(network(leaf), label, reduction="sum"), leaf)
-    return gradient
+        return gradient_of(functional.cross_entropy(check_logits(network(leaf)), label, reduction="sum"), leaf)
 
 
 def _range(low: float, high: float) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..arguments import as_int
+from ..arguments import as_bool, as_int
 from ..errors import ArgumentTypeError
 from .scores import check_target, class_score, input_gradient
 
@@ -39,17 +39,20 @@ class GradCAM(nn.Module):
     forward(x) gives shape (N, H, W), or (N, h, w) without `resize`.
 
     Raises:
-        ArgumentTypeError: no such layer; when called, a layer whose output is no (N, K, h, w) tensor, or that the
-            class's score does not depend on.
+        ArgumentTypeError: no module, or no such layer; when called, a layer whose output is no (N, K, h, w) tensor, or
+            that the class's score does not depend on.
     """
 
     def __init__(self, network: nn.Module, layer: str, target: int | None = None, resize: bool = True) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise ArgumentTypeError(f"network is a {type(network).__name__}, expected a torch.nn.Module")
         names: Mapping[str, nn.Module] = dict(network.named_modules())
         if not isinstance(layer, str) or layer not in names or not layer:
             known = ", ".join(name for name in list(names)[1:13])
             raise ArgumentTypeError(f"layer is {layer!r:.80}, which the network does not have; its first ones: {known}")
-        self.network, self.layer, self.target, self.resize = network, layer, check_target(target), resize
+        self.network, self.layer, self.target = network, layer, check_target(target)
+        self.resize = as_bool(resize, "resize")
 
     def forward(self, x: Tensor) -> Tensor:
         kept: list[Tensor] = []

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import as_number
+from ..errors import ArgumentTypeError
+from .scores import as_leaf, check_logits, gradient_of
 
 
 class GuidedDiffusionStep(nn.Module):
@@ -30,9 +32,15 @@ class GuidedDiffusionStep(nn.Module):
         noise = self.denoiser(x, timestep)
         noise = noise if isinstance(noise, Tensor) else noise.sample
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            log_probability = torch.log_softmax(self.classifier(leaf), 1).gather(1, label[:, None]).sum()
-            (gradient,) = torch.autograd.grad(log_probability, leaf)
+            leaf = as_leaf(x)
+            logits = check_logits(self.classifier(leaf))
+            counts = label.shape[0], logits.shape[0]
+            # gather would leave out the pictures without a label; a trace has symbols here, and its model refuses them
+            if all(isinstance(count, int) for count in counts) and counts[0] != counts[1]:
+                raise ArgumentTypeError(
+                    f"label has {counts[0]} classes for {counts[1]} pictures, expected one for each"
+                )
+            gradient = gradient_of(torch.log_softmax(logits, 1).gather(1, label[:, None]).sum(), leaf)
         noise = noise - self.scale * (1 - alpha).sqrt() * gradient
         clean = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
         return alpha_previous.sqrt() * clean + (1 - alpha_previous).sqrt() * noise

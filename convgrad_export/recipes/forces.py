@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentTypeError
+from .scores import as_leaf, gradient_of
+
 
 class Forces(nn.Module):
     """Energy and force, the negative gradient of the energy with respect to the input.
@@ -21,7 +24,10 @@ class Forces(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
+            leaf = as_leaf(x)
             energy = self.energy(leaf)
-            (gradient,) = torch.autograd.grad(energy.sum(), leaf)
-        return energy.detach(), -gradient
+            if not isinstance(energy, Tensor):
+                raise ArgumentTypeError(
+                    f"the network's output is {type(energy).__name__}, expected a tensor of energies"
+                )
+            return energy.detach(), -gradient_of(energy.sum(), leaf)

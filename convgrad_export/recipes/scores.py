@@ -18,18 +18,28 @@ def check_target(target: int | None) -> int | None:
     return None if target is None else int(as_int(target, "target"))
 
 
-def class_score(logits: Tensor, target: int | None) -> Tensor:
+def check_logits(output: object) -> Tensor:
+    """What a network gave, if it is one tensor (N, classes, ...).
+
+    Raises:
+        ArgumentTypeError: anything else.
+    """
+    if isinstance(output, Tensor) and output.dim() > 1:
+        return output
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    raise ArgumentTypeError(f"the network's output is {shape}, expected (batch, classes, ...)")
+
+
+def class_score(output: object, target: int | None) -> Tensor:
     """Sum over the batch of one class's score, or of the best class's for None.
 
     Args:
-        logits: shape (N, classes), or (N, classes, ...) for dense predictions, which are averaged over space.
+        output: logits of shape (N, classes), or (N, classes, ...) for dense predictions, which are averaged over space.
 
     Raises:
-        ArgumentTypeError: fewer than two dimensions, or a class that the output does not have.
+        ArgumentTypeError: as `check_logits`, or a class that the output does not have.
     """
-    if not isinstance(logits, Tensor) or logits.dim() < 2:
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ArgumentTypeError(f"the network's output is {shape}, expected (batch, classes, ...)")
+    logits = check_logits(output)
     if logits.dim() > 2:
         logits = logits.flatten(2).mean(2)
     if target is None:
@@ -40,8 +50,38 @@ def class_score(logits: Tensor, target: int | None) -> Tensor:
 
 
 def input_gradient(network: torch.nn.Module, x: Tensor, target: int | None) -> Tensor:
-    """d score / d x, shape of x."""
+    """d score / d x, shape of x.
+
+    Raises:
+        ArgumentTypeError: as `class_score`, `as_leaf` and `gradient_of`.
+    """
     with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(class_score(network(leaf), target), leaf)
+        leaf = as_leaf(x)
+        return gradient_of(class_score(network(leaf), target), leaf)
+
+
+def as_leaf(x: Tensor) -> Tensor:
+    """A tensor with the values of `x` that a gradient can be taken with respect to.
+
+    Raises:
+        ArgumentTypeError: no tensor of floating-point numbers.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = f"of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise ArgumentTypeError(f"x is {kind}, expected a tensor of floating-point numbers")
+    return x.detach().requires_grad_()
+
+
+def gradient_of(score: Tensor, leaf: Tensor) -> Tensor:
+    """d score / d leaf.
+
+    Raises:
+        ArgumentTypeError: the score does not depend on it.
+    """
+    (gradient,) = torch.autograd.grad(score, leaf, allow_unused=True) if score.requires_grad else (None,)
+    if gradient is None:
+        raise ArgumentTypeError(
+            "the network's output does not depend on its input by operations that have a gradient (nothing does in "
+            "torch.inference_mode)"
+        )
     return gradient

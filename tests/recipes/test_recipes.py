@@ -154,6 +154,8 @@ def test_every_recipe_exports_and_agrees_with_eager_at_other_sizes(recipe: str) 
         (lambda: IntegratedGradients(classifier(), True), "target is True"),
         (lambda: Saliency(classifier(), 9)(pictures()), "has 4"),
         (lambda: Saliency(nn.Flatten(0), 0)(pictures()), "expected"),
+        (lambda: GradCAM("resnet18", "3"), "network is a str"),
+        (lambda: GradCAM(classifier(), "3", resize="no"), "resize is 'no'"),
         (lambda: prepare("dream", classifier(), pictures(), RecipeOptions()), "expected one of"),
         (lambda: prepare("gradcam", classifier(), pictures(), RecipeOptions()), "--layer"),
         (lambda: prepare("fgsm", nn.Conv2d(3, 4, 1), pictures(), RecipeOptions()), "classifier"),
@@ -198,6 +200,57 @@ def test_a_layer_without_a_map_is_refused(layer: str, message: str) -> None:
         recipe(pictures())
     with pytest.raises(cg.ArgumentTypeError, match=message):
         cg.export(recipe, (pictures(),))
+
+
+class Made(nn.Module):
+    """A classifier whose output something else is made of."""
+
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.network, self.change = classifier(), change
+
+    def forward(self, x: Tensor, timestep: Tensor | None = None) -> object:
+        return self.change(self.network(x))
+
+
+@pytest.mark.parametrize("recipe", ["saliency", "integrated-gradients", "fgsm", "pgd", "guided-diffusion", "forces"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda logits: {"logits": logits}, "output is dict, expected"),
+        (lambda logits: (logits, logits), "output is tuple, expected"),
+        (lambda logits: logits.detach(), "output does not depend on its input"),
+        (lambda logits: torch.ones(3, 4, requires_grad=True), "output does not depend on its input"),
+    ],
+)
+def test_a_network_without_a_score_or_a_gradient_is_refused(recipe: str, change, message: str) -> None:
+    prepared = prepare(recipe, classifier(), pictures(), RecipeOptions(steps=1))
+    module, made = prepared.module, Made(change).eval()
+    for name in ("network", "classifier", "energy"):
+        if hasattr(module, name):
+            setattr(module, name, made)
+    with pytest.raises(cg.ArgumentTypeError, match=message):
+        module(*prepared.args)
+    with pytest.raises(cg.ArgumentTypeError, match=message):
+        cg.export(module, prepared.args)
+
+
+@pytest.mark.parametrize("recipe", ["saliency", "fgsm", "forces"])
+def test_pictures_without_a_gradient_are_refused(recipe: str) -> None:
+    prepared = prepare(recipe, nn.Sequential(nn.Flatten(), nn.Linear(504, 4)), pictures(), RecipeOptions())
+    x, *others = prepared.args
+    with pytest.raises(cg.ArgumentTypeError, match=r"x is of torch.uint8, expected a tensor of floating-point numbers"):
+        prepared.module((x * 255).byte(), *others)
+    with torch.inference_mode(), pytest.raises(cg.ArgumentTypeError, match="inference_mode"):
+        prepared.module(*prepared.args)
+
+
+def test_guidance_needs_a_label_for_each_picture() -> None:
+    """gather took fewer, and left the other pictures without guidance."""
+    step = prepare("guided-diffusion", classifier(), pictures(), RecipeOptions())
+    *others, label = step.args
+    with pytest.raises(cg.ArgumentTypeError, match="label has 1 classes for 3 pictures"):
+        step.module(*others, label[:1])
 
 
 def test_a_layer_that_is_no_name_is_refused() -> None:
