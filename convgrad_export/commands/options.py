@@ -116,14 +116,18 @@ def refuse_given(
 
 
 def print_table(table: Any, width: int = 140) -> None:
-    """A rich table, in lines long enough to read where there is no terminal to fit.
+    """A rich table, in lines long enough to read where there is no terminal to fit, or one too narrow for its columns.
 
     What stands in brackets, in a file's name or a layer's, is no markup.
     """
     from rich.console import Console
 
     console = Console(markup=False)
-    (console if console.is_terminal else Console(width=width, markup=False)).print(table)
+    if not console.is_terminal:
+        console.width = width
+    elif console.width < (needed := 6 * len(table.columns)):  # rich would leave cells empty; the terminal breaks lines
+        console.width = needed
+    console.print(table)
 
 
 def print_json(value: Any) -> None:

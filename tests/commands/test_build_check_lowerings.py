@@ -88,6 +88,20 @@ def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path, monkeyp
     assert "na\\xefve.onnx" in shown.read()
 
 
+def test_a_table_in_a_narrow_terminal_has_its_cells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rich made columns of no width, and empty cells."""
+    path = tmp_path / "m.onnx"
+    onnx.save(cg.build_model("conv1d_weight", input_shape=(2, 3, 8), weight_shape=(4, 3, 3)), path)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a terminal
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "20")
+    assert main(["check", str(path)]) == 0
+    cells = [line.split("│")[-2].strip() for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert [cell for cell in cells if cell] == ["ok", "ok"]
+
+
 def test_check_fails_with_1_on_a_model_with_a_wrong_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = cg.build_model("conv2d_input", input_shape=(2, 4, 9, 9), weight_shape=(6, 4, 3, 3), padding=1)
     metadata = {item.key: item for item in model.metadata_props}
