@@ -220,7 +220,9 @@ def _schema(node: onnx.NodeProto, opset: int) -> Any | None:
 def _read(path: Path) -> onnx.ModelProto:
     try:
         return onnx.load(path, format="protobuf", load_external_data=False)  # whatever its suffix is
-    except Exception as error:  # protobuf's DecodeError and the operating system's errors alike
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read as an ONNX model: {error.strerror or error}") from error
+    except Exception as error:  # protobuf's DecodeError
         raise ModelFileError(f"{path} cannot be read as an ONNX model: {error}") from error
 
 

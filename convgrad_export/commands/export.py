@@ -130,6 +130,8 @@ def _load_weights(network: Any, path: Path) -> None:
 
     from ..errors import ModelFileError
 
+    if path.is_dir():
+        raise ModelFileError(f"--weights {path} cannot be read as safetensors: it is a folder")
     try:
         state = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:

@@ -93,6 +93,7 @@ def test_a_recipe_with_saved_weights_and_a_table(tmp_path: Path, capsys: pytest.
         ([NAME, "--dynamic", "depth"], "depth"),
         ([NAME, "--opset", "9"], "13 to 23"),
         ([NAME, "--weights", "none.safetensors"], "cannot be read"),
+        ([NAME, "--weights", "."], "--weights . cannot be read as safetensors: it is a folder"),
         ([NAME, "--input-shape", "a,b"], "integers"),
         ([NAME, "--input-shape", "2,3,-8,8"], "sizes of at least 1"),
         ([NAME, "--input-shape", "2,3,8,99999999999999999999999"], "fits into memory"),
