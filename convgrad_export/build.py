@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,9 @@ from .emit.dynamic import emit_dynamic_model
 from .emit.onnx import MAX_OPSET, MIN_OPSET, GradientRequest, emit_model
 from .errors import ArgumentTypeError, GeometryError, UnsupportedLoweringError
 from .geometry import ConvGeometry
-from .lowering import CPU, Lowering, as_provider, candidates
+from .lowering import CPU, as_provider, candidates
 from .operators import CONVOLUTION_BACKWARD, Operator, operator
-from .runtime.convolution_entries import ConvolutionEntry, described, may_replace
+from .runtime.convolution_entries import described_gradients
 from .runtime.formula import write_entries
 from .selection.policy import AUTO, choose, is_way
 from .selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
@@ -146,7 +146,8 @@ def build_model(
 
     proto = onnx_ir.to_proto(model)
     if lowering == AUTO and provider == CPU and name == "float32":
-        write_entries(proto, _replaceable(emitted, chosen))
+        names = {gradient: entry.name for gradient, entry in chosen.items()}
+        write_entries(proto, described_gradients(emitted, names))
     return proto
 
 
@@ -175,17 +176,6 @@ def _refuse_for_function(
             f"max_workspace is {max_workspace} with dynamic {dims}: the canonical function's intermediate "
             f"tensors have no fixed size, expected None"
         )
-
-
-def _replaceable(geometry: ConvGeometry, chosen: Mapping[str, Lowering]) -> list[ConvolutionEntry]:
-    """What of a model a session may compute in its own layout."""
-    others = {"input": "weight", "weight": "input"}
-    found = [
-        described(gradient, geometry, f"grad_{gradient}", ("grad_output", others[gradient]))
-        for gradient, entry in chosen.items()
-        if gradient in others and may_replace(gradient, geometry, entry.name)
-    ]
-    return [entry for entry in found if entry is not None]
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,14 @@ def put_blocked_layout(model: Any, threads: int | None = None) -> bool:
     block = block_size()
     if block is None:
         return False
-    wanted = [entry for entry in entries if _applies(entry, block) and (threads == 1 or _divides(entry, block))]
+    wanted = [entry for entry in entries if takes_layout(entry, threads)]
     return _rewrite(model, intact(model, wanted), block)
+
+
+def takes_layout(entry: ConvolutionEntry, threads: int | None = None) -> bool:
+    """Whether a session with so many threads computes this in the layout, on this machine."""
+    block = block_size()
+    return block is not None and _applies(entry, block) and (threads == 1 or _divides(entry, block))
 
 
 def in_blocked_layout(source: Path | bytes, parsed: Any | None = None, threads: int | None = None) -> Path | bytes:

@@ -18,6 +18,7 @@ METADATA = "convgrad.convolutions"
 FORWARD, INPUT, WEIGHT = "forward", "input", "weight"
 _SMALLEST_BLOCK = 8  # channels side by side in the narrowest of onnxruntime's blocked layouts
 _DIRECT = ("input.flipped_conv", "input.conv_transpose", "input.col2im", "input.plane_col2im")
+_NARROW = 64 * 96
 _WINOGRAD = "winograd"  # in the names of forms with fewer multiplications, whose tiles a graph's layers share
 _ANY_BATCH, _LARGEST = "batch", 2**31 - 1
 _OPERANDS = {FORWARD: (2, 3), INPUT: (2, 2), WEIGHT: (2, 2)}
@@ -93,6 +94,25 @@ def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence
         return None  # the adjoint of a transposed convolution whose output padding is never read
     fixed = g if isinstance(g.batch, int) else g.with_batch(_ANY_BATCH)
     return ConvolutionEntry(kind, result, tuple(operands), fixed)
+
+
+def described_gradients(geometry: ConvGeometry, lowerings: Mapping[str, str]) -> list[ConvolutionEntry]:
+    """Of a model that computes gradients of one convolution, what a session may compute in another way.
+
+    Args:
+        lowerings: names, by gradient; the model's inputs and outputs are called as `build_model` does.
+    """
+    found = []
+    for gradient, other in ((INPUT, WEIGHT), (WEIGHT, INPUT)):
+        name = lowerings.get(gradient)
+        if name and (may_replace(gradient, geometry, name) or (gradient == WEIGHT and _is_narrow(geometry))):
+            found.append(described(gradient, geometry, f"grad_{gradient}", ("grad_output", other)))
+    return [entry for entry in found if entry is not None]
+
+
+def _is_narrow(g: ConvGeometry) -> bool:
+    """So few channels that a form with fewer multiplications gains only where its tiles are another layer's too."""
+    return g.in_channels * g.out_channels <= _NARROW
 
 
 def to_text(entries: Iterable[ConvolutionEntry]) -> str:

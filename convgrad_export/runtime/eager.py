@@ -291,7 +291,7 @@ def compute(
     chosen = (_lowerings if is_tuned(lowering) else _known_lowerings)(
         geometry, gradients, dtype, lowering, provider, threads
     )
-    session = cached_session(geometry, chosen, dtype, wanted)
+    session = cached_session(geometry, chosen, dtype, wanted, any_form=lowering == AUTO)
     feeds = {name: _as_array(operands[name]) for name in session.input_names}
     results = session.run(feeds)
     return {gradient: results[f"grad_{gradient}"] for gradient in gradients}

@@ -10,9 +10,14 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import onnx_ir as ir
+
 from ..emit.onnx import GradientRequest, emit_model
 from ..geometry import ConvGeometry
-from ..lowering import Lowering, preferred_opset
+from ..lowering import CPU, Lowering, preferred_opset
+from .blocked import takes_layout
+from .convolution_entries import WEIGHT, ConvolutionEntry, described_gradients
+from .formula import write_entries
 from .session import GradientSession
 
 # A session of one operator holds its graph and an arena that grows to its largest run.
@@ -27,25 +32,35 @@ def cached_session(
     lowerings: Mapping[str, Lowering],
     dtype: str,
     providers: Sequence[tuple[str, dict[str, Any]]],
+    any_form: bool,
 ) -> GradientSession:
-    """The session for these gradients of this convolution at any batch size (one with CUDA graphs), made on first use.
+    """The session for these gradients of this convolution, made on first use.
+
+    It takes any batch size, but for one with CUDA graphs, and for a weight gradient in onnxruntime's blocked layout.
+
+    Args:
+        any_form: the session may compute them in another way than by the lowerings.
 
     The thread count is torch's own when torch is loaded (torch.set_num_threads is obeyed), else onnxruntime's default.
     """
     threads = thread_count()
     recorded = any(options.get("enable_cuda_graph") == "1" for _, options in providers)
-    any_batch = geometry if recorded else _with_any_batch(geometry)  # a CUDA graph has fixed sizes
     names = tuple((gradient, lowering.name) for gradient, lowering in lowerings.items())
     settings = tuple((name, tuple(sorted((k, str(v)) for k, v in options.items()))) for name, options in providers)
-    key = (any_batch, names, dtype, settings, threads, os.getpid())
+    layout = any_form and dtype == "float32" and providers[0][0] == CPU
+    # A CUDA graph has fixed sizes.
+    emitted, entries = (geometry, ()) if recorded else _emitted(geometry, names, threads if layout else 0)
+    key = (emitted, names, bool(entries), dtype, settings, threads, os.getpid())
     with _lock:
         if key in _sessions:
             _sessions.move_to_end(key)
             return _sessions[key]
     provider = providers[0][0]
-    request = GradientRequest(any_batch, lowerings, dtype, preferred_opset(dtype, provider), provider)
+    request = GradientRequest(emitted, lowerings, dtype, preferred_opset(dtype, provider), provider)
     model = emit_model(request, "convolution_backward")
-    session = GradientSession(model, list(providers), threads=threads)
+    proto = ir.to_proto(model)
+    write_entries(proto, entries)
+    session = GradientSession(proto, list(providers), threads=threads)
     with _lock:
         _sessions[key] = session
         while len(_sessions) > MAX_SESSIONS:
@@ -54,8 +69,18 @@ def cached_session(
 
 
 @functools.lru_cache(maxsize=4 * MAX_SESSIONS)
-def _with_any_batch(geometry: ConvGeometry) -> ConvGeometry:
-    return geometry.with_batch("batch")
+def _emitted(
+    geometry: ConvGeometry, lowerings: tuple[tuple[str, str], ...], threads: int | None
+) -> tuple[ConvGeometry, tuple[ConvolutionEntry, ...]]:
+    """What the model is made for, and what of it the session may compute in another way; nothing for no threads."""
+    any_batch = geometry.with_batch("batch")
+    if threads == 0:
+        return any_batch, ()
+    names = dict(lowerings)
+    entries = described_gradients(geometry, names)
+    if any(entry.kind == WEIGHT and takes_layout(entry, threads) for entry in entries):
+        return geometry, tuple(entries)
+    return any_batch, tuple(described_gradients(any_batch, names))
 
 
 def clear_sessions() -> None:
