@@ -93,6 +93,7 @@ def generate_artifacts(
         requires_grad: parameters to train, of an ONNX model any floating-point initializers; by default those with
             requires_grad, or all weights of an ONNX model.
         frozen_params: parameters that stay as they are; other initializers of an ONNX model may be among them.
+            BatchNorm's statistics named here still follow the batches, and count among the checkpoint's parameters.
         loss: `LossType`, or what `export_training_step` takes. None: the model's first output is the loss.
         optimizer: `OptimType`, or what `export_training_step` takes. None writes no optimizer model.
         artifact_directory: the current folder by default.
@@ -166,12 +167,15 @@ def generate_artifacts(
             models[key].metadata_props.add(key=RETURNED, value=json.dumps(sorted(kept, key=names.index)))
         if chosen is not None:
             add("optimizer_model", _optimizer_program(chosen, updated, opset_version), chosen.learning_rate)
-    state = {spec.name: spec.value.detach() for spec in state_inputs(module)}
+    held = state_inputs(module)
+    state = {spec.name: spec.value.detach() for spec in held}
     if chosen is not None:
         state.update(_optimizer_state(chosen, updated))
+    # BatchNorm's statistics that a script counts among an ONNX model's parameters are exchanged with them.
+    named = [spec.name for spec in held if spec.kind == "parameter" or spec.name in (frozen_params or ())]
     metadata = {
         "trained": "\n".join(parameters),
-        "parameters": "\n".join(spec.name for spec in state_inputs(module) if spec.kind == "parameter"),
+        "parameters": "\n".join(named),
         "learning_rate": repr(chosen.learning_rate if chosen is not None else 1e-3),
     }
     with staged(paths["checkpoint"].parent) as temporary:

@@ -328,6 +328,24 @@ def test_parameters_move_as_one_vector(tmp_path: Path) -> None:
         state.parameters["7.bias"].data = np.ones(6, np.float32)
 
 
+def test_statistics_named_among_the_frozen_parameters_are_parameters(tmp_path: Path) -> None:
+    """As in onnxruntime-training: a federated server that averages all parameters averages them too."""
+    torch.manual_seed(0)
+    data = batches(1, torch.float32)
+    statistics = ["norm.running_mean", "norm.running_var"]
+    model = in_training_form(Viewed(), data[0][0], dynamic={})
+    write(tmp_path, model, frozen_params=statistics, optimizer=artifacts.OptimType.SGD)
+    client, server = load(tmp_path), load(tmp_path)
+    train_artifacts(client[1], client[2], data)
+    for name in statistics:
+        assert not client[0].parameters[name].requires_grad
+        assert not np.array_equal(client[0].parameters[name].data, server[0].parameters[name].data)
+    assert client[1].get_parameters_size(False) == client[1].get_parameters_size() + 2 * 4
+    server[1].copy_buffer_to_parameters(client[1].get_contiguous_parameters(), trainable_only=False)
+    x, y = (value.numpy() for value in data[0])
+    assert server[1].eval()(x, y) == client[1].eval()(x, y)
+
+
 def test_the_inference_model_holds_the_trained_parameters(tmp_path: Path) -> None:
     write(tmp_path)
     state, module, optimizer = load(tmp_path)
