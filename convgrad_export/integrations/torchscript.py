@@ -7,9 +7,11 @@ size may change at run time; stride, padding, dilation and groups are constants,
 
 Signatures are torch.nn.grad's, lists of one for all axes included. TorchScript spreads a default over the axes where
 scripted code calls a function, and not where Python calls one that is itself scripted: give such a call its stride,
-padding and dilation. PyTorch's convolutions over no channels end the process, so scripted weight gradients refuse a
-batch of no samples; a traced module has to be given one sample or more. New code should use `cg.export`, which needs
-none of this.
+padding and dilation. Scripted functions, and `int(x.size(2))`, take a size out of a trace: in a module that is traced,
+by `torch.onnx.export` too, it is the example's from then on, dynamic axis or not. Pass sizes as they are to the
+functions of this module, or script the module as a whole. PyTorch's convolutions over no channels end the process, so
+scripted weight gradients refuse a batch of no samples; a traced module has to be given one sample or more. New code
+should use `cg.export`, which needs none of this.
 """
 
 # TorchScript compiles these from their source: annotations must be real objects, and nothing may loop over axes.

@@ -157,6 +157,57 @@ def test_dynamo_false_export_with_dynamic_sizes(kind: str, prepare: Callable[...
         assert torch.equal(torch.from_numpy(actual), wanted)
 
 
+class CallsScripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradient = torch.jit.script(cg.torchscript.conv1d_input)
+
+    def forward(self, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
+        return self.gradient(x.size(), weight, g, [3], [2], [1], 2)
+
+
+class CallsPlain(nn.Module):
+    def forward(self, x: Tensor, weight: Tensor, g: Tensor) -> Tensor:
+        return cg.torchscript.conv1d_input(list(x.shape), weight, g, [3], [2], [1], 2)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "module", "follows"),
+    [
+        (_plain, CallsPlain, True),
+        (_scripted, CallsScripted, True),
+        (_plain, CallsScripted, False),
+        (_traced, CallsScripted, False),
+    ],
+)
+def test_a_trace_follows_sizes_but_not_into_a_scripted_function(
+    prepare: Callable[..., Any], module: type[nn.Module], follows: bool
+) -> None:
+    """As documented: what does not follow is PyTorch's tracer, of which a scripted function sees numbers only."""
+    cg.register_torchscript_symbolics()
+    x, weight = integers(2, 4, 11, seed=0), integers(6, 2, 3, seed=1)
+    g = integers(2, 6, 5, seed=2)  # 11 and 12 positions give 5
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            prepare(module(), (x, weight, g)),
+            (x, weight, g),
+            file,
+            dynamo=False,
+            opset_version=13,
+            input_names=["x", "w", "g"],
+            dynamic_axes={"x": {2: "length"}, "g": {2: "out"}},
+        )
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    feeds = {"x": integers(2, 4, 12, seed=3).numpy(), "w": weight.numpy(), "g": g.numpy()}
+    (actual,) = session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()})
+    assert actual.shape[2] == (12 if follows else 11)
+    assert ("x" in {value.name for value in session.get_inputs()}) == follows
+    if follows:
+        assert torch.equal(torch.from_numpy(actual), torch.nn.grad.conv1d_input((2, 4, 12), weight, g, 3, 2, 1, 2))
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_batch_of_no_samples_gives_zeros_and_is_refused_when_scripted(rank: int, groups: int) -> None:
