@@ -7,7 +7,8 @@ PyTorch has none. Each entry is held by a gradient test of its own (tests/integr
 Why each is here, measured on torch 2.13 with onnxscript 0.7:
 
 - batch normalization: the translation of `_native_batch_norm_legit_functional` ignores `training=True`.
-- nll_loss_forward: the translation has no total weight, so mean-reduced losses lose a factor in the gradient.
+- nll_loss_forward: the translation has no total weight, so mean-reduced losses lose a factor in the gradient. Class -1,
+  in images too, would be the last one.
 - hardtanh_backward (ReLU6): the translation lets the gradient through exactly at the clamps; a zero is common there.
 - threshold_backward, leaky_relu_backward, hardswish_backward, hardsigmoid_backward: right, but slow (Where).
 - copy: the translation does not broadcast.
@@ -66,8 +67,8 @@ def _onnx_friendly_table() -> Table:
 def onnx_decompositions(opset: int = 18) -> Table:
     """The whole table: ATen overload to Python function. Below opset 16 and 17 it avoids operators that came then."""
     table = dict(_onnx_friendly_table())
-    for target in _PYTORCH_IS_RIGHT:
-        table[target] = torch._decomp.decomposition_table[target]
+    for target in _LOSSES_OF_CLASSES:
+        table[target] = _refusing_negative_classes(torch._decomp.decomposition_table[target])
     float64_decompositions.add_to(table)
     table.update(OWN)
     if opset < 17:
@@ -271,7 +272,23 @@ def matrix_vector_sum(x: Tensor, matrix: Tensor, vector: Tensor, *, beta: Any = 
     return product if beta == 0 else product + (x if beta == 1 else x * beta)
 
 
-_PYTORCH_IS_RIGHT = (aten.nll_loss_forward.default,)
+_LOSSES_OF_CLASSES = (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
+
+
+def _refusing_negative_classes(decomposition: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's own decomposition; ONNX counts index -1 from the end, where PyTorch refuses it as a class."""
+
+    def loss(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Any:
+        if target.dtype != torch.uint8:
+            outside = x.shape[min(1, x.dim() - 1)]  # one more than the last class: GatherElements refuses it
+            outside = outside if outside != ignore_index else outside + 1
+            negative = target < 0
+            if ignore_index < 0:
+                negative = negative & (target != ignore_index)
+            target = torch.where(negative, outside, target)
+        return decomposition(x, target, weight, reduction, ignore_index)
+
+    return loss
 
 
 OWN: Table = {

@@ -262,3 +262,22 @@ def test_what_pytorch_says_about_a_batch_is_passed_on() -> None:
 def test_every_named_loss_is_tested_above() -> None:
     tested = {loss for loss, *_ in LOSSES if isinstance(loss, str)} | {"nll"}
     assert tested == set(NAMES)
+
+
+@pytest.mark.parametrize("ignored", [-100, -1, 3, 5])  # 3: one more than the last class
+@pytest.mark.parametrize("space", [(), (4, 4)], ids=["vectors", "images"])
+def test_a_negative_class_is_refused_unless_it_is_ignored(space: tuple[int, ...], ignored: int, tmp_path: Path) -> None:
+    """ONNX counts a negative index from the end: label -1, often "no class", would train the last one."""
+    net = nn.Conv2d(2, 3, 1) if space else nn.Linear(2, 3)
+    x, labels = torch.randn(2, 2, *space), torch.randint(0, 3, (2, *space))
+    loss = nn.CrossEntropyLoss(ignore_index=ignored, weight=torch.tensor([0.5, 2.0, 1.0]))
+    cg.export_training_step(net, loss, "sgd", (x, labels), tmp_path / "step.onnx")
+    session = cg.TrainingSession(tmp_path / "step.onnx")
+    for negative in {-3, -2, -1} - {ignored}:
+        wrong = labels.clone()
+        wrong[0] = negative
+        with pytest.raises(cg.ArgumentTypeError, match="a label outside the classes"):
+            session.step(x.numpy(), wrong.numpy())
+    labels[0] = ignored
+    result = session.step(x.numpy(), labels.numpy())
+    assert float(result["loss"]) == pytest.approx(loss(net(x), labels).item(), rel=1e-5)
