@@ -55,6 +55,7 @@ _BLOCKS_TOGETHER = 4  # of filters, which onnxruntime's kernel takes at once
 _POSITIONS, _SMALL_WEIGHT = 256, 1 << 16
 # Of a weight gradient, which every sample adds to.
 _WEIGHT_POSITIONS, _SMALL_WEIGHT_POSITIONS = 512, 128
+_PIECES, _FEW_FILTERS, _SMALL_IMAGE = 5, 32, 256
 # The same over three axes, where the file's own forms are slower; and of an input gradient also per element of weight.
 _VOLUME_POSITIONS, _WEIGHT_USES = 128, 1 << 13
 _MOST_PAIRS = 1 << 12  # of a plane and a depth tap, which are listed one by one
@@ -238,12 +239,24 @@ def _divides(entry: ConvolutionEntry, block: int) -> bool:
     g = entry.geometry
     if not isinstance(g.batch, int) or one_to_one(g) or g.rank == 3:  # a volume's planes are samples
         return True
-    if entry.kind == WEIGHT:  # its rows are the kernel's, its samples are summed over
-        return g.kernel_size[0] * -(-g.out_channels // (_BLOCKS_TOGETHER * block)) > 1
+    if entry.kind == WEIGHT:
+        return _weight_divides(g, block)
     forward = entry.kind == FORWARD
     rows = 1 if g.rank == 1 else (g.output_size if forward else g.input_size)[0]
     filters = g.out_channels_per_group if forward else g.in_channels_per_group
     return g.batch * g.groups * -(-filters // (_BLOCKS_TOGETHER * block)) * rows > 1
+
+
+def _weight_divides(g: ConvGeometry, block: int) -> bool:
+    """The same of a dense weight gradient, whose rows are the kernel's: three leave one of two threads idle.
+
+    Of few filters the file's own form is slower still, for its matrix product has as many rows.
+    """
+    pieces = g.kernel_size[0] * -(-g.out_channels // (_BLOCKS_TOGETHER * block))
+    if pieces % 2 == 0 or pieces >= _PIECES:
+        return True
+    small = g.in_channels <= _FEW_CHANNELS or math.prod(g.output_size) <= _SMALL_IMAGE
+    return pieces > 1 and g.out_channels <= _FEW_FILTERS and small
 
 
 def _dense_pays(g: ConvGeometry, channels: int) -> bool:

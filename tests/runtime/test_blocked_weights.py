@@ -117,7 +117,36 @@ def test_where_a_weight_gradient_takes_the_layout(
         dynamic=(),
         **options,
     )
-    assert blocked.put_blocked_layout(model) == expected
+    assert blocked.put_blocked_layout(model, threads=1) == expected
+
+
+@pytest.mark.skipif(BLOCK != 16, reason="the numbers are those of blocks of 16 channels")
+@pytest.mark.parametrize(
+    ("channels", "filters", "size", "kernel", "expected"),
+    [
+        (64, 64, 64, (3, 3), False),  # three rows for two threads
+        (64, 64, 64, (4, 4), True),
+        (64, 64, 64, (5, 5), True),
+        (64, 64, 64, (1, 7), False),  # one row
+        (64, 128, 64, (3, 3), True),  # more than the filters that are taken at once
+        (64, 32, 64, (3, 3), True),  # few filters
+        (96, 32, 64, (3, 3), False),
+        (96, 32, 32, (3, 3), True),
+    ],
+)
+def test_what_is_divided_among_threads(
+    channels: int, filters: int, size: int, kernel: tuple[int, int], expected: bool
+) -> None:
+    for threads in (1, 2, None):
+        model = cg.build_model(
+            "conv2d_weight",
+            input_shape=(8, channels, size, size),
+            weight_shape=(filters, channels, *kernel),
+            stride=2,
+            padding=[k // 2 for k in kernel],
+            dynamic=(),
+        )
+        assert blocked.put_blocked_layout(model, threads=threads) == (expected or threads == 1)
 
 
 def test_a_dynamic_batch_is_no_number_of_channels() -> None:

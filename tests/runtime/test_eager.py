@@ -12,7 +12,9 @@ from torch.autograd import forward_ad
 import convgrad_export as cg
 from convgrad_export import dtypes
 from convgrad_export.accuracy import compare
-from convgrad_export.runtime import session_cache
+from convgrad_export.runtime import blocked, session_cache
+from convgrad_export.runtime.blocked_writer import BlockedWriter
+from convgrad_export.runtime.convolution_entries import ConvolutionEntry
 
 from ..cases import CASES, ConvCase
 
@@ -49,6 +51,37 @@ def test_drop_ins_agree_with_autograd_in_every_dtype_and_for_numpy(case: ConvCas
             from_numpy = call(case, gradient, arrays)
             assert isinstance(from_numpy, np.ndarray)
             assert np.array_equal(from_numpy.astype(np.float64), result.double().numpy())
+
+
+def layer(batch: int, groups: int) -> ConvCase:
+    return ConvCase("layer", batch, 32, 32, (16, 16), (3, 3), padding=1, groups=groups)
+
+
+@pytest.mark.skipif(blocked.block_size() is None, reason="this machine's onnxruntime has no blocked layout")
+@pytest.mark.parametrize("groups", [1, 32])
+@pytest.mark.parametrize("gradient", ["input", "weight"])
+def test_sessions_take_the_blocked_layout(gradient: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any batch size; of a weight gradient, whose samples the layout counts, there is a session for each."""
+    written: list[str] = []
+
+    def counted(self: BlockedWriter, entry: ConvolutionEntry) -> list:
+        written.append(entry.kind)
+        return nodes_of(self, entry)
+
+    nodes_of = BlockedWriter.nodes_of
+    monkeypatch.setattr(BlockedWriter, "nodes_of", counted)
+    session_cache.clear_sessions()
+    for batch in (8, 8, 5, 0):
+        case = layer(batch, groups)
+        reference, _ = case.expected(case.operands("float32", integers=True), "float32")[gradient]
+        assert np.array_equal(call(case, gradient, tensors(case)).numpy(), reference)
+    assert written == ["weight", "weight"] if gradient == "weight" else ["input"]
+    assert session_cache.session_count() == (3 if gradient == "weight" else 1)
+    named = "input.flipped_conv" if gradient == "input" else "weight.matmul_taps"
+    call(layer(8, groups), gradient, tensors(layer(8, groups)), lowering=named)
+    call(layer(8, groups), gradient, tensors(layer(8, groups), "float64"))
+    assert len(written) == (2 if gradient == "weight" else 1)
+    session_cache.clear_sessions()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
