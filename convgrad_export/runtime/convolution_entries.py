@@ -86,7 +86,7 @@ def described(kind: str, geometry: ConvGeometry, result: str, operands: Sequence
         return None
     depthwise = one_to_one(g)
     narrow = min(g.in_channels_per_group, g.out_channels_per_group) < _SMALLEST_BLOCK
-    if kind == WEIGHT and not depthwise and not taps_beside_channels(g):
+    if kind == WEIGHT and not (isinstance(g.batch, int) and (depthwise or taps_beside_channels(g))):
         return None
     if not depthwise and (g.is_pointwise or (g.groups > 1 and narrow)):
         return None  # no gain was measured
