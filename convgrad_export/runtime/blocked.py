@@ -55,7 +55,8 @@ _BLOCKS_TOGETHER = 4  # of filters, which onnxruntime's kernel takes at once
 _POSITIONS, _SMALL_WEIGHT = 256, 1 << 16
 # Of a weight gradient, which every sample adds to.
 _WEIGHT_POSITIONS, _SMALL_WEIGHT_POSITIONS = 512, 128
-_PIECES, _FEW_FILTERS, _SMALL_IMAGE = 5, 32, 256
+_PIECES, _FEW_FILTERS, _FEW_COLUMNS, _SMALL_IMAGE = 5, 32, 32, 256
+_LONG = 1024  # positions of one axis, from where on the transpositions, which run on one thread, weigh too much for two
 # The same over three axes, where the file's own forms are slower; and of an input gradient also per element of weight.
 _VOLUME_POSITIONS, _WEIGHT_USES = 128, 1 << 13
 _MOST_PAIRS = 1 << 12  # of a plane and a depth tap, which are listed one by one
@@ -252,6 +253,8 @@ def _weight_divides(g: ConvGeometry, block: int) -> bool:
 
     Of few filters the file's own form is slower still, for its matrix product has as many rows.
     """
+    if g.rank == 1 and g.output_size[0] > _LONG:
+        return False
     pieces = g.kernel_size[0] * -(-g.out_channels // (_BLOCKS_TOGETHER * block))
     if pieces % 2 == 0 or pieces >= _PIECES:
         return True
@@ -273,6 +276,10 @@ def _dense_pays(g: ConvGeometry, channels: int) -> bool:
 
 def _weight_pays(g: ConvGeometry) -> bool:
     """Whether a dense weight gradient has enough products for what is moved, its result above all."""
+    if all(k <= s for k, s in zip(g.kernel_size, g.stride, strict=True)):  # the file's form copies nothing twice
+        return False
+    if g.out_channels > _FEW_FILTERS and g.in_channels * g.taps < _FEW_COLUMNS:
+        return False
     samples, positions = _batch(g), _batch(g) * math.prod(g.output_size)
     small = samples > 1 and math.prod(g.weight_shape) <= _SMALL_WEIGHT
     return positions >= (_SMALL_WEIGHT_POSITIONS if small else _WEIGHT_POSITIONS)

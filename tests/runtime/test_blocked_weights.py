@@ -103,16 +103,19 @@ def test_depthwise_layers_of_large_images(rank: int, stride: int, dilation: int)
         (8, (16, 16), {"groups": 2}, False),
         (8, (16, 16), {"filters": FILTERS + 4}, False),
         (8, (32, 32), {"kernel": 1}, False),
+        (8, (32, 32), {"kernel": 2, "stride": 2}, False),  # patches side by side
+        (8, (32, 32), {"channels": 3}, True),
+        (8, (32, 32), {"channels": 3, "filters": 2 * FILTERS}, False),  # little to do for each element of grad_output
     ],
 )
 def test_where_a_weight_gradient_takes_the_layout(
     batch: int, size: tuple[int, ...], options: dict[str, Any], expected: bool
 ) -> None:
-    filters, kernel = options.pop("filters", FILTERS), options.pop("kernel", 3)
+    filters, kernel, channels = options.pop("filters", FILTERS), options.pop("kernel", 3), options.pop("channels", 8)
     model = cg.build_model(
         f"conv{len(size)}d_weight",
-        input_shape=(batch, 8, *size),
-        weight_shape=(filters, 8 // options.get("groups", 1), *(kernel,) * len(size)),
+        input_shape=(batch, channels, *size),
+        weight_shape=(filters, channels // options.get("groups", 1), *(kernel,) * len(size)),
         padding=kernel // 2,
         dynamic=(),
         **options,
@@ -147,6 +150,19 @@ def test_what_is_divided_among_threads(
             dynamic=(),
         )
         assert blocked.put_blocked_layout(model, threads=threads) == (expected or threads == 1)
+
+
+def test_long_rows_are_for_one_thread() -> None:
+    for length, expected in ((1024, True), (2048, False)):
+        for threads in (1, 2):
+            model = cg.build_model(
+                "conv1d_weight",
+                input_shape=(4, 16, length),
+                weight_shape=(FILTERS, 16, 4),
+                padding=[(2, 1)],
+                dynamic=(),
+            )
+            assert blocked.put_blocked_layout(model, threads=threads) == (expected or threads == 1)
 
 
 def test_a_dynamic_batch_is_no_number_of_channels() -> None:
