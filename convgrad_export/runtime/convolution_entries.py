@@ -18,7 +18,8 @@ METADATA = "convgrad.convolutions"
 FORWARD, INPUT, WEIGHT = "forward", "input", "weight"
 _SMALLEST_BLOCK = 8  # channels side by side in the narrowest of onnxruntime's blocked layouts
 _DIRECT = ("input.flipped_conv", "input.conv_transpose", "input.col2im", "input.plane_col2im")
-_NARROW = 64 * 96
+# Pairs of channels up to which a direct form gains on Winograd's, unless its tiles are another layer's too.
+NARROW = 64 * 96
 _WINOGRAD = "winograd"  # in the names of forms with fewer multiplications, whose tiles a graph's layers share
 _ANY_BATCH, _LARGEST = "batch", 2**31 - 1
 _OPERANDS = {FORWARD: (2, 3), INPUT: (2, 2), WEIGHT: (2, 2)}
@@ -112,7 +113,7 @@ def described_gradients(geometry: ConvGeometry, lowerings: Mapping[str, str]) ->
 
 def _is_narrow(g: ConvGeometry) -> bool:
     """So few channels that a form with fewer multiplications gains only where its tiles are another layer's too."""
-    return g.in_channels * g.out_channels <= _NARROW
+    return g.in_channels * g.out_channels <= NARROW
 
 
 def to_text(entries: Iterable[ConvolutionEntry]) -> str:

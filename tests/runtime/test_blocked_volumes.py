@@ -17,7 +17,8 @@ from torch import nn
 import convgrad_export as cg
 from convgrad_export.geometry import ConvGeometry
 from convgrad_export.runtime import blocked
-from convgrad_export.runtime.convolution_entries import FORWARD, ConvolutionEntry, from_text
+from convgrad_export.runtime.blocked_volumes import plane_pairs
+from convgrad_export.runtime.convolution_entries import FORWARD, ConvolutionEntry, from_text, reversed_pads
 
 from ..lowering.forward import convolved, forward_model
 from .layouts import assert_steps_agree, integers, metadata
@@ -61,7 +62,7 @@ def test_the_forward_pass_is_exact_on_integers(g: ConvGeometry) -> None:
     x, w = integers(*g.input_shape), integers(*g.weight_shape, seed=1)
     model = ir.to_proto(forward_model(g, convolution))
     entry = ConvolutionEntry(FORWARD, "output", ("input", "weight"), g)
-    if all(blocked.plane_pairs(entry)):
+    if all(plane_pairs(entry)):
         assert blocked._rewrite(model, [entry], BLOCK)
         assert [node.op_type for node in model.graph.node if node.domain == blocked.DOMAIN].count("Conv")
     np.testing.assert_array_equal(run(model, input=x, weight=w), convolved(g, x, w).numpy())
@@ -77,12 +78,8 @@ def test_input_gradients_are_exact_on_integers(g: ConvGeometry) -> None:
     (entry,) = from_text(metadata(model)) or [None]
     if entry is not None:
         # However few positions it has: what is to gain is another question.
-        rows = blocked.reversed_pads(g)
-        if (
-            set(g.stride[1:]) == {1}
-            and min(rows[1], rows[2], rows[4], rows[5]) >= 0
-            and all(blocked.plane_pairs(entry))
-        ):
+        rows = reversed_pads(g)
+        if set(g.stride[1:]) == {1} and min(rows[1], rows[2], rows[4], rows[5]) >= 0 and all(plane_pairs(entry)):
             assert blocked._rewrite(model, [entry], BLOCK)
     np.testing.assert_array_equal(run(model, grad_output=grad, weight=w), expected.numpy())
 

@@ -105,6 +105,10 @@ def test_depthwise_layers_of_large_images(rank: int, stride: int, dilation: int)
         (8, (32, 32), {"kernel": 1}, False),
         (8, (32, 32), {"kernel": 2, "stride": 2}, False),  # patches side by side
         (8, (32, 32), {"channels": 3}, True),
+        (1, (32, 32), {"channels": 3, "filters": 2 * FILTERS}, True),
+        (8, (32, 32), {"channels": 96, "filters": 96, "stride": 2}, False),  # a matrix product of full size
+        (8, (600,), {"channels": 96, "filters": 64, "kernel": 2}, False),
+        (48, (64, 64), {"channels": 16}, False),  # larger than the cache
         (8, (32, 32), {"channels": 3, "filters": 2 * FILTERS}, False),  # little to do for each element of grad_output
     ],
 )
@@ -131,7 +135,8 @@ def test_where_a_weight_gradient_takes_the_layout(
         (64, 64, 64, (4, 4), True),
         (64, 64, 64, (5, 5), True),
         (64, 64, 64, (1, 7), False),  # one row
-        (64, 128, 64, (3, 3), True),  # more than the filters that are taken at once
+        (32, 128, 64, (3, 3), True),  # more than the filters that are taken at once
+        (64, 128, 64, (3, 3), False),  # many channels
         (64, 32, 64, (3, 3), True),  # few filters
         (96, 32, 64, (3, 3), False),
         (96, 32, 32, (3, 3), True),
@@ -153,7 +158,7 @@ def test_what_is_divided_among_threads(
 
 
 def test_long_rows_are_for_one_thread() -> None:
-    for length, expected in ((1024, True), (2048, False)):
+    for length, expected in ((4096, True), (8192, False)):
         for threads in (1, 2):
             model = cg.build_model(
                 "conv1d_weight",
