@@ -106,14 +106,10 @@ def described_gradients(geometry: ConvGeometry, lowerings: Mapping[str, str]) ->
     found = []
     for gradient, other in ((INPUT, WEIGHT), (WEIGHT, INPUT)):
         name = lowerings.get(gradient)
-        if name and (may_replace(gradient, geometry, name) or (gradient == WEIGHT and _is_narrow(geometry))):
+        narrow = gradient == WEIGHT and geometry.in_channels * geometry.out_channels <= NARROW
+        if name and (narrow or may_replace(gradient, geometry, name)):
             found.append(described(gradient, geometry, f"grad_{gradient}", ("grad_output", other)))
     return [entry for entry in found if entry is not None]
-
-
-def _is_narrow(g: ConvGeometry) -> bool:
-    """So few channels that a form with fewer multiplications gains only where its tiles are another layer's too."""
-    return g.in_channels * g.out_channels <= NARROW
 
 
 def to_text(entries: Iterable[ConvolutionEntry]) -> str:

@@ -1,7 +1,8 @@
 """Drop-in replacements for torch.nn.grad and `aten::convolution_backward`, run by onnxruntime.
 
 Each call looks up a session for its geometry in a bounded cache; the batch is dynamic in it, so that most new batch
-sizes cost nothing (one sample may have another lowering). torch tensors or numpy arrays go in, the same kind comes out.
+sizes cost nothing (one sample may have another lowering; a weight gradient in onnxruntime's blocked layout is for one
+size). torch tensors or numpy arrays go in, the same kind comes out.
 A tracer (torch.export, make_fx) or compiler records `aten::convolution_backward` (`by_torch.py`, `compiled.py`).
 """
 
