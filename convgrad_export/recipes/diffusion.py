@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..arguments import as_number
 from ..errors import ArgumentTypeError
@@ -35,12 +36,13 @@ class GuidedDiffusionStep(nn.Module):
             leaf = as_leaf(x)
             logits = check_logits(self.classifier(leaf))
             counts = label.shape[0], logits.shape[0]
-            # gather would leave out the pictures without a label; a trace has symbols here, and its model refuses them
+            # A trace has symbols here, and its model refuses a label too few.
             if all(isinstance(count, int) for count in counts) and counts[0] != counts[1]:
                 raise ArgumentTypeError(
                     f"label has {counts[0]} classes for {counts[1]} pictures, expected one for each"
                 )
-            gradient = gradient_of(torch.log_softmax(logits, 1).gather(1, label[:, None]).sum(), leaf)
+            # Cross entropy, not gather: in ONNX that counts a label of -1 from the end.
+            gradient = gradient_of(-functional.cross_entropy(logits, label, reduction="sum"), leaf)
         noise = noise - self.scale * (1 - alpha).sqrt() * gradient
         clean = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
         return alpha_previous.sqrt() * clean + (1 - alpha_previous).sqrt() * noise

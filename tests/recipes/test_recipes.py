@@ -84,14 +84,14 @@ def test_attacks_raise_the_loss_and_stay_in_their_bounds() -> None:
     torch.testing.assert_close(FGSM(network, 0.05)(x[:1], label[:1]), attacked[:1])  # whatever the batch
 
 
+class Denoiser(nn.Module):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return 0.1 * x * (timestep / 1000)[:, None, None, None]
+
+
 def test_guidance_raises_the_probability_of_the_class() -> None:
     network, x = classifier(), pictures()
     label = torch.tensor([1, 2, 3])
-
-    class Denoiser(nn.Module):
-        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-            return 0.1 * x * (timestep / 1000)[:, None, None, None]
-
     arguments = (x, torch.full([3], 500), torch.tensor(0.5), torch.tensor(0.7), label)
 
     def probability(scale: float) -> Tensor:
@@ -272,3 +272,19 @@ def test_a_recipe_takes_the_options_that_it_names(recipe: str) -> None:
     read.clear()
     RECIPES[recipe].prepare(classifier(), pictures(), options)
     assert read == set(RECIPES[recipe].options)
+
+
+@pytest.mark.parametrize("label", [[-1, 0], [0, 4]])
+def test_exported_recipes_refuse_labels_that_are_no_class(label: list[int]) -> None:
+    """ONNX counts a negative index from the end; of a gradient alone the loss, and its check, would be left out."""
+    network = classifier()
+    x, labels, scalars = torch.rand(2, 3, 8, 8), torch.tensor([1, 3]), (torch.tensor(0.5), torch.tensor(0.6))
+    attacked = cg.export(FGSM(network), (x, labels))
+    session = cg.GradientSession(attacked.model)
+    session.run(dict(zip(session.input_names, (x, labels), strict=True)))
+    with pytest.raises(Exception, match=r"GatherElements|ScatterElements"):
+        session.run(dict(zip(session.input_names, (x, torch.tensor(label)), strict=True)))
+    guided = cg.export(GuidedDiffusionStep(Denoiser(), network), (x, torch.rand(2), *scalars, labels))
+    session = cg.GradientSession(guided.model)
+    with pytest.raises(Exception, match=r"GatherElements|ScatterElements"):
+        session.run(dict(zip(session.input_names, (x, torch.rand(2), *scalars, torch.tensor(label)), strict=True)))
