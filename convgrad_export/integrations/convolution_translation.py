@@ -18,7 +18,7 @@ from convgrad_export.geometry import ConvGeometry, aten_attributes
 from convgrad_export.integrations import dynamic_convolution as dynamic
 from convgrad_export.integrations import float64_convolution
 from convgrad_export.integrations.convolution_marks import Mark, mark
-from convgrad_export.lowering import CPU, CUDA, GRADIENTS
+from convgrad_export.lowering import CPU, CUDA, GRADIENTS, Lowering
 from convgrad_export.runtime.convolution_entries import FORWARD, WEIGHT, may_replace
 from convgrad_export.selection.forward_policy import forward_body
 from convgrad_export.selection.policy import AUTO, check_name, choose
@@ -134,17 +134,30 @@ class ConvolutionBackwardTranslation:
         request = GradientRequest(geometry, lowerings, dtype, self._opset, self._provider)
         results = record_gradients(op, request, operands)
         if self._lowering == AUTO and self._provider == CPU:
+            self.marks += self._marked(geometry, dtype, lowerings, operands, results)
+        return results
+
+    @staticmethod
+    def _marked(
+        geometry: ConvGeometry,
+        dtype: str,
+        lowerings: dict[str, Lowering],
+        operands: dict[str, Any],
+        results: dict[str, Any],
+    ) -> list[Mark]:
+        """Marks of what a session may compute in another way; of a transposed convolution as its adjoint has it."""
+        grad_output, marks = operands["grad_output"], []
+        if not geometry.transposed:
             for gradient, other in (("input", "weight"), ("weight", "input")):
                 if gradient in results and may_replace(gradient, geometry, lowerings[gradient].name):
-                    pair = (operands["grad_output"], operands[other])
-                    self.marks += mark(gradient, geometry, dtype, results[gradient], pair)
-            if geometry.transposed and "input" in results and lowerings["input"].name == "input.conv":
-                pair = (operands["grad_output"], operands["weight"])
-                self.marks += mark(FORWARD, geometry.adjoint(), dtype, results["input"], pair)
-            if geometry.transposed and "weight" in results and may_replace(WEIGHT, geometry, lowerings["weight"].name):
-                pair = (operands["input"], operands["grad_output"])
-                self.marks += mark(WEIGHT, geometry.adjoint(), dtype, results["weight"], pair)
-        return results
+                    marks += mark(gradient, geometry, dtype, results[gradient], (grad_output, operands[other]))
+            return marks
+        adjoint = geometry.adjoint()
+        if "input" in results and lowerings["input"].name == "input.conv":
+            marks += mark(FORWARD, adjoint, dtype, results["input"], (grad_output, operands["weight"]))
+        if "weight" in results and may_replace(WEIGHT, adjoint, lowerings["weight"].name):
+            marks += mark(WEIGHT, adjoint, dtype, results["weight"], (operands["input"], grad_output))
+        return marks
 
     def _dynamic(
         self, operands: dict[str, Any], g: dynamic.DynamicConvolution, wanted: Sequence[str], dtype: str

@@ -67,8 +67,8 @@ def _onnx_friendly_table() -> Table:
 def onnx_decompositions(opset: int = 18) -> Table:
     """The whole table: ATen overload to Python function. Below opset 16 and 17 it avoids operators that came then."""
     table = dict(_onnx_friendly_table())
-    for targets, wrapped in ((_LOSSES_OF_CLASSES, _loss_of_classes), (_GRADIENTS_OF_CLASSES, _gradient_of_classes)):
-        table.update({target: wrapped(torch._decomp.decomposition_table[target]) for target in targets})
+    for target, at in _OF_CLASSES.items():
+        table[target] = _refusing_negative_classes(torch._decomp.decomposition_table[target], at)
     float64_decompositions.add_to(table)
     table.update(OWN)
     if opset < 17:
@@ -272,41 +272,32 @@ def matrix_vector_sum(x: Tensor, matrix: Tensor, vector: Tensor, *, beta: Any = 
     return product if beta == 0 else product + (x if beta == 1 else x * beta)
 
 
+# Where the network's output stands among the arguments: the target is next to it, `ignore_index` the fourth after it.
 # The gradients too: of an attack, say, nothing else of the loss is left.
-_LOSSES_OF_CLASSES = (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
-_GRADIENTS_OF_CLASSES = (aten.nll_loss_backward.default, aten.nll_loss2d_backward.default)
+_OF_CLASSES = {
+    aten.nll_loss_forward.default: 0,
+    aten.nll_loss2d_forward.default: 0,
+    aten.nll_loss_backward.default: 1,
+    aten.nll_loss2d_backward.default: 1,
+}
 
 
-def _classes(x: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """The target, negative classes as one that GatherElements and ScatterElements refuse: more than there are."""
-    if target.dtype == torch.uint8:
-        return target
-    outside = x.shape[min(1, x.dim() - 1)]
-    outside = outside if outside != ignore_index else outside + 1
-    negative = target < 0
-    if ignore_index < 0:
-        negative = negative & (target != ignore_index)
-    return torch.where(negative, outside, target)
-
-
-def _loss_of_classes(decomposition: Callable[..., Any]) -> Callable[..., Any]:
+def _refusing_negative_classes(decomposition: Callable[..., Any], at: int) -> Callable[..., Any]:
     """PyTorch's own decomposition; ONNX counts index -1 from the end, where PyTorch refuses it as a class."""
 
-    def loss(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Any:
-        return decomposition(x, _classes(x, target, ignore_index), weight, reduction, ignore_index)
+    def of_classes(*arguments: Any) -> Any:
+        x, target, _, _, ignore_index = arguments[at : at + 5]
+        if target.dtype != torch.uint8:
+            # One more than the last class: GatherElements and ScatterElements refuse it.
+            outside = x.shape[min(1, x.dim() - 1)]
+            outside = outside if outside != ignore_index else outside + 1
+            negative = target < 0
+            if ignore_index < 0:
+                negative = negative & (target != ignore_index)
+            target = torch.where(negative, outside, target)
+        return decomposition(*arguments[: at + 1], target, *arguments[at + 2 :])
 
-    return loss
-
-
-def _gradient_of_classes(decomposition: Callable[..., Any]) -> Callable[..., Any]:
-    """The same of the gradient."""
-
-    def gradient(
-        grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, total: Tensor
-    ) -> Any:
-        return decomposition(grad, x, _classes(x, target, ignore_index), weight, reduction, ignore_index, total)
-
-    return gradient
+    return of_classes
 
 
 OWN: Table = {

@@ -29,13 +29,7 @@ import numpy as np
 from ..geometry import ConvGeometry
 from ..provider_names import CPU
 from .blocked_writer import DOMAIN, BlockedWriter
-from .convolution_entries import (
-    FORWARD,
-    METADATA,
-    WEIGHT,
-    ConvolutionEntry,
-    from_text,
-)
+from .convolution_entries import FORWARD, METADATA, WEIGHT, ConvolutionEntry, from_text
 from .formula import intact
 from .graph_nodes import put_nodes, reads
 from .layout_rules import applies, divides

@@ -25,10 +25,10 @@ _LARGE_IMAGE = 100  # positions of grad_output from which on the Conv is most of
 
 def fills_blocks(g: ConvGeometry, block: int) -> bool:
     """Whether a dense layer's samples can be a Conv's channels."""
-    if not isinstance(g.batch, int) or not (0 < g.batch < block or (g.batch > 0 and g.batch % block == 0)):
+    if not isinstance(g.batch, int) or not g.batch or (g.batch > block and g.batch % block):
         return False
     # Otherwise padding is all that is read.
-    return taps_beside_channels(g) and all(size + _margins(g, i)[1] > 0 for i, size in enumerate(g.input_size))
+    return taps_beside_channels(g) and all(size + end > 0 for size, end in zip(g.input_size, g.end, strict=True))
 
 
 def write_dense_weight(writer: BlockedWriter, entry: ConvolutionEntry) -> None:
@@ -47,9 +47,12 @@ def write_dense_weight(writer: BlockedWriter, entry: ConvolutionEntry) -> None:
         pads=[pads[0], 0, pads[1], 0],
     )
     taps = writer.reorder_output(conv, f"{stem}.taps", g.out_channels * parts)
-    shape = writer.ints(parts, g.out_channels, math.prod(g.kernel_size), g.in_channels)
-    taps = writer.node("Reshape", [taps, shape], f"{stem}.parts")
-    taps = writer.node("ReduceSum", [taps, writer.ints(0)], f"{stem}.sum", keepdims=0)
+    shape = [g.out_channels, g.taps, g.in_channels]
+    if parts > 1:
+        taps = writer.node("Reshape", [taps, writer.ints(parts, *shape)], f"{stem}.parts")
+        taps = writer.node("ReduceSum", [taps, writer.ints(0)], f"{stem}.sum", keepdims=0)
+    else:
+        taps = writer.node("Reshape", [taps, writer.ints(*shape)], f"{stem}.rows")
     taps = writer.node("Transpose", [taps], f"{stem}.channels_first", perm=[0, 2, 1])
     writer.node("Reshape", [taps, writer.ints(*g.weight_shape)], entry.result)
 
@@ -57,18 +60,16 @@ def write_dense_weight(writer: BlockedWriter, entry: ConvolutionEntry) -> None:
 def _samples_as_channels(writer: BlockedWriter, entry: ConvolutionEntry, stem: str) -> tuple[str, tuple[int, int]]:
     """The input as (1, N, rows, elements of a row), channels innermost in a row, and the Conv's padding of rows."""
     g = entry.geometry
-    margins = [_margins(g, axis) for axis in range(g.rank)]
-    begin, end = margins[0]
-    margins[0] = 0, min(end, 0)  # rows that no window reads are cut off; zeros above and below are the Conv's
+    # Rows that no window reads are cut off here; zeros above and below are the Conv's.
+    before, after = [0, *g.begin[1:]], [min(g.end[0], 0), *g.end[1:]]
     data = writer.channels_last(entry.operands[1], g.in_channels, g.input_size)
-    if any(any(pair) for pair in margins):
-        amounts = writer.ints(0, *(before for before, _ in margins), 0, 0, *(after for _, after in margins), 0)
-        data = writer.node("Pad", [data, amounts], f"{stem}.padded")
-    rows, rest = _rows_and_rest([size + sum(pair) for size, pair in zip(g.input_size, margins, strict=True)])
+    if any(before) or any(after):
+        data = writer.node("Pad", [data, writer.ints(0, *before, 0, 0, *after, 0)], f"{stem}.padded")
+    rows, rest = g.input_size[0] + after[0], math.prod(g.span[1:])
     data = writer.node("Reshape", [data, writer.ints(1, g.batch, rows, rest * g.in_channels)], f"{stem}.image")
     if g.batch >= writer.block:
         data = writer.reorder_input(data, f"{stem}.image_blocked")
-    return data, (begin, max(end, 0))
+    return data, (g.begin[0], max(g.end[0], 0))
 
 
 def _grad_output_as_kernel(writer: BlockedWriter, entry: ConvolutionEntry, parts: int, stem: str) -> str:
@@ -98,13 +99,12 @@ def write_depthwise_weight(writer: BlockedWriter, entry: ConvolutionEntry) -> No
     together = int(g.batch) * g.in_channels
     stem = f"{entry.result}.weight_gradient"
     data = writer.block_tensor(x, g.in_channels, g.input_size)
-    (height, width), size, windows = plane_of(g.input_size), plane_of(g.kernel_size), _windows(g)
-    pads = plane_pads(g.onnx_pads)
+    (height, width), size, pads = plane_of(g.input_size), plane_of(g.kernel_size), plane_pads(g.onnx_pads)
+    windows = plane_of([k + rest // d for k, rest, d in zip(g.kernel_size, g.remainder, g.dilation, strict=True)])
     if g.stride[-1] == 1 and any(g.pads[-1]) and math.prod(g.output_size) >= _LARGE_IMAGE:
-        before, after = _margins(g, g.rank - 1)
         rows = writer.node("Reshape", [data, writer.ints(-1, height, width, writer.block)], f"{stem}.rows")
-        data = writer.node("Pad", [rows, writer.ints(0, 0, before, 0, 0, 0, after, 0)], f"{stem}.padded")
-        width, pads[1], pads[3], windows[1] = before + width + after, 0, 0, size[1]
+        data = writer.node("Pad", [rows, writer.ints(0, 0, g.begin[-1], 0, 0, 0, g.end[-1], 0)], f"{stem}.padded")
+        width, pads[1], pads[3], windows[1] = g.span[-1], 0, 0, size[1]
     data = writer.node("Reshape", [data, writer.ints(1, together, height, width)], f"{stem}.image")
     kernel = writer.block_tensor(grad_output, g.in_channels, g.output_size)
     kernel = writer.node("Reshape", [kernel, writer.ints(together, 1, *plane_of(g.output_size))], f"{stem}.kernel")
@@ -125,19 +125,5 @@ def write_depthwise_weight(writer: BlockedWriter, entry: ConvolutionEntry) -> No
     writer.node("ReduceSum", [samples, writer.ints(0)], entry.result, keepdims=0)
 
 
-def _margins(g: ConvGeometry, axis: int) -> tuple[int, int]:
-    """Zeros before and after an axis of the input, so that it ends where the last window does; negative: cut off."""
-    needed = (g.output_size[axis] - 1) * g.stride[axis] + g.extent[axis]
-    return g.begin[axis], needed - g.input_size[axis] - g.begin[axis]
-
-
 def _rows_and_rest(sizes: Sequence[int]) -> list[int]:
     return [sizes[0], math.prod(sizes[1:])]
-
-
-def _windows(g: ConvGeometry) -> list[int]:
-    """Positions that the Conv of a depthwise gradient has; the first of them are the kernel's."""
-    padded = [lo + size + hi for size, (lo, hi) in zip(g.input_size, g.pads, strict=True)]
-    spans = [s * (o - 1) + 1 for s, o in zip(g.stride, g.output_size, strict=True)]
-    counts = [(p - e) // d + 1 for p, e, d in zip(padded, spans, g.dilation, strict=True)]
-    return plane_of(counts)

@@ -19,7 +19,7 @@ FORWARD, INPUT, WEIGHT = "forward", "input", "weight"
 _SMALLEST_BLOCK = 8  # channels side by side in the narrowest of onnxruntime's blocked layouts
 _DIRECT = ("input.flipped_conv", "input.conv_transpose", "input.col2im", "input.plane_col2im")
 # Pairs of channels up to which a direct form gains on Winograd's, unless its tiles are another layer's too.
-NARROW = 64 * 96
+_NARROW = 64 * 96
 _WINOGRAD = "winograd"  # in the names of forms with fewer multiplications, whose tiles a graph's layers share
 _ANY_BATCH, _LARGEST = "batch", 2**31 - 1
 _OPERANDS = {FORWARD: (2, 3), INPUT: (2, 2), WEIGHT: (2, 2)}
@@ -106,7 +106,7 @@ def described_gradients(geometry: ConvGeometry, lowerings: Mapping[str, str]) ->
     found = []
     for gradient, other in ((INPUT, WEIGHT), (WEIGHT, INPUT)):
         name = lowerings.get(gradient)
-        narrow = gradient == WEIGHT and geometry.in_channels * geometry.out_channels <= NARROW
+        narrow = gradient == WEIGHT and geometry.in_channels * geometry.out_channels <= _NARROW
         if name and (narrow or may_replace(gradient, geometry, name)):
             found.append(described(gradient, geometry, f"grad_{gradient}", ("grad_output", other)))
     return [entry for entry in found if entry is not None]

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from ..depth_planes import all_taps
 from ..geometry import ConvGeometry
 from .blocked_volumes import plane_pairs
 from .blocked_weights import fills_blocks
-from .convolution_entries import FORWARD, INPUT, NARROW, WEIGHT, ConvolutionEntry, one_to_one, reversed_pads
+from .convolution_entries import FORWARD, INPUT, WEIGHT, ConvolutionEntry, one_to_one, reversed_pads
 
 _BLOCKS_TOGETHER = 4  # of filters, which onnxruntime's kernel takes at once
 # Dense layers: output positions of all samples from which on the weight's rearrangement is little beside the Conv, and
@@ -23,6 +21,8 @@ _POSITIONS, _SMALL_WEIGHT = 256, 1 << 16
 _WEIGHT_POSITIONS, _SMALL_WEIGHT_POSITIONS = 512, 128
 _PIECES, _FEW_FILTERS, _FEW_COLUMNS, _SMALL_IMAGE = 5, 32, 32, 256
 _CACHED = 1 << 23  # elements of both operands, which the last cache holds
+# On two threads: pairs of an input and an output channel, from where on the file's form divides better.
+_MANY_PAIRS = 64 * 96
 _LONG = 1 << 14  # positions, from where on the transpositions, which run on one thread, weigh too much for two
 # The same over three axes, where the file's own forms are slower; and of an input gradient also per element of weight.
 _VOLUME_POSITIONS, _WEIGHT_USES = 128, 1 << 13
@@ -42,9 +42,11 @@ def applies(entry: ConvolutionEntry, block: int) -> bool:
         return False
     if depthwise:
         return entry.kind != WEIGHT or _batch(g) > 0
+    inputs, outputs = g.in_channels_per_group, g.out_channels_per_group
+    if g.rank == 1 and g.taps < _TAPS and inputs * outputs > _FEW_CHANNELS**2:
+        return False
     if entry.kind == WEIGHT:
         return fills_blocks(g, block) and _weight_pays(g, block)
-    inputs, outputs = g.in_channels_per_group, g.out_channels_per_group
     blocks = inputs % block == 0 or (entry.kind == FORWARD and g.groups == 1 and inputs < block)
     return blocks and outputs % block == 0 and _dense_pays(g, inputs * outputs)
 
@@ -85,7 +87,7 @@ def _weight_divides(g: ConvGeometry, block: int) -> bool:
     """
     if g.rank == 1 and _batch(g) * g.output_size[0] > _LONG:
         return False
-    if g.rank == 2 and g.in_channels * g.out_channels > NARROW:
+    if g.rank == 2 and g.in_channels * g.out_channels > _MANY_PAIRS:
         return False
     pieces = g.kernel_size[0] * -(-g.out_channels // (_BLOCKS_TOGETHER * block))
     if pieces % 2 == 0 or pieces >= _PIECES:
@@ -100,10 +102,7 @@ def _dense_pays(g: ConvGeometry, channels: int) -> bool:
     Args:
         channels: pairs of an input and an output channel of a group.
     """
-    taps, positions = int(np.prod(g.kernel_size)), int(np.prod(g.output_size))
-    if len(g.kernel_size) == 1 and taps < _TAPS and channels > _FEW_CHANNELS**2:
-        return False
-    return channels * taps <= _SMALL_WEIGHT or max(_batch(g), 1) * positions >= _POSITIONS
+    return channels * g.taps <= _SMALL_WEIGHT or max(_batch(g), 1) * math.prod(g.output_size) >= _POSITIONS
 
 
 def _weight_pays(g: ConvGeometry, block: int) -> bool:
@@ -112,8 +111,6 @@ def _weight_pays(g: ConvGeometry, block: int) -> bool:
     if all(k <= s for k, s in zip(g.kernel_size, g.stride, strict=True)):  # the file's form copies nothing twice
         return False
     if samples > 1 and g.out_channels > _FEW_FILTERS and g.in_channels * g.taps < _FEW_COLUMNS:
-        return False
-    if pairs > _FEW_CHANNELS**2 and g.rank == 1 and g.taps < _TAPS:
         return False
     if pairs > 2 * _FEW_CHANNELS**2 and g.rank == 2 and set(g.stride) != {1}:
         return False

@@ -49,7 +49,7 @@ def cached_session(
     settings = tuple((name, tuple(sorted((k, str(v)) for k, v in options.items()))) for name, options in providers)
     layout = any_form and dtype == "float32" and providers[0][0] == CPU
     # A CUDA graph has fixed sizes.
-    emitted, entries = (geometry, ()) if recorded else _emitted(geometry, names, threads if layout else 0)
+    emitted, entries = (geometry, ()) if recorded else _emitted(geometry, names, threads, layout)
     key = (emitted, names, bool(entries), dtype, settings, threads, os.getpid())
     with _lock:
         if key in _sessions:
@@ -70,11 +70,11 @@ def cached_session(
 
 @functools.lru_cache(maxsize=4 * MAX_SESSIONS)
 def _emitted(
-    geometry: ConvGeometry, lowerings: tuple[tuple[str, str], ...], threads: int | None
+    geometry: ConvGeometry, lowerings: tuple[tuple[str, str], ...], threads: int | None, layout: bool
 ) -> tuple[ConvGeometry, tuple[ConvolutionEntry, ...]]:
-    """What the model is made for, and what of it the session may compute in another way; nothing for no threads."""
+    """What the model is made for, and what of it the session may compute in another way, if it may at all."""
     any_batch = geometry.with_batch("batch")
-    if threads == 0:
+    if not layout:
         return any_batch, ()
     names = dict(lowerings)
     entries = described_gradients(geometry, names)
