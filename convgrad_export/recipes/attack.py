@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..arguments import as_number
 from ..errors import ArgumentTypeError
-from .scores import as_leaf, check_logits, gradient_of
+from .scores import as_leaf, check_beside, gradient_of, label_loss
 
 
 def _loss_gradient(network: nn.Module, x: Tensor, label: Tensor) -> Tensor:
     with torch.enable_grad():
         leaf = as_leaf(x)
         # the sum, so that a picture's gradient does not depend on the batch it is in
-        return gradient_of(functional.cross_entropy(check_logits(network(leaf)), label, reduction="sum"), leaf)
+        return gradient_of(label_loss(network(leaf), label), leaf)
 
 
 def _range(low: float, high: float) -> tuple[float, float]:
@@ -51,7 +50,7 @@ class PGD(nn.Module):
     Args:
         network, low, high: as for `FGSM`. epsilon: radius of the ball around the original. step: size of one step.
 
-    forward(x, original, label) gives the next picture, projected into the ball around `original`.
+    forward(x, original, label) gives the next picture, shape of x, projected into the ball around `original`.
     """
 
     def __init__(
@@ -63,6 +62,7 @@ class PGD(nn.Module):
         self.low, self.high = _range(low, high)
 
     def forward(self, x: Tensor, original: Tensor, label: Tensor) -> Tensor:
+        check_beside(original, x, "original")
         moved = x + self.step * _loss_gradient(self.network, x, label).sign()
         near = original + (moved - original).clamp(-self.epsilon, self.epsilon)
         return near.clamp(self.low, self.high)

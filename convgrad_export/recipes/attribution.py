@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..arguments import as_bool, as_int
 from ..errors import ArgumentTypeError
-from .scores import check_target, class_score, input_gradient
+from .scores import check_beside, check_target, class_score, input_gradient
 
 
 class Saliency(nn.Module):
@@ -90,7 +90,7 @@ class IntegratedGradients(nn.Module):
         network, target: as for `Saliency`; a fixed target makes the attributions add up to the score's change.
         steps: points on the line, midpoint rule. All are one batch, so memory grows with them.
 
-    forward(x, baseline) gives the attribution of each input element, shape of x.
+    forward(x, baseline) gives the attribution of each input element, shape of x; the baseline broadcasts to it.
     """
 
     def __init__(self, network: nn.Module, target: int | None = None, steps: int = 16) -> None:
@@ -99,6 +99,7 @@ class IntegratedGradients(nn.Module):
         self.steps: int = as_int(steps, "steps", minimum=1)
 
     def forward(self, x: Tensor, baseline: Tensor) -> Tensor:
+        check_beside(baseline, x, "baseline")
         along = (torch.arange(self.steps, dtype=x.dtype, device=x.device) + 0.5) / self.steps
         along = along.reshape([self.steps, *[1] * x.dim()])
         points = baseline + along * (x - baseline)  # (steps, N, C, ...)

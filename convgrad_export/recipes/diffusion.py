@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..arguments import as_number
-from ..errors import ArgumentTypeError
-from .scores import as_leaf, check_logits, gradient_of
+from .scores import as_leaf, gradient_of, label_loss
 
 
 class GuidedDiffusionStep(nn.Module):
@@ -34,15 +32,7 @@ class GuidedDiffusionStep(nn.Module):
         noise = noise if isinstance(noise, Tensor) else noise.sample
         with torch.enable_grad():
             leaf = as_leaf(x)
-            logits = check_logits(self.classifier(leaf))
-            counts = label.shape[0], logits.shape[0]
-            # A trace has symbols here, and its model refuses a label too few.
-            if all(isinstance(count, int) for count in counts) and counts[0] != counts[1]:
-                raise ArgumentTypeError(
-                    f"label has {counts[0]} classes for {counts[1]} pictures, expected one for each"
-                )
-            # Cross entropy, not gather: in ONNX that counts a label of -1 from the end.
-            gradient = gradient_of(-functional.cross_entropy(logits, label, reduction="sum"), leaf)
+            gradient = gradient_of(-label_loss(self.classifier(leaf), label), leaf)
         noise = noise - self.scale * (1 - alpha).sqrt() * gradient
         clean = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
         return alpha_previous.sqrt() * clean + (1 - alpha_previous).sqrt() * noise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..arguments import as_int
 from ..errors import ArgumentTypeError
@@ -47,6 +48,51 @@ def class_score(output: object, target: int | None) -> Tensor:
     if not -logits.shape[1] <= target < logits.shape[1]:
         raise ArgumentTypeError(f"target is class {target}, the network has {logits.shape[1]}")
     return logits[:, target].sum()
+
+
+def label_loss(output: object, label: object) -> Tensor:
+    """Cross entropy, summed over the batch: a sample's gradient does not depend on the batch it is in.
+
+    Not the negative log of a gathered probability: gather counts a label of -1 from the end in ONNX.
+
+    Args:
+        output: logits of shape (N, classes), or (N, classes, ...) for dense predictions. label: int64, (N, ...).
+
+    Raises:
+        ArgumentTypeError: as `check_logits`, or labels of another type or shape, or of a class that the output does not
+            have.
+    """
+    logits = check_logits(output)
+    if not isinstance(label, Tensor) or label.dtype != torch.int64:
+        kind = f"of {label.dtype}" if isinstance(label, Tensor) else f"a {type(label).__name__}"
+        raise ArgumentTypeError(f"label is {kind}, expected an int64 tensor of classes")
+    expected = (logits.shape[0], *logits.shape[2:])
+    if label.dim() != len(expected) or not all(map(_agree, label.shape, expected)):
+        raise ArgumentTypeError(f"label has shape {tuple(label.shape)}, expected {expected}: a class for each sample")
+    try:
+        return functional.cross_entropy(logits, label, reduction="sum")
+    except IndexError as error:
+        raise ArgumentTypeError(
+            f"label holds a class that the network does not have, it has {logits.shape[1]}"
+        ) from error
+
+
+def check_beside(value: object, x: Tensor, name: str) -> None:
+    """Refuse what does not broadcast to x's shape, or would enlarge it.
+
+    Raises:
+        ArgumentTypeError: no tensor, or another shape.
+    """
+    if not isinstance(value, Tensor):
+        raise ArgumentTypeError(f"{name} is a {type(value).__name__}, expected a tensor")
+    pairs = zip(reversed(value.shape), reversed(x.shape), strict=False)
+    if value.dim() > x.dim() or not all(own == 1 or _agree(own, other) for own, other in pairs):
+        raise ArgumentTypeError(f"{name} has shape {tuple(value.shape)}, expected {tuple(x.shape)}")
+
+
+def _agree(size: object, other: object) -> bool:
+    """Whether two sizes are equal; those of a trace are symbols, and are compared when its model runs."""
+    return size == other if isinstance(size, int) and isinstance(other, int) else True
 
 
 def input_gradient(network: torch.nn.Module, x: Tensor, target: int | None) -> Tensor:

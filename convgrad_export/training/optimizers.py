@@ -375,16 +375,15 @@ def _from_torch(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tenso
     base = float(optimizer.param_groups[0]["lr"])
     rules, states, steps = {}, {}, {}
     for group in optimizer.param_groups:
+        rule_kind = AdamW if kind is Adam and group.get("decoupled_weight_decay") else kind
         known = {field.name for field in dataclasses.fields(kind)}
         options = {name: group[name] for name in known if name in group}
         if "betas" in options:
             options["betas"] = tuple(float(beta) for beta in cast(Sequence[Any], options["betas"]))
-        if kind is Adam and group.get("decoupled_weight_decay"):
-            raise ArgumentTypeError("optimizer is an Adam with decoupled_weight_decay, expected torch.optim.AdamW")
         rate = float(group["lr"])
         if base == 0.0 and rate != 0.0:
             raise ArgumentTypeError("optimizer: the first group's lr is 0, so the other groups have no ratio to it")
-        rule = ParameterRule(kind(**options), rate / base if base else 1.0)
+        rule = ParameterRule(rule_kind(**options), rate / base if base else 1.0)
         for tensor in group["params"]:
             if id(tensor) not in names_of:
                 continue

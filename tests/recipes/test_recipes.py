@@ -245,12 +245,36 @@ def test_pictures_without_a_gradient_are_refused(recipe: str) -> None:
         prepared.module(*prepared.args)
 
 
-def test_guidance_needs_a_label_for_each_picture() -> None:
-    """gather took fewer, and left the other pictures without guidance."""
-    step = prepare("guided-diffusion", classifier(), pictures(), RecipeOptions())
+@pytest.mark.parametrize("recipe", ["fgsm", "pgd", "guided-diffusion"])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda label: label[:1], r"label has shape \(1,\), expected \(3,\): a class for each sample"),
+        (lambda label: label[:, None], r"label has shape \(3, 1\)"),
+        (lambda label: label.float(), "label is of torch.float32, expected an int64 tensor of classes"),
+        (lambda label: label.tolist(), "label is a list"),
+        (lambda label: label + 4, "label holds a class that the network does not have, it has 4"),
+        (lambda label: label - 5, "label holds a class that the network does not have"),
+    ],
+)
+def test_labels_are_one_class_for_each_picture(recipe: str, wrong, message: str) -> None:
+    step = prepare(recipe, classifier(), pictures(), RecipeOptions())
     *others, label = step.args
-    with pytest.raises(cg.ArgumentTypeError, match="label has 1 classes for 3 pictures"):
-        step.module(*others, label[:1])
+    with pytest.raises(cg.ArgumentTypeError, match=message):
+        step.module(*others, wrong(label))
+
+
+@pytest.mark.parametrize(("recipe", "name"), [("pgd", "original"), ("integrated-gradients", "baseline")])
+def test_what_lies_beside_the_pictures_has_their_shape(recipe: str, name: str) -> None:
+    """Two originals for one picture gave two pictures."""
+    module, (x, _, *labels), _ = vars(prepare(recipe, classifier(), pictures(), RecipeOptions(steps=2))).values()
+    whole = module(x, torch.zeros_like(x), *labels)
+    torch.testing.assert_close(module(x, torch.zeros(3, 1, 1), *labels), whole)
+    for wrong in (torch.zeros(2, 3, 12, 14), torch.zeros(1, 3, 3, 12, 14), torch.zeros(3, 12, 1, 14, 1)):
+        with pytest.raises(cg.ArgumentTypeError, match=rf"{name} has shape .*, expected \(3, 3, 12, 14\)"):
+            module(x, wrong, *labels)
+    with pytest.raises(cg.ArgumentTypeError, match=rf"{name} is a float, expected a tensor"):
+        module(x, 0.0, *labels)
 
 
 def test_a_layer_that_is_no_name_is_refused() -> None:

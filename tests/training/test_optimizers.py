@@ -26,6 +26,7 @@ OPTIONS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.Adam, {"lr": 0.01}),
     (torch.optim.Adam, {"lr": 0.01, "betas": (0.7, 0.95), "eps": 1e-5, "weight_decay": 0.1}),
     (torch.optim.Adam, {"lr": 0.01, "amsgrad": True, "maximize": True}),
+    (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.3, "decoupled_weight_decay": True}),
     (torch.optim.AdamW, {"lr": 0.01}),
     (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.3, "amsgrad": True}),
     (torch.optim.RMSprop, {"lr": 0.01}),
