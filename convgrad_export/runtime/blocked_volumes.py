@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..depth_planes import Pairs, all_taps, by_taps, reaching_planes, read_planes
+from .blocked_kernels import dense_kernel
 from .convolution_entries import INPUT, ConvolutionEntry
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def write_volume(writer: BlockedWriter, entry: ConvolutionEntry) -> None:
     else:
         read, written, sizes, results = g.in_channels, g.out_channels, g.input_size, g.output_size
     used = all_taps(pairs)
-    weight = _weight(writer, entry, used)
+    by_tap = writer.ints(written // writer.block, len(used), -1)
+    weight = writer.node("Reshape", [dense_kernel(writer, entry, used), by_tap], f"{entry.result}.weight.by_taps")
     planes = _planes(writer, operand, read, list(sizes))
     parts, order = [], []
     for number, (taps, chosen) in enumerate(by_taps(pairs).items()):
@@ -67,30 +69,3 @@ def _planes(writer: BlockedWriter, name: str, channels: int, size: list[int]) ->
         blocked = writer.reorder_input(images, f"{name}.planes_blocked")
         writer.node("Reshape", [blocked, writer.ints(-1, size[0], channels * math.prod(size[1:]))], result)
     return result
-
-
-def _weight(writer: BlockedWriter, entry: ConvolutionEntry, used: list[int]) -> str:
-    """The weight's used depth taps as (O/B, taps, I/B * K[1:] * B * B), of the Conv that is to run.
-
-    As `BlockedWriter._weight` has it: whole blocks are moved, or one axis to an end.
-    """
-    g, block, stem, weight = entry.geometry, writer.block, f"{entry.result}.weight", entry.operands[1]
-    outputs, inputs, depth, flat = g.out_channels, g.in_channels, g.kernel_size[0], math.prod(g.kernel_size[1:])
-    if entry.kind == INPUT:
-        rows = writer.node("Reshape", [weight, writer.ints(outputs * inputs, depth * flat)], f"{stem}.flat")
-        rows = writer.node("Transpose", [rows], f"{stem}.taps_first", perm=[1, 0])
-        order = [tap * flat + inner for tap in used for inner in range(flat - 1, -1, -1)]
-        rows = writer.node("Gather", [rows, writer.ints(*order)], f"{stem}.reversed", axis=0)
-        split = writer.ints(len(used), flat, outputs // block, block, inputs // block, block)
-        perm, outputs = [4, 0, 2, 1, 3, 5], inputs
-    else:
-        rows = weight
-        if len(used) < depth:
-            rows = writer.node("Gather", [rows, writer.ints(*used)], f"{stem}.used", axis=2)
-        image = writer.node("Reshape", [rows, writer.ints(1, outputs, inputs, len(used) * flat)], f"{stem}.image")
-        rows = writer.reorder_input(image, f"{stem}.lanes")  # (O/B, I, K, B)
-        split = writer.ints(outputs // block, inputs // block, block, len(used), flat, block)
-        perm = [0, 3, 1, 4, 2, 5]
-    rows = writer.node("Reshape", [rows, split], f"{stem}.split")
-    rows = writer.node("Transpose", [rows], f"{stem}.inner", perm=perm)
-    return writer.node("Reshape", [rows, writer.ints(outputs // block, len(used), -1)], f"{stem}.by_taps")

@@ -78,13 +78,10 @@ def _grad_output_as_kernel(writer: BlockedWriter, entry: ConvolutionEntry, parts
     kernel = writer.block_tensor(entry.operands[0], g.out_channels, g.output_size)
     filters, positions, samples = g.out_channels // block, math.prod(g.output_size), g.batch // parts
     if g.batch < block:
-        axes, perm = [g.batch, filters, positions * block], [1, 0, 2]
+        axes = {"n": g.batch, "m": filters, "p": positions * block}
     else:
-        axes, perm = [parts, samples // block, block, filters, positions, block], [0, 3, 1, 4, 2, 5]
-    moved = [axis for axis in perm if axes[axis] > 1]
-    if moved != sorted(moved):
-        kernel = writer.node("Reshape", [kernel, writer.ints(*axes)], f"{stem}.kernel_axes")
-        kernel = writer.node("Transpose", [kernel], f"{stem}.kernel_blocks", perm=perm)
+        axes = {"t": parts, "n": samples // block, "q": block, "m": filters, "p": positions, "b": block}
+    kernel = writer.rearranged(kernel, axes, "tmnpqb", f"{stem}.kernel")
     shape = writer.ints(parts * g.out_channels, samples, *_rows_and_rest(g.output_size))
     return writer.node("Reshape", [kernel, shape], f"{stem}.kernel")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from .blocked_kernels import dense_kernel, narrow_kernel
 from .blocked_volumes import write_volume
 from .blocked_weights import write_dense_weight, write_depthwise_weight
 from .convolution_entries import (
@@ -99,50 +100,46 @@ class BlockedWriter:
             self.reorder_input(self._plane_tensor(name, channels, size), blocked)
         return blocked
 
-    def _weight(self, entry: ConvolutionEntry, name: str) -> str:
-        """The weight as (O/B, I/B, K, B, B), of the Conv that is to run, in the shape that the operator wants to see.
+    def rearranged(self, name: str, axes: Mapping[str, int], order: str, stem: str) -> str:
+        """A tensor, read as these axes (a letter and a size each), with them in the order of the letters.
 
-        A depthwise one, and one of fewer than B input channels, is (O/B, I, K, B). An input gradient's Conv takes the
-        kernel reversed, and the channels the other way round. Every step moves whole blocks, or one axis to an end:
-        for anything else onnxruntime's Transpose and Gather take ten times as long.
+        Axes of one element are left out, so that onnxruntime sees where one axis, or whole blocks, are moved. The shape
+        of the result is open.
         """
+        sizes = {letter: size for letter, size in axes.items() if size > 1}
+        letters, wanted = list(sizes), [letter for letter in order if letter in sizes]
+        if letters == wanted:
+            return name
+        split = self.node("Reshape", [name, self.ints(*sizes.values())], f"{stem}.axes")
+        return self.node("Transpose", [split], f"{stem}.moved", perm=[letters.index(letter) for letter in wanted])
+
+    def _weight(self, entry: ConvolutionEntry) -> str:
+        """The weight, in the shape that the operator wants to see."""
         g = entry.geometry
-        taps, block, stem = int(np.prod(g.kernel_size)), self.block, f"{entry.result}.weight"
-        groups, outputs, inputs = g.groups, g.out_channels, g.in_channels_per_group
-        if entry.kind == INPUT and inputs >= block:
-            flat = self.node("Reshape", [name, self.ints(outputs * inputs, taps)], f"{stem}.flat")
-            first = self.node("Transpose", [flat], f"{stem}.taps_first", perm=[1, 0])
-            first = self.node("Gather", [first, self.ints(*range(taps - 1, -1, -1))], f"{stem}.reversed", axis=0)
-            split = self.ints(taps, groups, outputs // groups // block, block, inputs // block, block)
-            first = self.node("Reshape", [first, split], f"{stem}.split")
-            inner = self.node("Transpose", [first], f"{stem}.inner", perm=[1, 4, 2, 0, 3, 5])
-            outputs, inputs = inputs * groups, outputs // groups
+        outputs, inputs = g.out_channels, g.in_channels_per_group
+        if inputs < self.block:
+            kernel = narrow_kernel(self, entry)
         else:
-            image = self.node("Reshape", [name, self.ints(1, outputs, inputs, taps)], f"{stem}.image")
-            inner = self.reorder_input(image, f"{stem}.lanes")  # (O/B, I, K, B)
-            if inputs >= block:
-                split = self.ints(outputs // block, inputs // block, block, taps, block)
-                inner = self.node("Reshape", [inner, split], f"{stem}.split")
-                inner = self.node("Transpose", [inner], f"{stem}.inner", perm=[0, 1, 3, 2, 4])
-            elif entry.kind == INPUT:
-                inner = self.node("Reshape", [inner, self.ints(outputs // block, taps, block)], f"{stem}.split")
-                inner = self.node("Gather", [inner, self.ints(*range(taps - 1, -1, -1))], f"{stem}.reversed", axis=1)
-        return self.node("Reshape", [inner, self.ints(outputs, inputs, *plane_of(g.kernel_size))], f"{stem}.blocked")
+            kernel = dense_kernel(self, entry)
+            if entry.kind == INPUT:
+                outputs, inputs = inputs * g.groups, outputs // g.groups
+        shape = self.ints(outputs, inputs, *plane_of(g.kernel_size))
+        return self.node("Reshape", [kernel, shape], f"{entry.result}.weight.blocked")
 
     def _forward(self, entry: ConvolutionEntry) -> None:
         g = entry.geometry
-        x, w, *bias = entry.operands
+        x, _, *bias = entry.operands
         few = g.groups == 1 and g.in_channels < self.block  # then the operator reads rows as they are
         convert = self._plane_tensor if few else self.block_tensor
-        self._image(entry, [convert(x, g.in_channels, g.input_size), self._weight(entry, w), *bias])
+        self._image(entry, [convert(x, g.in_channels, g.input_size), self._weight(entry), *bias])
 
     def _input_gradient(self, entry: ConvolutionEntry) -> None:
         g = entry.geometry
-        grad_output, w = entry.operands
+        grad_output = entry.operands[0]
         data = self.block_tensor(grad_output, g.out_channels, g.output_size)
         if set(g.stride) != {1}:
             data = self._spread(entry, data)
-        self._image(entry, [data, self._weight(entry, w)])
+        self._image(entry, [data, self._weight(entry)])
 
     def _spread(self, entry: ConvolutionEntry, blocked: str) -> str:
         """`stride` - 1 zeros behind each element of a blocked (N, C, H, W), along both axes."""
