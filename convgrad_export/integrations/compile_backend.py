@@ -34,7 +34,7 @@ def convgrad(
     from torch._inductor import config, list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    from .fx_pass import RewriteConvolutionBackwardPass
+    from .fx_pass import RewriteConvolutionBackwardPass, in_order
 
     settings = dict(options or {})
     rewrite = RewriteConvolutionBackwardPass(settings.pop("lowering", AUTO))
@@ -42,7 +42,8 @@ def convgrad(
     name = "post_grad_custom_pre_pass"
     others = patches.get(name, getattr(config, name))
     passes = [] if others is None else list(others) if isinstance(others, (list, tuple)) else [others]
-    compiled: Any = compile_fx(graph_module, list(example_inputs), config_patches={**patches, name: [*passes, rewrite]})
+    patches[name] = in_order([*passes, rewrite])
+    compiled: Any = compile_fx(graph_module, list(example_inputs), config_patches=patches)
     return compiled
 
 

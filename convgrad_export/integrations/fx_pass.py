@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
@@ -125,6 +126,29 @@ class RewriteConvolutionBackwardPass(CustomGraphPass):
     def uuid(self) -> str:
         """Changes with this package's sources, the policy and what was measured: no stale compiled graph is taken."""
         return f"convgrad_export:{self.lowering}:{source_hash()}:{aten_measurements.digest()}"
+
+
+class _Sequence(CustomGraphPass):
+    """Several passes as one."""
+
+    def __init__(self, passes: Sequence[Callable[[torch.fx.Graph], Any]]) -> None:
+        self.passes = passes
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for each in self.passes:
+            each(graph)
+
+    def uuid(self) -> Any:
+        found = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.passes]
+        return None if None in found else found  # None: what the pass compiles is not cached
+
+
+def in_order(passes: Sequence[Callable[[torch.fx.Graph], Any]]) -> Any:
+    """Passes as Inductor's setting for custom passes, which takes one alone in torch 2.11."""
+    if len(passes) == 1:
+        return passes[0]
+    several = hasattr(custom_graph_pass, "get_custom_graph_passes")
+    return list(passes) if several else _Sequence(passes)
 
 
 def decomposition_table(*, lowering: str = AUTO) -> dict[Any, Callable[..., Any]]:

@@ -13,11 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
+from torch._inductor import custom_graph_pass
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import checkpoint
 
 import convgrad_export as cg
 from convgrad_export.integrations import ort_partition
 from convgrad_export.integrations.compile_backend import convgrad, convgrad_ort
+from convgrad_export.integrations.fx_pass import in_order
 from convgrad_export.integrations.ort_graph import OrtGraph
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,6 +149,45 @@ def test_portable_option_leaves_no_convolution_backward(monkeypatch):
     assert not any(seen)
     for got, want in zip(ours, expected, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5 * want.abs().max().item())
+
+
+class CountingPass(CustomGraphPass):
+    """How many convolution gradients each graph holds when it is run."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.seen.append(len(graph.find_nodes(op="call_function", target=torch.ops.aten.convolution_backward.default)))
+
+    def uuid(self) -> None:
+        return None  # nothing of it is cached, so that every compilation calls it
+
+
+@pytest.mark.parametrize("several", [True, False], ids=["as-torch", "one-pass-only"])
+def test_the_users_own_passes_run_before_the_rewrite(several, monkeypatch):
+    """torch 2.11 takes a single pass where later ones take a list."""
+    if not several:
+        monkeypatch.delattr(custom_graph_pass, "get_custom_graph_passes", raising=False)
+    own, model = CountingPass(), nn.Conv2d(2, 4, 2, stride=2)
+    x = torch.randn(2, 2, 4, 4)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    options = {"lowering": "portable", "post_grad_custom_pre_pass": own}
+    caches = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+    with torch._inductor.config.patch(caches), torch._functorch.config.patch(enable_autograd_cache=False):
+        compiled = torch.compile(model, backend=convgrad, options=options)
+        ours = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+    assert own.seen == [0, 1]  # forward, backward
+    torch.testing.assert_close(ours, expected)
+
+
+def test_passes_in_order_are_cached_only_if_all_are(monkeypatch):
+    monkeypatch.delattr(custom_graph_pass, "get_custom_graph_passes", raising=False)
+    rewrite = cg.RewriteConvolutionBackwardPass()
+    assert in_order([rewrite]) is rewrite
+    assert in_order([rewrite, rewrite]).uuid() == [rewrite.uuid()] * 2
+    assert in_order([CountingPass(), rewrite]).uuid() is None
+    assert in_order([lambda graph: None, rewrite]).uuid() is None
 
 
 def test_dynamic_batch_is_compiled_once(graphs):
