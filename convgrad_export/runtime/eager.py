@@ -252,6 +252,10 @@ def differentiable(
 ) -> dict[str, Any]:
     """`compute`, recorded by autograd where a torch operand requires a gradient, has a tangent, or is a transform's."""
     if tensors.is_torch(operands["grad_output"]) and any(map(_is_differentiated, operands.values())):
+        if tensors.in_functionalize():
+            from .by_torch import gradients_by_torch
+
+            return gradients_by_torch(geometry, gradients, operands)
         from .second_order import compute_recorded
 
         return compute_recorded(geometry, gradients, operands, lowering, providers)

@@ -64,6 +64,15 @@ def is_transformed(value: Any) -> bool:
     return bool(sys.modules["torch"]._C._functorch.is_functorch_wrapped_tensor(value))
 
 
+def in_functionalize() -> bool:
+    """Whether `torch.func.functionalize` is among the active transforms: it has no rule for autograd Functions."""
+    functorch = sys.modules["torch"]._C._functorch
+    return any(
+        interpreter.key() == functorch.TransformType.Functionalize
+        for interpreter in functorch.get_interpreter_stack() or ()
+    )
+
+
 def is_readable(value: Any) -> bool:
     """Whether a torch tensor's elements lie in its memory, and no tracer records what is done with them.
 

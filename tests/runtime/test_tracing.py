@@ -89,6 +89,29 @@ def test_batched_derivatives_of_torchs_older_vmap(strategy: str) -> None:
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize(("function", "operands"), CASES)
+def test_functionalize_records_the_operator_too(
+    function: Callable[..., Any], operands: tuple[torch.Tensor, ...]
+) -> None:
+    def loss(*values: torch.Tensor) -> torch.Tensor:
+        results = function(*values)
+        return sum(value.square().sum() for value in (results if isinstance(results, tuple) else (results,)))
+
+    others = tuple(torch.randn_like(value) for value in operands)
+    for wrapped in (function, loss, torch.func.grad(loss)):
+        found = torch.func.functionalize(wrapped)
+        torch.testing.assert_close(found(*others), wrapped(*others), rtol=1e-4, atol=1e-4)
+        traced = make_fx(found)(*operands)
+        targets = [node.target for node in traced.graph.nodes]
+        assert torch.ops.aten.convolution_backward.default in targets
+        torch.testing.assert_close(traced(*others), wrapped(*others), rtol=1e-4, atol=1e-4)
+    outer = torch.func.grad(lambda first: torch.func.functionalize(loss)(first, *others[1:]))
+    torch.testing.assert_close(outer(others[0]), torch.func.grad(loss)(*others), rtol=1e-4, atol=1e-4)
+    parameter = others[0].clone().requires_grad_()  # closed over: not one of the transform's own tensors
+    found = torch.func.functionalize(lambda *rest: function(parameter, *rest))(*others[1:])
+    torch.testing.assert_close(found, function(*others), rtol=1e-4, atol=1e-4)
+
+
 def test_a_session_refuses_tensors_that_it_cannot_read() -> None:
     session = cg.GradientSession(cg.build_model("conv1d_input", input_shape=(1, 1, 6), weight_shape=(1, 1, 2)))
     weight, grad = torch.ones(1, 1, 2), torch.ones(1, 1, 5)
