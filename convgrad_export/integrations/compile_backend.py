@@ -30,15 +30,26 @@ def convgrad(
         mode: as with Inductor.
         options: ``{"lowering": ...}`` as in `RewriteConvolutionBackwardPass`: by default a gradient is rewritten only
             where a lowering was measured to be faster; ``"portable"`` rewrites all. Other keys are Inductor's.
+
+    Raises:
+        ArgumentTypeError: an unknown mode or option, or one of the wrong type. UnsupportedLoweringError: no lowering of
+            that name.
     """
-    from torch._inductor import config, list_mode_options
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     from .fx_pass import RewriteConvolutionBackwardPass, in_order
 
-    settings = dict(options or {})
-    rewrite = RewriteConvolutionBackwardPass(settings.pop("lowering", AUTO))
-    patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **settings}
+    lowering, settings = _lowering_and_others(options)
+    rewrite = RewriteConvolutionBackwardPass(lowering)
+    try:  # Inductor's own reading: a name may be written with dashes, and types are checked
+        patches = dict(torch._TorchCompileInductorWrapper(mode, settings, None).config)
+    except RuntimeError as error:
+        reason = str(error).split(", known options are")[0]
+        raise ArgumentTypeError(
+            f"mode is {mode!r}, options has {settings!r:.200}, expected 'lowering' and what Inductor takes "
+            f"(torch._inductor.list_mode_options, list_options): {reason}"
+        ) from error
     name = "post_grad_custom_pre_pass"
     others = patches.get(name, getattr(config, name))
     passes = [] if others is None else list(others) if isinstance(others, (list, tuple)) else [others]
@@ -76,8 +87,8 @@ def convgrad_ort(
 
     if mode not in (None, "default"):
         raise ArgumentTypeError(f"mode is {mode!r}, expected None: convgrad_ort has no modes")
-    settings = dict(options or {})
-    lowering = check_name(settings.pop("lowering", AUTO))
+    lowering, settings = _lowering_and_others(options)
+    check_name(lowering)
     if settings:
         raise ArgumentTypeError(f"options holds {sorted(settings)}, expected 'lowering' only")
 
@@ -101,3 +112,15 @@ def convgrad_ort(
         partition_fn=default_partition,
     )
     return backend(graph_module, example_inputs)
+
+
+def _lowering_and_others(options: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    """The value of "lowering", and the settings beside it.
+
+    Raises:
+        ArgumentTypeError: not a mapping from names.
+    """
+    if options is not None and not (isinstance(options, Mapping) and all(isinstance(key, str) for key in options)):
+        raise ArgumentTypeError(f"options is {options!r:.80}, expected a dict such as {{'lowering': 'portable'}}")
+    settings = dict(options or {})
+    return settings.pop("lowering", AUTO), settings

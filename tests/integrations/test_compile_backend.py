@@ -420,6 +420,11 @@ def test_rounded_halves_on_onnxruntime_match_eager_bfloat16_values(graphs):
         (convgrad_ort, {"mode": "max-autotune"}, "max-autotune"),
         (convgrad_ort, {"options": {"lowering": "no.such"}}, "no.such"),
         (convgrad, {"options": {"lowering": "no.such"}}, "no.such"),
+        (convgrad, {"options": {"lowring": "auto"}}, "Unexpected optimization option lowring"),
+        (convgrad, {"options": {"max_autotune": "yes"}}, "max_autotune, got str should be bool"),
+        (convgrad, {"mode": "no-such"}, "mode is 'no-such', .*max-autotune"),
+        (convgrad, {"options": "portable"}, "options is 'portable', expected a dict"),
+        (convgrad_ort, {"options": "portable"}, "options is 'portable', expected a dict"),
     ],
 )
 def test_unknown_settings_are_refused(backend, settings, error):
@@ -427,6 +432,13 @@ def test_unknown_settings_are_refused(backend, settings, error):
         torch.compile(nn.Conv1d(1, 1, 1), backend=backend, **settings)(torch.randn(1, 1, 3))
     causes = [caught.value, caught.value.__cause__, getattr(caught.value, "inner_exception", None)]
     assert any(isinstance(cause, cg.ConvGradError) for cause in causes)
+
+
+def test_inductors_options_may_be_written_with_dashes(monkeypatch):
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda _m, _x, config_patches: config_patches)
+    patches = convgrad(None, [], options={"epilogue-fusion": False, "lowering": "portable"})
+    assert patches.pop("post_grad_custom_pre_pass")[-1].lowering == "portable"
+    assert patches == {"epilogue_fusion": False}
 
 
 PROGRAM = """
