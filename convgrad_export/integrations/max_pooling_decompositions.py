@@ -22,10 +22,14 @@ aten = torch.ops.aten
 
 def _scatter_to_indices(grad: Tensor, x: Tensor, indices: Tensor, rank: int) -> Tensor:
     """Add `grad` at the positions `indices` (into the flattened spatial axes) of zeros shaped like `x`."""
-    lead = x.shape[: x.dim() - rank]
-    flat = x.reshape([*lead, -1])
-    zeros = torch.zeros_like(flat)
-    return aten.scatter_add(zeros, -1, indices.reshape([*lead, -1]), grad.reshape([*lead, -1])).reshape(x.shape)
+    zeros = torch.zeros_like(_flat(x, rank))
+    return aten.scatter_add(zeros, -1, _flat(indices, rank), _flat(grad, rank)).reshape(x.shape)
+
+
+def _flat(x: Tensor, rank: int) -> Tensor:
+    """The spatial axes as one. Not by -1, which divides by the size of the other axes: an empty batch is 0 long."""
+    lead, spatial = x.shape[: x.dim() - rank], x.shape[x.dim() - rank :]
+    return x.reshape([*lead, math.prod(spatial)])
 
 
 def max_pool2d_backward(
@@ -84,14 +88,17 @@ def _adaptive_max_pool_backward(rank: int) -> Callable[[Tensor, Tensor, Tensor],
     return backward
 
 
-def _adaptive_windows(size: int, outputs: int) -> tuple[list[list[int]], int]:
-    """Per output the positions of its window, filled up by repeating the last one (which changes no maximum)."""
-    windows = []
-    for o in range(outputs):
-        start, stop = (o * size) // outputs, -((-(o + 1) * size) // outputs)
-        windows.append(list(range(start, stop)))
-    longest = max(len(w) for w in windows)
-    return [w + [w[-1]] * (longest - len(w)) for w in windows], longest
+def _adaptive_windows(size: int, outputs: int, device: torch.device) -> Tensor:
+    """(outputs, longest): the positions of each window, filled up with its last one, which changes no maximum.
+
+    By arithmetic, as AOTAutograd takes no graph in which torch.tensor made a constant.
+    """
+    bounds = [((o * size) // outputs, -((-(o + 1) * size) // outputs)) for o in range(outputs)]
+    longest = max(stop - start for start, stop in bounds)
+    rows = torch.arange(outputs, device=device).unsqueeze(1)
+    start = (rows * size) // outputs
+    stop = ((rows + 1) * size + outputs - 1) // outputs
+    return torch.minimum(start + torch.arange(longest, device=device), stop - 1)
 
 
 def adaptive_max_pool(x: Tensor, output_size: list[int]) -> tuple[Tensor, Tensor]:
@@ -100,25 +107,22 @@ def adaptive_max_pool(x: Tensor, output_size: list[int]) -> tuple[Tensor, Tensor
     sizes = x.shape[x.dim() - rank :]
     if not all(isinstance(size, int) for size in sizes):
         return NotImplemented
-    plans = [_adaptive_windows(size, outputs) for size, outputs in zip(sizes, output_size, strict=True)]
+    plans = [_adaptive_windows(size, outputs, x.device) for size, outputs in zip(sizes, output_size, strict=True)]
     # Flattened position of every window element: (*outputs, *longest)
     position = torch.zeros([1] * (2 * rank), dtype=torch.int64, device=x.device)
-    step = 1
+    step = count = 1
     for axis in reversed(range(rank)):
-        windows, longest = plans[axis]
+        longest = plans[axis].shape[1]
         shape = [1] * (2 * rank)
         shape[axis], shape[rank + axis] = output_size[axis], longest
-        position = position + torch.tensor(windows, dtype=torch.int64, device=x.device).reshape(shape) * step
-        step *= sizes[axis]
-    count = 1
-    for _, longest in plans:
-        count *= longest
+        position = position + plans[axis].reshape(shape) * step
+        step, count = step * sizes[axis], count * longest
     outputs = 1
     for length in output_size:
         outputs *= length
     position = position.reshape([outputs, count])
     lead = x.shape[: x.dim() - rank]
-    gathered = x.reshape([*lead, -1])[..., position]
+    gathered = _flat(x, rank)[..., position]
     best = gathered.argmax(-1, keepdim=True)
     values = gathered.gather(-1, best).squeeze(-1).reshape([*lead, *output_size])
     where = position.expand(gathered.shape).gather(-1, best).squeeze(-1).reshape([*lead, *output_size])

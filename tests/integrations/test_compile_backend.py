@@ -483,7 +483,14 @@ class Channels(nn.Module):
         return self.conv(x)[:, [0, 2]] * torch.tensor([0.5])
 
 
-@pytest.mark.parametrize("make", [Channels, lambda: nn.ConvTranspose2d(3, 4, 3, output_padding=1, dilation=2)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Channels,
+        lambda: nn.ConvTranspose2d(3, 4, 3, output_padding=1, dilation=2),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(3, 1, 1), nn.AdaptiveMaxPool2d((3, 2))),
+    ],
+)
 @pytest.mark.parametrize(
     ("size", "dtype"), [(0, torch.float32), (0, torch.bfloat16), (1, torch.float32), (4, torch.float32)]
 )
