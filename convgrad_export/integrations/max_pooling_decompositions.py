@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from convgrad_export.integrations.activation_decompositions import masked
-from convgrad_export.integrations.pooling_decompositions import along_axis, per_axis
+from convgrad_export.integrations.pooling_decompositions import along_axis, is_empty, per_axis
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ def max_pool2d_backward(
     kernel = per_axis(kernel_size, 2)
     strides, pads, dilations = per_axis(stride, 2) if stride else kernel, per_axis(padding, 2), per_axis(dilation, 2)
     side_by_side = kernel == strides and not any(pads) and dilations == [1, 1] and not ceil_mode
-    if not side_by_side or x.dim() != 4 or x.dtype != torch.float32 or math.prod(kernel) == 1:
+    if not side_by_side or x.dim() != 4 or x.dtype != torch.float32 or math.prod(kernel) == 1 or is_empty(x):
         return _scatter_to_indices(grad, x, indices, 2)
     covered = [grad.shape[axis] * kernel[axis] for axis in (-2, -1)]
     highest = aten.max_pool2d_with_indices(x, kernel_size, stride, padding, dilation, ceil_mode)[0]

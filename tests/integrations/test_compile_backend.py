@@ -489,6 +489,8 @@ class Channels(nn.Module):
         Channels,
         lambda: nn.ConvTranspose2d(3, 4, 3, output_padding=1, dilation=2),
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(3, 1, 1), nn.AdaptiveMaxPool2d((3, 2))),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.AvgPool2d(2)),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.MaxPool1d(4), nn.AvgPool1d(3)),
     ],
 )
 @pytest.mark.parametrize(
