@@ -35,6 +35,11 @@ def compute_recorded(
     return dict(zip(gradients, results, strict=True))
 
 
+def _shape(geometry: ConvGeometry, gradient: str) -> tuple[Any, ...]:
+    shapes = {"input": geometry.input_shape, "weight": geometry.weight_shape, "bias": (geometry.out_channels,)}
+    return shapes[gradient]
+
+
 class _ConvolutionBackward(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -68,7 +73,6 @@ class _ConvolutionBackward(torch.autograd.Function):
         geometry: ConvGeometry = ctx.geometry
         operands = dict(zip(("input", "weight", "grad_output"), ctx.saved_tensors, strict=True))
         moving = dict(zip(operands, tangents[4:], strict=True))
-        sizes = {"input": geometry.input_shape, "weight": geometry.weight_shape, "bias": (geometry.out_channels,)}
         results = []
         for gradient in ctx.gradients:
             names = [*{"input": ["weight"], "weight": ["input"], "bias": []}[gradient], "grad_output"]
@@ -83,7 +87,7 @@ class _ConvolutionBackward(torch.autograd.Function):
                 for moved in names
                 if moving[moved] is not None
             ]
-            still = operands["grad_output"].new_zeros(sizes[gradient])
+            still = operands["grad_output"].new_zeros(_shape(geometry, gradient))
             results.append(sum(terms[1:], terms[0]) if terms else still)
         return tuple(results)
 
@@ -99,7 +103,11 @@ class _ConvolutionBackward(torch.autograd.Function):
             )
             for index in range(info.batch_size)
         ]
-        stacked = tuple(torch.stack(values) for values in zip(*runs, strict=True))
+        if runs:
+            stacked = tuple(torch.stack(values) for values in zip(*runs, strict=True))
+        else:
+            geometry, gradients, *_, grad_output = arguments
+            stacked = tuple(grad_output.new_zeros((0, *_shape(geometry, gradient))) for gradient in gradients)
         return stacked, (0,) * len(stacked)
 
     @staticmethod

@@ -253,6 +253,16 @@ def test_forward_mode_and_torch_func_agree_with_torch() -> None:
     assert all(value is None or not value.any() for value in tangents[1:])
 
 
+def test_vmap_over_no_samples_gives_no_gradients() -> None:
+    x, w, g = torch.randn(2, 4, 6), torch.randn(0, 6, 2, 3), torch.randn(2, 6, 4)
+    every = torch.func.vmap(
+        lambda w: cg.convolution_backward(g, x, w, [6], 1, 0, 1, False, 0, 2, [True, True, True]), out_dims=(0, 0, 0)
+    )(w)
+    assert [value.shape for value in every] == [(0, 2, 4, 6), (0, 6, 2, 3), (0, 6)]
+    along = torch.func.vmap(lambda w: torch.func.jvp(lambda w: cg.conv1d_input((2, 4, 6), w, g, groups=2), (w,), (w,)))
+    assert [value.shape for value in along(w)] == [(0, 2, 4, 6)] * 2
+
+
 def test_a_session_refuses_a_tensor_of_a_transform() -> None:
     session = cg.GradientSession(cg.build_model("conv1d_input", input_shape=(1, 1, 6), weight_shape=(1, 1, 2)))
     run = lambda w: session.run({"weight": w, "grad_output": torch.ones(1, 1, 5)})["grad_input"].sum()  # noqa: E731
