@@ -85,6 +85,7 @@ class OnnxModule(nn.Module):
                 f"the ONNX model is of opset {self._opset}, expected {_OLDEST_OPSET} or later: export it again"
             )
         _check_values(model.graph)
+        _check_statistics(model.graph)
         self._graph = model.graph
         self._where: dict[str, str] = {}
         # Constants stay outside of the module: what is a buffer would be traced, and sizes have to be numbers.
@@ -239,6 +240,32 @@ def _check_values(graph: Any) -> None:
         raise UnsupportedOperatorError(
             f"the ONNX model reads {', '.join(sorted(read - made))}, which is no node's first output: it cannot be "
             "trained from this form. Give the torch module itself instead"
+        )
+
+
+def _check_statistics(graph: Any) -> None:
+    """Refuse a BatchNormalization whose statistics are something else's too, or are computed.
+
+    Exporters that merge equal initializers make one of the scale and the variance of a new network, which are both 1:
+    training would take the one for the other.
+
+    Raises:
+        UnsupportedOperatorError: with the nodes and the statistics.
+    """
+    initializers = {tensor.name for tensor in graph.initializer}
+    weights = _weights(graph)
+    wrong = [
+        f"{node.name or node.output[0]}: {name}"
+        for node in graph.node
+        if node.op_type in _STATISTICS
+        for name in node.input[3:5]
+        if name not in initializers or name in weights
+    ]
+    if wrong:
+        raise UnsupportedOperatorError(
+            "the ONNX model has no running statistics of their own for BatchNormalization, only what a weight or "
+            f"another node holds: {', '.join(wrong)}. Export it for training (torch.onnx.export(..., dynamo=False, "
+            "training=torch.onnx.TrainingMode.TRAINING, do_constant_folding=False)), or give the torch module itself"
         )
 
 

@@ -75,3 +75,20 @@ def test_the_module_computes_what_onnxruntime_does(name: str) -> None:
 def test_models_of_other_kinds_are_refused(proto: onnx.ModelProto, message: str) -> None:
     with pytest.raises(cg.UnsupportedOperatorError, match=message):
         OnnxModule(proto)(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("scale", ["one", "again"], ids=["the very same", "through an Identity"])
+def test_statistics_that_are_a_weight_too_are_refused(scale: str) -> None:
+    """Exporters merge equal initializers, and a new BatchNorm has a scale of 1 and a variance of 1."""
+    proto = model(
+        node("Identity", ["one"], ["again"]),
+        node("BatchNormalization", ["x", scale, "shift", "mean", "one"], ["y"], name="bn"),
+        one=np.ones(3, np.float32),
+        shift=np.zeros(3, np.float32),
+        mean=np.zeros(3, np.float32),
+    )
+    with pytest.raises(cg.UnsupportedOperatorError, match=r"bn: one\. Export it for training"):
+        OnnxModule(proto)
+    proto.graph.node[1].input[4] = "again"
+    with pytest.raises(cg.UnsupportedOperatorError, match=r"bn: again\. Export it for training"):
+        OnnxModule(proto)
