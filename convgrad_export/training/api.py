@@ -326,7 +326,7 @@ class Optimizer:
             state.arrays[name.removesuffix(UPDATED)] = value
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        self._state.learning_rate = check_rate(learning_rate)
+        self._state.learning_rate = check_rate(learning_rate, dtype=self._rate_type)
 
     def get_learning_rate(self) -> float:
         return self._state.learning_rate
@@ -357,7 +357,7 @@ class LinearLRScheduler:
             optimizer,
             warmup_step_count,
             total_step_count,
-            check_rate(initial_lr, "initial_lr"),
+            check_rate(initial_lr, "initial_lr", optimizer._rate_type),
         )
         self.step()
 

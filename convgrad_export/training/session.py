@@ -89,11 +89,13 @@ class TrainingSession:
         self._carried = frozenset(cut.carried if cut else ())
         self._in_place = cut.in_place if cut else frozenset()
         self._metadata = training_metadata(self._phases[0].metadata)
-        self.learning_rate = check_rate(self._metadata["learning_rate"] if learning_rate is None else learning_rate)
         self.seed = check_seed(seed)
         self.stop_on_non_finite = stop_on_non_finite
         inputs = {name: value for phase in self._phases for name, value in phase.inputs.items()}
         self._inputs = {name: value for name, value in inputs.items() if name not in self._carried}
+        self._rate_type = self._dtype(LEARNING_RATE) if LEARNING_RATE in self._inputs else "float64"
+        rate = self._metadata["learning_rate"] if learning_rate is None else learning_rate
+        self.learning_rate = check_rate(rate, dtype=self._rate_type)
         outputs = [name for phase in self._phases for name in phase.outputs]
         state = [name for name in self._metadata["state"] if name in self._inputs]
         self.batch_names = tuple(n for n in self._inputs if n not in state and n not in _SETTINGS)
@@ -211,7 +213,8 @@ class TrainingSession:
                 an operator refuses (a label outside the classes); a learning rate that is no number. The state stays.
             NonFiniteLossError: with the step's number; the state stays.
         """
-        rate, seed = check_rate(self.learning_rate if learning_rate is None else learning_rate), check_seed(self.seed)
+        rate = check_rate(self.learning_rate if learning_rate is None else learning_rate, dtype=self._rate_type)
+        seed = check_seed(self.seed)
         if len(batch) > len(self.batch_names):
             raise ArgumentTypeError(
                 f"step got {len(batch)} arrays, expected {len(self.batch_names)}: {self.batch_names}"
@@ -282,14 +285,21 @@ def raise_refused(error: Exception, within: str) -> NoReturn:
     ) from error
 
 
-def check_rate(value: Any, name: str = "learning_rate") -> float:
-    """A learning rate; with not-a-number the state would be lost in a step whose loss is still finite."""
+def check_rate(value: Any, name: str = "learning_rate", dtype: str = "float64") -> float:
+    """A learning rate; with not-a-number the state would be lost in a step whose loss is still finite.
+
+    Args:
+        dtype: the type in which the model takes it. What this does not hold would be infinity there.
+    """
     try:
         rate = float(value)
     except (TypeError, ValueError):
         rate = math.nan
     if not math.isfinite(rate) or isinstance(value, str | bytes | bool):
         raise ArgumentTypeError(f"{name} is {value!r:.80}, expected a finite number")
+    largest = float(np.finfo(dtype).max)
+    if abs(rate) > largest:
+        raise ArgumentTypeError(f"{name} is {value!r:.80}, expected a number that {dtype} holds, {largest:.4g} at most")
     return rate
 
 

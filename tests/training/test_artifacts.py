@@ -599,6 +599,8 @@ def test_wrong_calls_are_refused(tmp_path: Path) -> None:
     _, module, optimizer = load(tmp_path)
     with pytest.raises(cg.ArgumentTypeError, match="before any training call"):
         optimizer.step()
+    with pytest.raises(cg.ArgumentTypeError, match="learning_rate is 1e\\+39, expected a number that float32 holds"):
+        optimizer.set_learning_rate(1e39)
     with pytest.raises(cg.ArgumentTypeError, match="takes 2 inputs"):
         module(np.zeros((1, 1, 8, 8), np.float32))
     with pytest.raises(cg.ArgumentTypeError, match="a label outside the classes"):

@@ -302,9 +302,11 @@ def test_an_option_that_the_provider_does_not_have_is_refused(step_file: Path) -
 def test_a_learning_rate_that_is_no_number_leaves_the_state(step_file: Path) -> None:
     session = cg.TrainingSession(step_file)
     before = session.state()
-    for rate in (float("nan"), float("inf"), "fast"):
+    for rate in (float("nan"), float("inf"), "fast", 1e39, -1e39):  # float32 makes infinity of the last two
         with pytest.raises(cg.ArgumentTypeError, match="learning_rate is"):
             session.step(*arrays(1)[0], learning_rate=rate)  # type: ignore[arg-type]
+        with pytest.raises(cg.ArgumentTypeError, match="learning_rate is"):
+            cg.TrainingSession(step_file, learning_rate=rate)  # type: ignore[arg-type]
     for name, value in session.state().items():
         np.testing.assert_array_equal(value, before[name])
 
