@@ -202,6 +202,23 @@ def embedding_backward_by_matmul(
     return torch.matmul(chosen.to(grad.dtype), grad.reshape([-1, grad.shape[-1]]))
 
 
+def traced_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    *_: bool,
+) -> Tensor:
+    """The convolution of a module from `torch.jit.trace`, which records the operator with cuDNN's options behind."""
+    result: Tensor = aten.convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+    return result
+
+
 def trilinear(
     i1: Tensor,
     i2: Tensor,
@@ -316,6 +333,7 @@ OWN: Table = {
     aten.diagonal_backward.default: diagonal_backward,
     aten.diagonal_scatter.default: diagonal_scatter,
     aten.unfold_backward.default: unfold_backward,
+    aten._convolution.default: traced_convolution,
     aten._trilinear.default: trilinear,
     aten.split.Tensor: split,
     aten.unsafe_split.Tensor: split,

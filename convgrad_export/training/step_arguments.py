@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import numbers
 from collections import Counter
@@ -128,7 +129,8 @@ def split_batch(
         raise ArgumentTypeError(f"args ends with {', '.join(strange)}, expected tensors for the loss's targets")
     loss.check_targets(targets)
     try:
-        inspect.signature(unwrapped(module).forward).bind(*inputs)
+        with contextlib.suppress(ValueError):  # a module from torch.jit.trace has no signature
+            inspect.signature(unwrapped(module).forward).bind(*inputs)
     except TypeError as error:
         raise ArgumentTypeError(
             f"args: {type(module).__name__}.forward does not take the first {len(inputs)} of {len(values)} values, the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 import convgrad_export as cg
 
-from .parity import Named, batches, small_network
+from .parity import Named, batches, small_network, train_in_pytorch
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,23 @@ def test_a_function_is_no_module() -> None:
     for loss in ("mse", nn.MSELoss()):
         with pytest.raises(cg.ArgumentTypeError, match=r"expected a torch.nn.Module instance"):
             cg.export_training_step(lambda x: x, loss, "sgd", batches(1)[0])  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_module_of_torch_jit_trace_is_a_module() -> None:
+    """It has no signature, so that its inputs are numbered, and it records its convolutions as another operator."""
+    torch.manual_seed(0)
+    data = batches(2, torch.float32)
+    eager = small_network(torch.float32)
+    traced = torch.jit.trace(copy.deepcopy(eager), data[0][0], check_trace=False)
+    traced.load_state_dict(eager.state_dict())
+    report = cg.export_training_step(traced, "cross_entropy", torch.optim.SGD(traced.parameters(), 0.1), data[0])
+    session = cg.TrainingSession(report.model, report.state)
+    assert session.batch_names == ("input_0", "target")
+    losses = [session.step(*batch)["loss"] for batch in data]
+    optimizer = torch.optim.SGD(eager.parameters(), 0.1)
+    expected = train_in_pytorch(eager, functional.cross_entropy, optimizer, data)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
 def test_two_inputs_of_one_name_are_refused() -> None:
