@@ -122,8 +122,11 @@ class TrainingSession:
 
         Raises:
             ModelFileError: a file that is damaged or of another model; names and shapes are listed. The state stays.
+            ArgumentTypeError: a mapping whose names are no texts, or whose values are no arrays.
         """
         if isinstance(checkpoint, Mapping):
+            if strange := [name for name in checkpoint if not isinstance(name, str)]:
+                raise ArgumentTypeError(f"checkpoint holds the name {strange[0]!r:.80}, expected texts: 'fc.weight'")
             aliases = self._metadata["aliases"]
             ordered = sorted(checkpoint.items(), key=lambda item: item[0] not in aliases)
             arrays = {aliases.get(name, name): tensors.view(value, name) for name, value in ordered}

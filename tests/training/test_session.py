@@ -323,6 +323,12 @@ def test_a_state_in_bfloat16_is_refused_by_name(step_file: Path) -> None:
         session.load(with_dropout().bfloat16().state_dict())
 
 
+def test_names_of_a_mapping_are_texts(step_file: Path) -> None:
+    session = cg.TrainingSession(step_file)
+    with pytest.raises(cg.ArgumentTypeError, match="checkpoint holds the name 3, expected texts"):
+        session.load({**session.state(), 3: np.zeros(1)})  # type: ignore[dict-item]
+
+
 def test_sizes_without_a_name_are_any(step_file: Path) -> None:
     model = onnx.load(step_file)
     for value in model.graph.input:
