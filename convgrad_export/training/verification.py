@@ -87,7 +87,7 @@ def verify_step(
         return {spec.name: torch.tensor(settings[spec.name](number), dtype=spec.value.dtype) for spec in given}
 
     def judge(inputs: Mapping[str, torch.Tensor]) -> dict[str, OutputError]:
-        return _compare(program, inputs, current, _run(runner, {**inputs, **current}, what), what)
+        return _compare(program, inputs, current, _run(runner, program, inputs, current, what), what)
 
     for number in range(steps + REDRAWS):
         if number >= steps and not undecided(program, errors):
@@ -96,7 +96,7 @@ def verify_step(
             values = torch.from_numpy(random.standard_normal(tuple(state[name].shape)))
             current[name] = values.to(state[name].dtype)
         inputs = {spec.name: fresh_input(spec, spec.value.shape, random) for spec in batch} | others(number)
-        actual = _run(runner, {**inputs, **current}, what)
+        actual = _run(runner, program, inputs, current, what)
         errors = merged(errors, _compare(program, inputs, current, actual, what))
         updated = {n.removesuffix(UPDATED): np.array(value) for n, value in actual.items() if n.endswith(UPDATED)}
         if not any(np.isnan(value).any() for value in updated.values()):  # or the next runs would be NaN too
@@ -105,10 +105,18 @@ def verify_step(
     return other_sizes(program, batch, random, judge, errors, others(steps))
 
 
-def _run(runner: Any, feeds: Mapping[str, torch.Tensor], what: str) -> dict[str, np.ndarray]:
+def _run(
+    runner: Any,
+    program: CapturedProgram,
+    inputs: Mapping[str, torch.Tensor],
+    current: Mapping[str, torch.Tensor],
+    what: str,
+) -> dict[str, np.ndarray]:
+    feeds = {**inputs, **current}
     try:
         result: dict[str, np.ndarray] = runner.run({name: as_numpy(feeds[name]) for name in runner.input_names})
     except Exception as refused:
+        run_eagerly(_with_values(program, current), inputs, torch.float64)  # says so where PyTorch refuses it too
         raise VerificationError(f"the {what} fails on a batch that PyTorch takes: {refused}") from refused
     return result
 
