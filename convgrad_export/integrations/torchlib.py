@@ -46,6 +46,7 @@ def registry() -> Any:
     result.register_op(aten.scalar_tensor.default, _scalar_tensor)
     result.register_op(aten.max_pool2d_with_indices.default, _max_pool_with_indices(2))
     result.register_op(aten.max_pool3d_with_indices.default, _max_pool_with_indices(3))
+    result.register_op(aten.native_group_norm.default, _group_norm)
     for target, function in random_translations.TABLE.items():
         result.register_op(target, function)
     for division in (aten.div.Tensor_mode, aten.div.Scalar_mode):
@@ -142,6 +143,40 @@ def _batch_norm_inference(otherwise: Callable[..., Any]) -> Callable[..., Any]:
         return result, empty, empty
 
     return batch_norm_inference
+
+
+def _group_norm(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    samples: Any,
+    channels: Any,
+    positions: Any,
+    group: int,
+    eps: float,
+) -> tuple[Any, Any, Any]:
+    """Output, and each group's mean and reciprocal deviation, as torch.onnx's translation computes them.
+
+    That one leaves the size of a group open in its shapes, and no runtime finds it out for an empty batch.
+    """
+    axes: Any = op.Constant(value_ints=[2])
+    batch = op.Shape(x, start=0, end=1)
+    groups: Any = op.Constant(value_ints=[group])
+    size = op.Div(op.ReduceProd(op.Shape(x, start=1), keepdims=1), groups)
+    grouped = op.Reshape(x, op.Concat(batch, groups, size, axis=0), allowzero=1)
+    ones, zeros = (op.Expand(_number(x, value), groups) for value in (1.0, 0.0))
+    normal = op.InstanceNormalization(grouped, ones, zeros, epsilon=eps)
+    out = op.Reshape(normal, op.Shape(x), allowzero=1)
+    inner: Any = op.Constant(value_ints=list(range(1, len(x.shape) - 1)))
+    if weight is not None:
+        out = op.Mul(out, op.CastLike(op.Unsqueeze(weight, inner), out))  # float32 beside half pictures
+    if bias is not None:
+        out = op.Add(out, op.CastLike(op.Unsqueeze(bias, inner), out))
+    mean = op.ReduceMean(grouped, axes)
+    centred = op.Sub(grouped, mean)
+    variance = op.ReduceMean(op.Mul(centred, centred), axes, keepdims=0)
+    rstd = op.Reciprocal(op.Sqrt(op.Add(variance, _number(x, eps))))
+    return out, op.Squeeze(mean, axes), rstd
 
 
 def _scalar_tensor(s: Any, dtype: int = 1, **_: Any) -> Any:

@@ -24,3 +24,18 @@ def test_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     torchlib.translations.cache_clear()
     cg.export_gradient(Sample(), (torch.randn(1, 3, 4, 5),))
     assert [record.getMessage() for record in caplog.records] == []
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 5), (4, 6), (4, 3, 2, 4)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_group_normalization_takes_an_empty_batch(affine: bool, shape: tuple[int, ...]) -> None:
+    """torch.onnx's translation leaves the size of a group to the runtime, which cannot tell it without samples."""
+    x = torch.randn(3, *shape)
+    module = nn.GroupNorm(2, 4, affine=affine)
+    report = cg.export_gradient(module, (x,), dynamic_shapes={"input": {0: "batch"}}, of=lambda y: y.pow(3).sum())
+    session = cg.GradientSession(report.model)
+    for batch in (0, 1, 5):
+        x = torch.randn(batch, *shape, requires_grad=True)
+        module(x).pow(3).sum().backward()
+        found = session.run({"input": x.detach()})
+        torch.testing.assert_close(found["input.grad"], x.grad, rtol=1e-3, atol=1e-4)
