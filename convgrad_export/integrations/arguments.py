@@ -104,6 +104,16 @@ class CallArguments:
                     result.update(entry)
         return result
 
+    @property
+    def argument_names(self) -> tuple[str, ...]:
+        """The forward's arguments in call order, those without a tensor too."""
+        return tuple(self._arguments)
+
+    def unknown(self, dynamic_shapes: Mapping[str, Any]) -> list[str]:
+        """Names in `dynamic_shapes` that no argument has."""
+        spread = self._spread(dynamic_shapes)
+        return [name for name in spread if name not in self._arguments and name not in self.examples]
+
     def _public(self, name: str) -> str:
         return self._renamed.get(name, name)
 
@@ -112,7 +122,7 @@ class CallArguments:
             return {name: {} for name in self.examples}
         if isinstance(dynamic_shapes, Mapping):
             by_argument = self._spread(dynamic_shapes)
-            if unknown := [name for name in by_argument if name not in self._arguments and name not in self.examples]:
+            if unknown := self.unknown(dynamic_shapes):
                 raise ArgumentTypeError(
                     f"dynamic_shapes names {', '.join(map(repr, unknown))}; arguments: {', '.join(self._arguments)}"
                 )

@@ -144,7 +144,14 @@ def split_shapes(arguments: CallArguments, loss: Loss, dynamic_shapes: Any) -> t
 
     A target that the forward has an argument of the same name of is the model's input "<name>_input": it goes by that
     name, or has the dimensions of the argument.
+
+    Raises:
+        ArgumentTypeError: no dict and no sequence, a name that neither has, or another number of entries than of both.
     """
+    of_both = (
+        f"the forward's arguments ({', '.join(arguments.argument_names)}) and the loss's targets "
+        f"({', '.join(loss.target_names) or 'none'})"
+    )
     if dynamic_shapes is None or isinstance(dynamic_shapes, Mapping):
         named = dict(dynamic_shapes or {})
         targets = {}
@@ -154,6 +161,10 @@ def split_shapes(arguments: CallArguments, loss: Loss, dynamic_shapes: Any) -> t
                 targets[name] = named.pop(f"{name}_input")
             elif name in named:
                 targets[name] = named[name] if shared else named.pop(name)
+        if unknown := arguments.unknown(named):
+            raise ArgumentTypeError(
+                f"dynamic_shapes names {', '.join(map(repr, unknown))}, expected names of {of_both}"
+            )
         return named or None, targets or None
     if not isinstance(dynamic_shapes, (list, tuple)):
         raise ArgumentTypeError(
@@ -161,4 +172,6 @@ def split_shapes(arguments: CallArguments, loss: Loss, dynamic_shapes: Any) -> t
         )
     count = len(loss.target_names)
     shapes = tuple(dynamic_shapes)
+    if len(shapes) != len(arguments.argument_names) + count:
+        raise ArgumentTypeError(f"dynamic_shapes has {len(shapes)} entries, expected one for each of {of_both}")
     return (shapes[: len(shapes) - count], shapes[len(shapes) - count :]) if count else (shapes, None)

@@ -28,6 +28,8 @@ from .parity import Named, batches, small_network, train_in_pytorch
         (lambda x, y: (x, y), {"gradient_accumulation": 0}, "at least 1"),
         (lambda x, y: (x, y), {"max_grad_norm": -1.0}, "above 0"),
         (lambda x, y: (x, y), {"dynamic_shapes": {"image": {0: "batch"}}}, "image"),
+        (lambda x, y: (x, y), {"dynamic_shapes": {"labels": {0: "batch"}}}, r"'labels'.*\(input\).*\(target\)"),
+        (lambda x, y: (x, y), {"dynamic_shapes": ({0: "batch"},)}, r"has 1 entries.*\(input\).*\(target\)"),
         (lambda x, y: None, {}, "args is a NoneType"),
         (lambda x, y: {"x": x, "y": y}, {}, "args is a dict"),
         (lambda x, y: (x, y), {"frozen": None}, "frozen is None"),
