@@ -12,6 +12,7 @@ import onnx_ir as ir
 from .. import dtypes
 from ..geometry import ConvGeometry
 from ..lowering import CPU, Lowering, widened
+from .long_sums import split_long_sums
 
 # The IR version an opset came with; newer would shut out older runtimes for nothing.
 _IR_VERSION = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 11, 25: 12}
@@ -109,6 +110,8 @@ def emit_model(request: GradientRequest, name: str) -> ir.Model:
         opset_imports={"": request.opset},
         name=name,
     )
+    if request.provider == CPU:
+        split_long_sums(graph)
     return ir.Model(graph, ir_version=ir_version(request.opset), producer_name=PRODUCER)
 
 

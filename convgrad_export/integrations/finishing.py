@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
+from convgrad_export.emit.long_sums import split_long_sums
 from convgrad_export.emit.onnx import ir_version
 from convgrad_export.errors import ArgumentTypeError, ConvGradError, VerificationError
 from convgrad_export.integrations.convolution_marks import remove_marks, write_metadata
@@ -61,6 +62,7 @@ def finish(model: ir.Model, *, opset: int = BASE_OPSET) -> ir.Model:
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
     )(model)
     raise_scalar_ranks(model, parameters)
+    split_long_sums(model.graph)
     _share_equal_constants(model, parameters)
     ir.passes.Sequential(
         passes.CommonSubexpressionEliminationPass(),
