@@ -160,5 +160,21 @@ def substituted(program: CapturedProgram, expression: Any, sizes: Mapping[str, i
 
 
 def _dependent(program: CapturedProgram) -> dict[str, Any]:
-    """Dimensions whose size follows from others (an output's height, given as a cotangent), with the expression."""
-    return {name: expression for name, expression in program.dimensions.items() if not expression.is_Symbol}
+    """Dimensions whose size follows from others (an output's height, given as a cotangent), with the expression.
+
+    Where the trace could not put the expression in the dimension's place, behind a stride, it noted an equation.
+    """
+    import sympy
+
+    found = {name: expression for name, expression in program.dimensions.items() if not expression.is_Symbol}
+    for guard in program.shape_env.guards:
+        if not isinstance(guard.expr, sympy.Eq):
+            continue
+        for symbol, expression in (guard.expr.args, guard.expr.args[::-1]):
+            name, others = program.symbol_names.get(str(symbol)), expression.free_symbols
+            if name is None or name in found or expression.is_Symbol or not others or symbol in others:
+                continue
+            given = {program.symbol_names.get(str(other)) for other in others}
+            if given.isdisjoint(found) and not any(symbol in other.free_symbols for other in found.values()):
+                found[name] = expression
+    return found

@@ -187,6 +187,22 @@ class Product(nn.Module):
         return x * y
 
 
+@pytest.mark.parametrize(
+    "net",
+    [
+        torch.nn.Sequential(torch.nn.Conv1d(3, 3, 5, stride=2)),
+        torch.nn.Sequential(torch.nn.Conv1d(3, 4, 2), torch.nn.AvgPool1d(2), torch.nn.Conv1d(4, 3, 2)),
+    ],
+    ids=["stride", "pooling"],
+)
+def test_a_cotangent_follows_the_input_behind_a_stride(net: torch.nn.Module) -> None:
+    """At half the size the output has one position, and broadcast against the example's cotangent: it was refused."""
+    shapes = {"input": {0: "batch", 2: "length"}}
+    report = cg.export_gradient(net, (torch.randn(2, 3, 12),), wrt="parameters", of="vjp", dynamic_shapes=shapes)
+    assert report.verified
+    assert not report.notes
+
+
 @pytest.mark.parametrize("shape", [(1, 4), (0, 4), (3, 4)])
 def test_a_cotangent_has_the_examples_sizes_at_one_and_none(shape: tuple[int, int]) -> None:
     module = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
