@@ -1,4 +1,4 @@
-"""Operators whose backward ONNX lacks, replaced before autograd by code that autograd can go through.
+"""Operators whose backward ONNX lacks, or that fix a size, replaced before autograd by code that it can go through.
 
 Where ATen has a fused forward and a fused backward (grid_sample, cdist), rewriting the forward gives autograd the small
 steps to differentiate, so no backward formula has to be written and second derivatives work too.
@@ -99,6 +99,20 @@ def multilabel_margin_loss(
     return _reduced(loss.squeeze(0) if input.dim() == 1 else loss, size_average, reduce, reduction)
 
 
+def max_pool1d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """With the indices: the kernel for rows alone, which PyTorch takes without them, makes a number of the length."""
+    found = torch.nn.functional.max_pool1d_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode)
+    return found if return_indices else found[0]
+
+
 _REPLACEMENTS: Mapping[Any, Callable[..., Tensor]] = {
     torch.grid_sampler: grid_sampler,
     torch.nn.functional.grid_sample: grid_sample,
@@ -109,6 +123,8 @@ _REPLACEMENTS: Mapping[Any, Callable[..., Tensor]] = {
     torch.nn.functional.multi_margin_loss: multi_margin_loss,
     torch.nn.functional.multilabel_margin_loss: multilabel_margin_loss,
     torch.nn.functional.interpolate: interpolate,
+    torch.max_pool1d: max_pool1d,
+    torch.nn.functional.max_pool1d: max_pool1d,
 }
 
 

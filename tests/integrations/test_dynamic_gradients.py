@@ -36,6 +36,13 @@ def test_instance_norm_over_a_dynamic_batch(training: bool) -> None:
     exported(nn.InstanceNorm2d(4, affine=True).train(training), image(2, 4, 9, 8), {0: "n"})
 
 
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "stride": 1, "ceil_mode": True}])
+def test_max_pooling_of_a_dynamic_length(options: dict[str, Any]) -> None:
+    """PyTorch's kernel for rows makes a number of the length; so does torch.export."""
+    net = nn.Sequential(nn.Conv1d(3, 4, 2), nn.MaxPool1d(3, **options), nn.Conv1d(4, 2, 2))
+    exported(net, torch.randn(2, 3, 17), {0: "n", 2: "length"})
+
+
 SPATIAL_TRANSFORMERS: dict[str, Callable[[Tensor], Tensor]] = {
     "sampled": lambda x: functional.grid_sample(x, _grid(x, False), align_corners=False),
     "corners": lambda x: functional.grid_sample(x, _grid(x, True), align_corners=True),
