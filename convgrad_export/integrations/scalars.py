@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from convgrad_export.errors import ArgumentTypeError
+from convgrad_export.errors import ArgumentTypeError, DynamicShapeError
 from convgrad_export.integrations.capture import capture
 from convgrad_export.integrations.other_sizes import example_sizes, substituted
 
@@ -40,7 +40,11 @@ def cotangent_product(output: torch.Tensor, cotangent: torch.Tensor) -> torch.Te
 def example_cotangent(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
 ) -> tuple[torch.Tensor, Any]:
-    """An example cotangent, and its dynamic dimensions: those of the output that are not fixed."""
+    """An example cotangent, and its dynamic dimensions: those of the output that are not fixed.
+
+    Raises:
+        ArgumentTypeError: Several outputs. DynamicShapeError: A dynamic size of the example's output is 1.
+    """
     program = capture(module, args, kwargs, dynamic_shapes=dynamic_shapes)
     outputs = [spec for spec in program.outputs if spec.kind == "output"]
     if len(outputs) != 1:
@@ -55,6 +59,13 @@ def example_cotangent(
         if isinstance(size, torch.SymInt):
             sizes.append(int(substituted(program, size.node.expr, known)))
             dynamic[axis] = program.symbol_names.get(str(size.node.expr), f"output_dim_{axis}")
+            # A trace reads a dynamic size of 1 as 2, the cotangent's too, and the output's follows from the input's.
+            if sizes[axis] == 1 and not size.node.expr.is_Symbol:
+                raise DynamicShapeError(
+                    f"of='vjp': axis {axis} of the example's output has one position, and its size follows from a "
+                    "dimension declared dynamic. Give a larger example, with at least two positions there, or declare "
+                    "that dimension static"
+                )
         else:
             sizes.append(int(size))
     return torch.ones(sizes, dtype=value.dtype), {"cotangent": dynamic}

@@ -210,6 +210,11 @@ def test_a_cotangent_follows_the_input_behind_a_stride(net: torch.nn.Module) -> 
     assert not report.notes
 
 
+def test_a_cotangent_of_one_position_that_follows_from_a_dynamic_size_is_refused() -> None:
+    with pytest.raises(cg.DynamicShapeError, match=r"axis 3 of the example's output has one position.*larger example"):
+        cg.export_gradient(nn.Conv2d(2, 3, 3), (torch.randn(2, 2, 9, 3),), of="vjp", dynamic_shapes={"input": {3: "w"}})
+
+
 @pytest.mark.parametrize("shape", [(1, 4), (0, 4), (3, 4)])
 def test_a_cotangent_has_the_examples_sizes_at_one_and_none(shape: tuple[int, int]) -> None:
     module = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
