@@ -17,6 +17,7 @@ from ..emit.aten import run_function, run_lowering, run_transposed_input
 from ..errors import ArgumentTypeError, DeviceError, DTypeError, GeometryError
 from ..geometry import ConvGeometry
 from ..lowering import GRADIENTS
+from ..runtime.tensors import check_dense
 from ..selection.aten_policy import AUTO, FASTEST, check_lowering, choose_aten
 
 aten = torch.ops.aten
@@ -68,8 +69,7 @@ def read_call(
     for name, value in operands.items():
         if not isinstance(value, torch.Tensor):
             raise ArgumentTypeError(f"{name} is a {type(value).__name__}, expected a tensor")
-        if value.layout != torch.strided or value.is_quantized:
-            raise ArgumentTypeError(f"{name} is a {value.layout} tensor, expected a dense, unquantized one")
+        check_dense(value, name)
     found = {name: dtypes.name_of(value.dtype, name) for name, value in operands.items()}
     if len(set(found.values())) > 1:
         raise DTypeError(f"{_listed(found)}: expected one dtype")

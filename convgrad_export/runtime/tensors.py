@@ -106,8 +106,10 @@ def check_dense(value: Any, name: str) -> None:
         return
     if value.is_nested:
         raise ArgumentTypeError(f"{name} is a nested tensor, expected a dense one: call .to_padded_tensor() first")
-    if value.layout != sys.modules["torch"].strided or value.is_quantized:
-        raise ArgumentTypeError(f"{name} is a {value.layout} tensor, expected a dense, unquantized one")
+    if value.is_quantized:
+        raise ArgumentTypeError(f"{name} is a quantized tensor, expected a plain one: call .dequantize() first")
+    if value.layout != sys.modules["torch"].strided:
+        raise ArgumentTypeError(f"{name} is a {value.layout} tensor, expected a dense one: call .to_dense() first")
 
 
 def is_array(value: Any) -> bool:

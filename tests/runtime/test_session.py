@@ -249,10 +249,14 @@ def test_a_symbolic_batch_has_one_value() -> None:
         cg.GradientSession(model).run(wrong)
 
 
+@pytest.mark.filterwarnings("ignore:.*quantize")
 def test_sparse_and_quantized_tensors_are_refused() -> None:
     tensors = {name: torch.from_numpy(array) for name, array in feeds().items()}
-    with pytest.raises(cg.ArgumentTypeError, match="dense, unquantized"):
+    with pytest.raises(cg.ArgumentTypeError, match=r"torch.sparse_coo tensor.*to_dense"):
         cg.GradientSession(MODEL).run(tensors | {"weight": tensors["weight"].to_sparse()})
+    quantized = torch.quantize_per_tensor(tensors["weight"], 0.1, 0, torch.qint8)
+    with pytest.raises(cg.ArgumentTypeError, match=r"weight is a quantized tensor.*dequantize"):
+        cg.GradientSession(MODEL).run(tensors | {"weight": quantized})
 
 
 def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
