@@ -16,6 +16,8 @@ pytest.importorskip("tritonclient.grpc", reason="tritonclient and grpcio are not
 
 from convgrad_export.serving.config import read_config
 
+from .torch_release import needs_torch
+
 FOLDER = Path(__file__).parent.parent / "models"
 REPOSITORY = FOLDER / "repository"
 
@@ -31,6 +33,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@needs_torch("2.13", "writes other names than the release that wrote the files")
 def test_regenerating_gives_the_same_bytes(tmp_path: Path) -> None:
     generator().generate(tmp_path / "repository")
     committed, generated = files(REPOSITORY), files(tmp_path / "repository")

@@ -19,7 +19,8 @@ _TENSOR_FORM = {
     aten.pow.Tensor_Scalar: aten.pow.Tensor_Tensor,
     aten.pow.Scalar: aten.pow.Tensor_Tensor,
 }
-_TENSOR_TAKES = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
+_TENSOR_TAKES = {getattr(aten, name).Tensor for name in ("add", "sub", "mul", "div")}
+_TENSOR_TAKES |= {getattr(torch.ops.prims, name).default for name in ("add", "sub", "mul", "div")}
 _ARITHMETIC: dict[Any, Callable[..., Any]] = {
     operator.add: aten.add.Tensor,
     operator.sub: aten.sub.Tensor,

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import convgrad_export as cg
 
+from ..torch_release import needs_torch
 from .gradient_modules import Apply
 
 
@@ -34,6 +35,13 @@ def exported(module: nn.Module, x: Tensor, dimensions: dict[int, str], **options
 @pytest.mark.parametrize("training", [True, False])
 def test_instance_norm_over_a_dynamic_batch(training: bool) -> None:
     exported(nn.InstanceNorm2d(4, affine=True).train(training), image(2, 4, 9, 8), {0: "n"})
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_group_norm_in_float64_over_dynamic_sizes(groups: int) -> None:
+    """Its variance is divided by a number made of the sizes, which the translation had in float32."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(groups, 4), nn.Tanh()).double()
+    exported(net, image(2, 3, 9, 8, dtype=torch.float64), {0: "n", 2: "h"})
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "stride": 1, "ceil_mode": True}])
@@ -93,6 +101,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", NORMS)
+@needs_torch("2.13", "has no second derivative of a convolution over a dynamic batch")
 def test_second_derivatives_of_norms_over_a_dynamic_batch(name: str) -> None:
     norm = NORMS[name]()
     for tensor in (*norm.parameters(), *norm.buffers()):

@@ -255,7 +255,7 @@ def test_class_indices_of_other_types_are_refused(loss: Any, dtype: torch.dtype)
 
 def test_what_pytorch_says_about_a_batch_is_passed_on() -> None:
     x, y = batches(1)[0]
-    with pytest.raises(cg.VerificationError, match=r"fails in PyTorch.*Long or Byte, but got Int"):
+    with pytest.raises(cg.VerificationError, match=r"fails in PyTorch.*Long.* Int"):
         cg.export_training_step(small_network(), lambda o, t: functional.cross_entropy(o, t), "sgd", (x, y.int()))
     with pytest.raises(cg.VerificationError, match=r"fails in PyTorch.*Target \d is out of bounds"):
         cg.export_training_step(small_network(), "cross_entropy", "sgd", (x, y + 5))

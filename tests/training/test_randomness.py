@@ -17,6 +17,8 @@ from torch.nn import functional
 import convgrad_export as cg
 from convgrad_export.training.randomness import SeededRandomness
 
+from ..torch_release import no_projections
+
 
 def mode(seed: int = 0, step: int = 0) -> SeededRandomness:
     return SeededRandomness(torch.tensor(seed), torch.tensor(step))
@@ -238,7 +240,7 @@ class Recurrent(nn.Module):
     ("kind", "options"),
     [
         (nn.LSTM, {}),
-        (nn.LSTM, {"bidirectional": True, "proj_size": 2}),
+        pytest.param(nn.LSTM, {"bidirectional": True, "proj_size": 2}, marks=no_projections),
         (nn.GRU, {"bias": False}),
         (nn.RNN, {"bidirectional": True}),
         (nn.RNN, {"nonlinearity": "relu"}),
