@@ -213,7 +213,8 @@ def refuse_untranslatable(program: CapturedProgram, is_registered: Callable[[Any
         lines.append(f"  {target}: called by {', '.join(shown)}{more}")
     raise UnsupportedOperatorError(
         f"{len(missing)} operator(s) of this model have no ONNX translation:\n" + "\n".join(lines) + "\nNothing was "
-        "written. Replace the operators in the named modules, or pass decompositions={overload: function}."
+        "written. Replace the operators in the named modules, or give export and export_gradient "
+        "decompositions={overload: function}."
     )
 
 

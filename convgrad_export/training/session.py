@@ -178,12 +178,17 @@ class TrainingSession:
         """Parameters and buffers alone, for ``module.load_state_dict`` after ``torch.from_numpy``.
 
         Args:
-            names: which, for example ``module.state_dict()``; by default those of ``module.state_dict()``: tied tensors
-                under all their names, and no buffers that are not persistent.
+            names: which; of a mapping, such as ``module.state_dict()``, those that the session has. By default those of
+                ``module.state_dict()``: tied tensors under all their names, and no buffers that are not persistent.
+
+        Raises:
+            ArgumentTypeError: no names, or in a sequence one that the state does not have.
         """
         state, aliases = self.state(), self._metadata["aliases"]
         if names is not None and not isinstance(names, Mapping):
             names = as_names(names, "names", "fc.weight")
+            if unknown := [name for name in names if aliases.get(name, name) not in state]:
+                raise ArgumentTypeError(f"names holds {unknown}, which the state does not have: {', '.join(state)}")
         if names is None:
             trained = set(self._metadata["trained"])
             counters = (STEP, MICRO_STEP) if self._metadata["accumulation"] > 1 else (STEP,)

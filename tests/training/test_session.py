@@ -128,6 +128,9 @@ def test_the_state_has_the_names_of_the_modules_own(tmp_path: Path) -> None:
     assert (session.state()["embedding.weight"] == 0.25).all()
     assert session.steps == 1
     assert set(session.state_dict(["scale", "decoder.weight"])) == {"scale", "decoder.weight"}
+    assert set(session.state_dict({**module.state_dict(), "another.weight": None})) == set(expected)
+    with pytest.raises(cg.ArgumentTypeError, match=r"names holds \['another.weight'\], which the state does not have"):
+        session.state_dict(["another.weight", "scale"])
 
 
 def test_every_batch_size_and_torch_tensors_are_taken(step_file: Path) -> None:
