@@ -94,7 +94,7 @@ class CallArguments:
         """With the entries of `*args` (a sequence) and `**kwargs` (a dict), as torch.export takes them, one by one."""
         result = dict(dynamic_shapes)
         with contextlib.suppress(TypeError, ValueError):
-            for parameter in inspect.signature(self._module.forward).parameters.values():
+            for parameter in forward_signature(self._module).parameters.values():
                 entry = None if parameter.name in self._arguments else result.get(parameter.name)
                 if parameter.kind is inspect.Parameter.VAR_POSITIONAL and isinstance(entry, (list, tuple)):
                     del result[parameter.name]
@@ -333,10 +333,28 @@ def wrt_names(wrt: str | Sequence[str]) -> list[str]:
     return list(names)
 
 
+def forward_signature(module: torch.nn.Module) -> inspect.Signature:
+    """What the module's forward takes; of a module from `torch.jit`, whose methods have no signature, by its schema.
+
+    Raises:
+        TypeError, ValueError: a forward that has none.
+    """
+    forward: Any = module.forward
+    if not isinstance(forward, torch.ScriptMethod):
+        return inspect.signature(forward)
+    kind, none = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    return inspect.Signature(
+        [
+            inspect.Parameter(a.name, kind, default=a.default_value if a.has_default_value() else none)
+            for a in forward.schema.arguments[1:]
+        ]
+    )
+
+
 def _bind(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Argument names in call order: positional ones first, then keywords, varargs numbered."""
     try:
-        signature = inspect.signature(module.forward)
+        signature = forward_signature(module)
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ArgumentTypeError(f"{type(module).__name__}.forward does not take these arguments: {error}") from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import numbers
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..arguments import as_names
 from ..errors import ArgumentTypeError, DTypeError
-from ..integrations.arguments import CallArguments, unwrapped
+from ..integrations.arguments import CallArguments, forward_signature, unwrapped
 from ..integrations.program import GraphInput
 from .losses import Loss
 
@@ -129,8 +127,7 @@ def split_batch(
         raise ArgumentTypeError(f"args ends with {', '.join(strange)}, expected tensors for the loss's targets")
     loss.check_targets(targets)
     try:
-        with contextlib.suppress(ValueError):  # a module from torch.jit.trace has no signature
-            inspect.signature(unwrapped(module).forward).bind(*inputs)
+        forward_signature(unwrapped(module)).bind(*inputs)
     except TypeError as error:
         raise ArgumentTypeError(
             f"args: {type(module).__name__}.forward does not take the first {len(inputs)} of {len(values)} values, the "

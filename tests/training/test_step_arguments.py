@@ -77,7 +77,7 @@ def test_a_function_is_no_module() -> None:
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_module_of_torch_jit_trace_is_a_module() -> None:
-    """It has no signature, so that its inputs are numbered, and it records its convolutions as another operator."""
+    """It has no signature but a schema, and records its convolutions as another operator."""
     torch.manual_seed(0)
     data = batches(2, torch.float32)
     eager = small_network(torch.float32)
@@ -85,7 +85,7 @@ def test_a_module_of_torch_jit_trace_is_a_module() -> None:
     traced.load_state_dict(eager.state_dict())
     report = cg.export_training_step(traced, "cross_entropy", torch.optim.SGD(traced.parameters(), 0.1), data[0])
     session = cg.TrainingSession(report.model, report.state)
-    assert session.batch_names == ("input_0", "target")
+    assert session.batch_names == ("input", "target")
     losses = [session.step(*batch)["loss"] for batch in data]
     optimizer = torch.optim.SGD(eager.parameters(), 0.1)
     expected = train_in_pytorch(eager, functional.cross_entropy, optimizer, data)
