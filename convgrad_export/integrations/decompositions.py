@@ -22,6 +22,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
   translation.
 - erfc, erfcx: no digit is right for large arguments (`error_functions.py`).
 - scatter_reduce: the translation of "mean" overwrites.
+- squeeze of given dimensions: ONNX refuses one of another size than 1, which PyTorch leaves.
 - split into parts of a dynamic size: a sequence, on which onnxscript's optimizer and opsets below 18 fail.
 - convolution in float64: onnxruntime's CPU provider has no kernel.
 - pooling, padding and weight_norm backward: no translation, or none for every size.
@@ -202,6 +203,24 @@ def embedding_backward_by_matmul(
     return torch.matmul(chosen.to(grad.dtype), grad.reshape([-1, grad.shape[-1]]))
 
 
+def squeeze_dim(x: Tensor, dim: int) -> Tensor:
+    """A dimension of another size than 1 stays, where ONNX's Squeeze refuses it."""
+    return NotImplemented if _is_one(x, dim) else aten.alias(x)
+
+
+def squeeze_dims(x: Tensor, dim: list[int]) -> Tensor:
+    """The same of several."""
+    result: Tensor = aten.alias(x)
+    for axis in sorted({each % x.dim() for each in dim if x.dim()}, reverse=True):
+        result = aten.squeeze.dim(result, axis)
+    return result
+
+
+def _is_one(x: Tensor, dim: int) -> bool:
+    """Sizes that are open stay, as PyTorch has it in a trace."""
+    return x.dim() > 0 and isinstance(size := x.shape[dim], int) and size == 1
+
+
 def traced_convolution(
     x: Tensor,
     weight: Tensor,
@@ -335,6 +354,8 @@ OWN: Table = {
     aten.unfold_backward.default: unfold_backward,
     aten._convolution.default: traced_convolution,
     aten._trilinear.default: trilinear,
+    aten.squeeze.dim: squeeze_dim,
+    aten.squeeze.dims: squeeze_dims,
     aten.split.Tensor: split,
     aten.unsafe_split.Tensor: split,
     aten.split_with_sizes.default: split_with_sizes,
