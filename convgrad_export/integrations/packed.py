@@ -183,7 +183,15 @@ class PaddedPacking(TorchFunctionMode):
             data, sizes, state, weights, bias, layers, p, train, bidirectional = args
             dropped = functools.partial(functional.dropout, p=p, training=train)
             return self._packed.run(func, dropped, data, sizes, state, weights, bias, layers, train, bidirectional)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        return _of_three_axes(result, args[1]) if func is torch.lstm else result
+
+
+def _of_three_axes(result: tuple[Tensor, ...], start: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A recurrent layer's output and last states; PyTorch before 2.13 gives an LSTM's a further axis in a trace."""
+    output, *ends = result
+    pairs = zip(ends, start, strict=True)
+    return output, *(end if end.dim() == before.dim() else end.reshape(before.shape) for end, before in pairs)
 
 
 def is_missing(value: Any) -> bool:
@@ -220,7 +228,8 @@ def _unrolled(
     for step in steps:
         inside = mask[step : step + 1]
         start = tuple(state) if len(state) > 1 else state[0]
-        output, *new = function(padded[step : step + 1], start, weights, bias, 1, 0.0, train, False, False)
+        made = function(padded[step : step + 1], start, weights, bias, 1, 0.0, train, False, False)
+        output, *new = _of_three_axes(made, state)
         state = [torch.where(inside, after, before) for after, before in zip(new, state, strict=True)]
         outputs[step] = output.masked_fill(~inside, 0.0)
     return torch.cat([outputs[step] for step in sorted(outputs)]), state
