@@ -221,20 +221,9 @@ def _is_one(x: Tensor, dim: int) -> bool:
     return x.dim() > 0 and isinstance(size := x.shape[dim], int) and size == 1
 
 
-def traced_convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
-    *_: bool,
-) -> Tensor:
-    """The convolution of a module from `torch.jit.trace`, which records the operator with cuDNN's options behind."""
-    result: Tensor = aten.convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+def traced_convolution(*arguments: Any) -> Tensor:
+    """The convolution of a module from `torch.jit.trace`, which records four options of cuDNN's behind its nine."""
+    result: Tensor = aten.convolution(*arguments[:9])
     return result
 
 

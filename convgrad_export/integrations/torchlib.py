@@ -172,10 +172,8 @@ def _group_norm(
         out = op.Mul(out, op.CastLike(op.Unsqueeze(weight, inner), out))  # float32 beside half pictures
     if bias is not None:
         out = op.Add(out, op.CastLike(op.Unsqueeze(bias, inner), out))
-    mean = op.ReduceMean(grouped, axes)
-    centred = op.Sub(grouped, mean)
-    variance = op.ReduceMean(op.Mul(centred, centred), axes, keepdims=0)
-    rstd = op.Reciprocal(op.Sqrt(op.Add(variance, _number(x, eps))))
+    mean = op.ReduceMean(grouped, axes, keepdims=1)  # as the variance takes it
+    rstd = op.Reciprocal(op.Sqrt(op.Add(_variance(grouped, [2], 0), _number(x, eps))))
     return out, op.Squeeze(mean, axes), rstd
 
 

@@ -64,8 +64,7 @@ def label_loss(output: object, label: object) -> Tensor:
     """
     logits = check_logits(output)
     if not isinstance(label, Tensor) or label.dtype != torch.int64:
-        kind = f"of {label.dtype}" if isinstance(label, Tensor) else f"a {type(label).__name__}"
-        raise ArgumentTypeError(f"label is {kind}, expected an int64 tensor of classes")
+        raise ArgumentTypeError(f"label is {_kind(label)}, expected an int64 tensor of classes")
     expected = (logits.shape[0], *logits.shape[2:])
     if label.dim() != len(expected) or not all(map(_agree, label.shape, expected)):
         raise ArgumentTypeError(f"label has shape {tuple(label.shape)}, expected {expected}: a class for each sample")
@@ -95,6 +94,10 @@ def _agree(size: object, other: object) -> bool:
     return size == other if isinstance(size, int) and isinstance(other, int) else True
 
 
+def _kind(value: object) -> str:
+    return f"of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
 def input_gradient(network: torch.nn.Module, x: Tensor, target: int | None) -> Tensor:
     """d score / d x, shape of x.
 
@@ -113,8 +116,7 @@ def as_leaf(x: Tensor) -> Tensor:
         ArgumentTypeError: no tensor of floating-point numbers.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = f"of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise ArgumentTypeError(f"x is {kind}, expected a tensor of floating-point numbers")
+        raise ArgumentTypeError(f"x is {_kind(x)}, expected a tensor of floating-point numbers")
     return x.detach().requires_grad_()
 
 
