@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .fx_nodes import call
+
 aten = torch.ops.aten
 Node = torch.fx.Node
 
@@ -99,13 +101,9 @@ def _slice(graph: torch.fx.Graph, part: _Part, like: Node, position: dict[Node, 
 
 
 def _call(graph: torch.fx.Graph, target: Any, args: tuple[Any, ...], like: Node, position: dict[Node, int]) -> Node:
-    """A call with the source line and module of `like`, at the position of the last tensor that it is made of."""
-    node = graph.call_function(target, args)
+    """A call of tensors that has the position of the last one."""
+    node = call(graph, target, args, like=like)
     position[node] = max(position[argument] for argument in args if isinstance(argument, Node))
-    node.meta = {key: value for key, value in like.meta.items() if key not in ("val", "tensor_meta")}
-    values = [argument.meta["val"] if isinstance(argument, Node) else argument for argument in args]
-    with values[0].fake_mode:
-        node.meta["val"] = target(*values)
     return node
 
 

@@ -40,6 +40,7 @@ from convgrad_export.errors import (
     UnsupportedOperatorError,
 )
 from convgrad_export.integrations.compiled_modules import as_written
+from convgrad_export.integrations.concatenated_statistics import concatenated_statistics
 from convgrad_export.integrations.differentiable import DifferentiableReplacements
 from convgrad_export.integrations.fake_inputs import TracedSizes, check_dynamic, fake_inputs, require_data
 from convgrad_export.integrations.module_attributes import kept_attributes
@@ -120,6 +121,7 @@ def _traced(
         # Decompositions bring constants of their own (index tables).
         constants += _lift_constants(functional, taken, first=len(constants))
         slice_sums(functional.graph)
+        concatenated_statistics(functional.graph)
     dimensions = check_dynamic(inputs, fakes, shape_env)
     return _program(functional, [*inputs, *constants], specs, dimensions, shape_env, function)
 
