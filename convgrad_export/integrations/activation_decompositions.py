@@ -112,6 +112,15 @@ def hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad * ((x > -3).to(grad.dtype) * (x < 3).to(grad.dtype) * _SIXTH)
 
 
+def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Slope s + y (1 - s) with s = sigmoid(x) and y = x s.
+
+    The forward has both, and layers behind read y again, so that x is held no longer for the gradient's sake.
+    """
+    s = torch.sigmoid(x)
+    return grad * (s + aten.silu.default(x) * (1 - s))
+
+
 def leaky_relu_backward(grad: Tensor, x: Tensor, negative_slope: float, self_is_result: bool) -> Tensor:
     return grad * ((x > 0).to(grad.dtype) * (1 - negative_slope) + negative_slope)
 
@@ -122,4 +131,5 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.hardswish_backward.default: hardswish_backward,
     aten.hardsigmoid_backward.default: hardsigmoid_backward,
     aten.leaky_relu_backward.default: leaky_relu_backward,
+    aten.silu_backward.default: silu_backward,
 }

@@ -87,6 +87,24 @@ def finish(model: ir.Model, *, opset: int = BASE_OPSET) -> ir.Model:
     return model
 
 
+def complete_shapes(model: ir.Model) -> None:
+    """Give inner values the shapes that follow from the others', in place; those that are known stay as they are.
+
+    For what plans a model's memory before it runs (`runtime.lifetimes`). Sizes that no input gives a name stay open.
+    """
+    values = [value for node in model.graph for value in node.outputs]
+    known = {value: value.shape for value in values if value.shape is not None}
+    names = {
+        dim.value for shape in [i.shape for i in model.graph.inputs] for dim in shape or () if not isinstance(dim, int)
+    }
+    passes.ShapeInferencePass()(model)
+    for value in values:
+        if value in known:
+            value.shape = known[value]
+        elif value.shape is not None:  # the pass makes names up
+            value.shape = ir.Shape([d if isinstance(d, int) or d.value in names else None for d in value.shape])
+
+
 def _share_equal_constants(model: ir.Model, parameters: set[str]) -> None:
     """One initializer for equal constants. Parameters stay apart: fresh scales and variances are all ones."""
     first: dict[tuple[object, ...], ir.Value] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime import tensors
+from ..runtime.ordered_session import open_ordered_session
 from ..runtime.providers import is_cpu_alone, model_metadata, onnxruntime, open_session
 from ..session_memory import free_early
 from ..tensor_names import UPDATED
@@ -25,6 +26,8 @@ class PhaseSession:
         threads: size of the intra-op thread pool, None for onnxruntime's choice.
         shared: another session runs between two runs of this one: its threads do not wait busily for the next.
         views: shapes of inputs and outputs that the memory bound to them does not have itself.
+        sizes: of the model's tensors in bytes, as far as they are known: its nodes run in the order in which these live
+            shorter; on the CPU alone. Without them onnxruntime orders the nodes.
 
     Attributes:
         device: ``"cpu"`` or ``"cuda"``, where its tensors lie.
@@ -43,19 +46,29 @@ class PhaseSession:
         *,
         shared: bool = False,
         views: Mapping[str, tuple[int, ...]] | None = None,
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
-        options = onnxruntime().SessionOptions()
-        if is_cpu_alone(providers):
-            free_early(options)
-            # The zeros that a max pooling's gradient is scattered into would be kept as constants: 90 MiB for Inception
-            # v3. onnxruntime warns of each that it leaves; on the CPU alone it has no other warning worth a line.
-            options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(1 << 20))
-            options.log_severity_level = _ERRORS
-        if shared:
-            options.add_session_config_entry("session.force_spinning_stop", "1")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        self._session = open_session(source, options, providers, "the training step")
+        on_cpu, what = is_cpu_alone(providers), "the training step"
+
+        def make_options() -> Any:
+            options = onnxruntime().SessionOptions()
+            if on_cpu:
+                free_early(options)
+                # The zeros that a max pooling's gradient is scattered into would be kept as constants: 90 MiB for
+                # Inception v3. onnxruntime warns of each that it leaves, and of a model written for one machine; on the
+                # CPU alone it has no other warning worth a line.
+                options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(1 << 20))
+                options.log_severity_level = _ERRORS
+            if shared:
+                options.add_session_config_entry("session.force_spinning_stop", "1")
+            if threads is not None:
+                options.intra_op_num_threads = threads
+            return options
+
+        if sizes and on_cpu and isinstance(source, bytes):
+            self._session = open_ordered_session(source, make_options, providers, what, sizes)
+        else:
+            self._session = open_session(source, make_options(), providers, what)
         self.device = "cuda" if providers[0][0].startswith("CUDA") else "cpu"
         self._views = views or {}
         self.inputs = {value.name: value for value in self._session.get_inputs()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..errors import ModelFileError
 from ..runtime.blocked import put_blocked_layout
 from ..runtime.execution_order import put_execution_order
 from ..runtime.model_source import loaded
+from ..runtime.tensor_bytes import declared_bytes
 from ..tensor_names import STEP, UPDATED
 from .chunks import fixed_shapes
 from .phases import Phases, split
@@ -24,14 +26,29 @@ METADATA = "convgrad.training"
 _WORTH_A_CUT = 1 << 20  # elements of state: below, the gradients' way from one phase to the other costs more time
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A step's model as it is loaded.
+
+    Attributes:
+        content: the model of the first phase, or of the whole step.
+        phases: what the second phase needs; None where the step is not cut.
+        sizes: of tensors in bytes, those that are known.
+    """
+
+    content: Path | bytes
+    phases: Phases | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
 def prepare(
     source: Path | bytes,
     parsed: Any | None,
     in_place: bool | None,
     blocked_layout: bool,
     threads: int | None = None,
-) -> tuple[Path | bytes, Phases | None]:
-    """The model of the first phase, or of the whole step, and what the second phase needs.
+) -> Prepared:
+    """What `TrainingSession` loads.
 
     Args:
         source: as it came; it comes back unchanged where onnxruntime shall say what is wrong with it, where onnx is
@@ -41,7 +58,8 @@ def prepare(
     """
     model = loaded(source) if parsed is None else parsed
     if model is None or any(tensor.external_data for tensor in model.graph.initializer):
-        return source, None
+        return Prepared(source)
+    sizes = declared_bytes(model.graph)
     if blocked_layout:
         put_blocked_layout(model, threads)
     phases = None if in_place is False else _cut(model, bool(in_place))
@@ -49,8 +67,7 @@ def prepare(
     put_execution_order(first.graph)
     if phases is not None:
         put_execution_order(phases.update.graph)
-    content: bytes = first.SerializeToString()
-    return content, phases
+    return Prepared(first.SerializeToString(), phases, sizes)
 
 
 def _cut(model: Any, always: bool) -> Phases | None:

@@ -27,7 +27,7 @@ from .checkpoint import as_array, check_matches, checkpoint_path, save_checkpoin
 from .checkpoint_file import open_checkpoint
 from .chunks import chunk_updates, fixed_shapes
 from .phase_session import PhaseSession
-from .preparation import prepare, training_metadata
+from .preparation import Prepared, prepare, training_metadata
 
 _SETTINGS = (LEARNING_RATE, SEED)
 
@@ -77,9 +77,10 @@ class TrainingSession:
         on_cpu = is_cpu_alone(wanted)
         if in_place and not on_cpu:
             raise ArgumentTypeError(f"in_place is {in_place}, expected None or False: it is for the CPU provider alone")
-        content, cut = prepare(source, parsed, in_place, blocked_layout, threads) if on_cpu else (source, None)
+        ready = prepare(source, parsed, in_place, blocked_layout, threads) if on_cpu else Prepared(source)
         del parsed  # its weights: the session has its own
-        self._phases = [PhaseSession(content, wanted, threads, shared=cut is not None)]
+        cut = ready.phases
+        self._phases = [PhaseSession(ready.content, wanted, threads, shared=cut is not None, sizes=ready.sizes)]
         whole: dict[str, tuple[int, ...]] = {}
         if cut is not None:
             update = cut.typed_update(self._phases[0].outputs.values())

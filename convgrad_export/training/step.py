@@ -20,7 +20,7 @@ from ..integrations import saving
 from ..integrations.arguments import CallArguments, check_module, named_tensors
 from ..integrations.capture import state_inputs
 from ..integrations.decompositions import onnx_decompositions
-from ..integrations.finishing import BASE_OPSET, check_model, check_opset, finish
+from ..integrations.finishing import BASE_OPSET, check_model, check_opset, complete_shapes, finish
 from ..integrations.half_widening import WIDENED, has_bfloat16, widen_half
 from ..integrations.outputs import named_outputs
 from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput
@@ -167,6 +167,7 @@ def export_training_step(
             max_error_factor=max_error_factor,
         )
         model = finish(translation.model, opset=opset_version)
+        complete_shapes(model)
         # copies: the module may train on before a session takes the report's state
         state = {spec.name: spec.value.detach().clone() for spec in program.inputs if is_state(spec)}
         model.metadata_props[METADATA] = _metadata(module, options, state)
