@@ -78,12 +78,12 @@ class _Graph:
 def order_lives(graph: Any, sizes: Mapping[str, int]) -> bool:
     """Put an onnx.GraphProto's nodes in the order, of those tried, that holds the fewest bytes at its fullest moment.
 
-    Returns:
-        Whether that is another one than the present one.
-
     Args:
-        graph: in topological order, which the present one is if it is no worse.
+        graph: in topological order; it keeps the present one where none is better.
         sizes: of its tensors in bytes.
+
+    Returns:
+        Whether it has another order now.
     """
     known = _Graph.of(graph, sizes)
     present = list(range(len(known.nodes)))

@@ -56,7 +56,7 @@ def open_ordered_session(
             session = open_session(source, options, providers, what)
         except ModelFileError:  # or a full disk, which onnxruntime reports alike
             return open_session(source, make_options(), providers, what)
-        model = loaded(path) if path is not None and path.stat().st_size <= _LARGEST else None
+        model = loaded(path) if path is not None and path.is_file() and path.stat().st_size <= _LARGEST else None
     if model is None or not _shorten(model.graph, sizes):
         return session
     del session
