@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..arguments import as_bool, as_int, as_names, as_path
-from ..errors import ArgumentTypeError, DTypeError, GeometryError, ModelFileError
+from ..errors import ArgumentTypeError, ConvGradError, DTypeError, GeometryError, ModelFileError
 from ..runtime import tensors
 from ..runtime.cuda_options import CudaOptions
 from ..runtime.providers import onnxruntime
@@ -98,8 +98,7 @@ class Module:
         names = self._user_names(session)
         if len(user_inputs) != len(names):
             raise ArgumentTypeError(f"the module takes {len(names)} inputs, {names}, got {len(user_inputs)}")
-        given = [_array(value) for value in user_inputs]
-        feeds = dict(zip(names, given, strict=True))
+        feeds = {name: _array(value, name) for name, value in zip(names, user_inputs, strict=True)}
         state = self._state
         for name in session.input_names:
             if name in feeds:
@@ -182,7 +181,7 @@ class Module:
         Raises:
             GeometryError: another number of elements; nothing is changed. DTypeError: no numbers.
         """
-        vector = _array(buffer).ravel()
+        vector = _array(buffer, "buffer").ravel()
         if vector.dtype.kind not in "fiu":
             raise DTypeError(f"buffer is {vector.dtype}, expected numbers, as get_contiguous_parameters gives them")
         names = self._names(trainable_only)
@@ -235,14 +234,16 @@ class Module:
         write_atomically(as_path(inference_model_uri, "inference_model_uri"), proto.SerializeToString(), overwrite=True)
 
 
-def _array(value: Any) -> np.ndarray:
+def _array(value: Any, name: str) -> np.ndarray:
     """An OrtValue, an array, a tensor or nested lists as an array."""
     if isinstance(value, onnxruntime().OrtValue):
         return np.asarray(value.numpy())
     try:
-        return as_array(value)
+        return as_array(value, name)
+    except ConvGradError:
+        raise
     except (TypeError, ValueError) as error:  # lists of different lengths, say
-        raise ArgumentTypeError(f"a {type(value).__name__} is no array: {error}") from error
+        raise ArgumentTypeError(f"{name} is a {type(value).__name__} that is no array: {error}") from error
 
 
 def _returned(session: GradientSession) -> list[str]:

@@ -31,10 +31,15 @@ def checkpoint_path(model_path: str | os.PathLike[str]) -> Path:
     return path.with_name(f"{name}.checkpoint.safetensors")
 
 
-def as_array(value: Any) -> np.ndarray:
-    """An array or tensor as a contiguous array in this machine's byte order, not copied if it is one."""
+def as_array(value: Any, name: str) -> np.ndarray:
+    """An array or tensor as a contiguous array in this machine's byte order, not copied if it is one.
+
+    Raises:
+        ArgumentTypeError, DeviceError: more than numbers in memory, or none there, as in `runtime.tensors.view`.
+    """
+    tensors.check_dense(value, name)
     if tensors.is_torch(value):
-        value = value.detach().cpu().contiguous()
+        value = tensors.view(value, name).owner.cpu()
         if str(value.dtype) == "torch.bfloat16":
             import ml_dtypes
             import torch
@@ -62,7 +67,8 @@ def save_checkpoint(
     Raises:
         OutputExistsError, OutputPathError: as in `convgrad_export.files.write_atomically`; also when the disk is full.
         DTypeError: complex numbers, texts or objects.
-        ArgumentTypeError: no path, no mapping, or metadata that are no texts.
+        ArgumentTypeError: no path, no mapping, metadata that are no texts, or a sparse or quantized tensor.
+        DeviceError: a tensor on the device "meta", which holds no values.
     """
     from safetensors.numpy import save
 
@@ -72,7 +78,7 @@ def save_checkpoint(
             f"state is a {type(state).__name__}, expected a mapping from names to arrays or tensors"
         )
     texts = _texts(metadata)
-    arrays = {name: as_array(value) for name, value in state.items()}
+    arrays = {name: as_array(value, name) for name, value in state.items()}
     for name, array in arrays.items():
         if array.dtype not in DTYPES.values():
             raise DTypeError(f"{name} is {array.dtype}, which a checkpoint does not hold")

@@ -34,7 +34,7 @@ class Parameter:
 
     @data.setter
     def data(self, value: np.ndarray) -> None:
-        old, value = self._state.arrays[self.name], as_array(value)
+        old, value = self._state.arrays[self.name], as_array(value, self.name)
         if value.shape != old.shape or value.dtype != old.dtype:
             raise GeometryError(f"{self.name} is {old.dtype} {old.shape}, but {value.dtype} {value.shape} was assigned")
         self._state.arrays[self.name] = np.array(value)

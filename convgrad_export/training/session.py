@@ -131,7 +131,7 @@ class TrainingSession:
             aliases = self._metadata["aliases"]
             ordered = sorted(checkpoint.items(), key=lambda item: item[0] not in aliases)
             arrays = {aliases.get(name, name): tensors.view(value, name) for name, value in ordered}
-            values = {name: as_array(view.owner) for name, view in arrays.items()}
+            values = {name: as_array(view.owner, name) for name, view in arrays.items()}
             if self._current and self._lost is None:
                 values = {**self.state(), **values}
             self._take_over("given as a mapping", values, values.__getitem__)
