@@ -261,6 +261,7 @@ def _forward(
     )
     specs = (*users, *labels, *counters, *reset, *state, *sums)
     unused: list[str] = []
+    references: dict[str, str] = {}
 
     def traced(values: Mapping[str, Tensor]) -> list[TracedOutput]:
         trained = leaves(parameters, values)
@@ -280,6 +281,8 @@ def _forward(
         if not training:
             return outputs
         unused[:] = [name for name in trained if name not in found]
+        references.clear()  # a trace may run twice
+        references.update(own.references())
         for name, gradient in found.items():
             before = values[f"{name}{GRADIENT}"]
             total = torch.where(values[RESET], torch.zeros_like(before), before) + gradient
@@ -287,7 +290,7 @@ def _forward(
         return outputs + own.outputs()
 
     program = trace_function(traced, specs, decompositions=onnx_decompositions(opset))
-    refuse_held_state(program, state, parameters)
+    refuse_held_state(program, state, parameters, references)
     refuse_unseeded_randomness(program)
     program.unused = tuple(unused)
     for name in (SEED, STEP, *(f"{name}{GRADIENT}" for name in unused)):

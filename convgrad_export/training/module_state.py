@@ -50,23 +50,42 @@ class StandIns:
             )
         return [updated(name, tensor.detach()) for name, tensor in self.tensors.items() if name not in but]
 
+    def references(self) -> dict[str, str]:
+        """Names of tensors that the forward assigned another one to, or a view of it, and that one's name.
+
+        Two that change places (`self.a, self.b = self.b, self.a`) are no such case.
+        """
+        held = {name: tensor.untyped_storage()._cdata for name, tensor in self.tensors.items()}
+        own = {memory._cdata: name for name, memory in self._memory.items() if held[name] == memory._cdata}
+        return {name: own[place] for name, place in held.items() if own.get(place, name) != name}
+
 
 def copied_arguments(specs: Iterable[GraphInput], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A batch by name, for a forward and a loss that may change their arguments in place; `values` stay."""
     return {s.name: values[s.name].detach().clone().requires_grad_(values[s.name].requires_grad) for s in specs}
 
 
-def refuse_held_state(program: CapturedProgram, state: Sequence[GraphInput], trained: Collection[str]) -> None:
-    """Refuse a graph that holds the present values of tensors that training changes, which it would read for ever.
+def refuse_held_state(
+    program: CapturedProgram, state: Sequence[GraphInput], trained: Collection[str], references: Mapping[str, str]
+) -> None:
+    """Refuse a graph with the present values of tensors that training changes, for the next steps to read.
 
     Args:
         program: the trace, whose outputs say what the forward changes.
         state: the module's tensors. trained: names of those that the optimizer updates, in the graph or not.
+        references: from `StandIns.references`.
 
     Raises:
         ArgumentTypeError: with their names.
     """
     changing = {output.target for output in program.outputs if output.kind == "buffer"}.union(trained)
+    for name, other in references.items():
+        if other in changing:
+            raise ArgumentTypeError(
+                f"the forward assigns {other}, or a view of it ({other}.detach(), .data, a slice), to {name}: in "
+                f"PyTorch {name} shows every later change of {other}, in an exported step it keeps these values. "
+                f"Assign a copy (.clone()) if that is meant, or read {other} where {name} is read"
+            )
     memory: dict[int, list[str]] = {}
     for spec in state:
         if spec.name in changing and spec.value.numel():

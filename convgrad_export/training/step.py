@@ -232,6 +232,7 @@ def _capture(
         reserved.append(GRADIENT_NORM)
     check_names(module, (*batch, *labels, *state), reserved)
     unused: list[str] = []
+    references: dict[str, str] = {}
     draws: list[int] = []
 
     def traced(values: Mapping[str, Tensor]) -> list[TracedOutput]:
@@ -246,6 +247,8 @@ def _capture(
                 value = scalar(options.loss.call(result, *(given[s.name] for s in labels)))
             found = gradients(value, trained)
         draws[:] = [random.draws]
+        references.clear()  # a trace may run twice
+        references.update(own.references())
         unused[:] = [name for name in trained if name not in found]
         outputs = [TracedOutput(GraphOutput(LOSS, "value"), value.detach())]
         if options.return_outputs:
@@ -257,7 +260,7 @@ def _capture(
     program = trace_function(traced, specs, decompositions=onnx_decompositions(opset))
     program.unused = tuple(unused)
     options.optimizer.check_steps(name for name in options.optimizer.rules if name not in unused)
-    refuse_held_state(program, state, options.optimizer.rules)
+    refuse_held_state(program, state, options.optimizer.rules, references)
     refuse_unseeded_randomness(program)
     if not draws[0]:
         drop_input(program, SEED)

@@ -118,6 +118,45 @@ def test_assigning_to_data_is_refused() -> None:
         cg.export_training_step(Averaged(assigned), "mse", "sgd", data()[0])
 
 
+class Referring(nn.Module):
+    """A buffer that becomes what `assign` makes of the module."""
+
+    def __init__(self, assign: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.norm, self.assign = linear(), nn.BatchNorm1d(2).double(), assign
+        self.register_buffer("held", torch.zeros_like(assign(self)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.norm(self.layer(x)) + self.held.sum()
+        self.held = self.assign(self)
+        return result
+
+
+REFERENCES: list[tuple[Callable[[Any], Tensor], str]] = [
+    (lambda module: module.layer.weight.detach(), "layer.weight"),
+    (lambda module: module.layer.weight.data[0], "layer.weight"),
+    (lambda module: module.norm.running_mean, "norm.running_mean"),
+]
+
+
+@pytest.mark.parametrize(("assign", "name"), REFERENCES, ids=["detached", "a slice", "a statistic"])
+def test_buffers_that_refer_to_what_changes_are_refused(
+    assign: Callable[[Any], Tensor], name: str, tmp_path: Path
+) -> None:
+    message = f"assigns {name}, or a view of it.* to held"
+    with pytest.raises(cg.ArgumentTypeError, match=message):
+        cg.export_training_step(Referring(assign), "mse", "sgd", data()[0])
+    options: dict[str, Any] = {"loss": "mse", "args": data()[0], "artifact_directory": tmp_path}
+    with pytest.raises(cg.ArgumentTypeError, match=message):
+        artifacts.generate_artifacts(Referring(assign), **options)
+
+
+def test_buffers_may_refer_to_what_stays() -> None:
+    module = Referring(lambda module: module.norm.weight.detach())
+    module.norm.weight.requires_grad_(False)
+    assert_same_training(module, "mse", functional.mse_loss, sgd, data())
+
+
 def doubled_in_place(output: Tensor, target: Tensor) -> Tensor:
     target.mul_(2)
     return functional.mse_loss(output, target)
