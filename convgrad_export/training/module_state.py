@@ -41,6 +41,7 @@ class StandIns:
 
         Raises:
             UnsupportedOperatorError: one was given other memory, of which a trace knows nothing.
+            ArgumentTypeError: one has another shape or dtype now than the next call's input.
         """
         moved = [n for n, t in self._given.items() if t.untyped_storage()._cdata != self._memory[n]._cdata]
         if moved:
@@ -48,6 +49,13 @@ class StandIns:
                 f"the forward assigns to .data of {', '.join(moved)}, which no trace records: change the tensor in "
                 "place under torch.no_grad() (x.copy_(new), x.mul_(m).add_(y))"
             )
+        for name, tensor in self.tensors.items():
+            before, after = _form(self._given[name]), _form(tensor)
+            if after != before:
+                raise ArgumentTypeError(
+                    f"the forward assigns a tensor of {after} to {name}, which is {before}: a step's state keeps its "
+                    "shape and dtype. Make the buffer so from the start, and leave out what depends on the batch's size"
+                )
         return [updated(name, tensor.detach()) for name, tensor in self.tensors.items() if name not in but]
 
     def references(self) -> dict[str, str]:
@@ -58,6 +66,11 @@ class StandIns:
         held = {name: tensor.untyped_storage()._cdata for name, tensor in self.tensors.items()}
         own = {memory._cdata: name for name, memory in self._memory.items() if held[name] == memory._cdata}
         return {name: own[place] for name, place in held.items() if own.get(place, name) != name}
+
+
+def _form(tensor: Tensor) -> str:
+    sizes = (str(size) if isinstance(size, int) else "a dynamic size" for size in tensor.shape)
+    return f"{tensor.dtype} ({', '.join(sizes)})"
 
 
 def copied_arguments(specs: Iterable[GraphInput], values: Mapping[str, Tensor]) -> dict[str, Tensor]:

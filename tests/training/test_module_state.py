@@ -157,6 +157,36 @@ def test_buffers_may_refer_to_what_stays() -> None:
     assert_same_training(module, "mse", functional.mse_loss, sgd, data())
 
 
+FORMS: list[tuple[Tensor, Callable[[Tensor, Tensor], Tensor], str]] = [
+    (torch.zeros(()), lambda held, x: x.mean(0), r"float64 \(3\) to held, which is torch.float64 \(\)"),
+    (torch.zeros(1), lambda held, x: torch.cat([held, x.mean().reshape(1)]), r"float64 \(2\) to held.* \(1\)"),
+    (torch.tensor(0), lambda held, x: held + 1.0, r"float32 \(\) to held, which is torch.int64 \(\)"),
+    (torch.zeros(4, 3), lambda held, x: x.clone(), r"float64 \(a dynamic size, 3\) to held, which is .* \(4, 3\)"),
+]
+
+
+@pytest.mark.parametrize(("held", "assign", "message"), FORMS, ids=["shape", "growing", "dtype", "batch"])
+def test_buffers_that_change_their_form_are_refused(
+    held: Tensor, assign: Callable[[Tensor, Tensor], Tensor], message: str, tmp_path: Path
+) -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = linear()
+            self.register_buffer("held", held.double() if held.is_floating_point() else held)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.held = assign(self.held, x.detach())
+            return self.layer(x)
+
+    with pytest.raises(cg.ArgumentTypeError, match=message):
+        cg.export_training_step(
+            Changing(), "mse", "sgd", data()[0], dynamic_shapes=({0: "batch"}, {0: "batch"}), verify=False
+        )
+    with pytest.raises(cg.ArgumentTypeError, match=message):
+        artifacts.generate_artifacts(Changing(), loss="mse", args=data()[0], artifact_directory=tmp_path)
+
+
 def doubled_in_place(output: Tensor, target: Tensor) -> Tensor:
     target.mul_(2)
     return functional.mse_loss(output, target)
