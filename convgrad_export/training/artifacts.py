@@ -20,7 +20,6 @@ from torch import Tensor
 from ..arguments import as_names, check_flags
 from ..errors import ArgumentTypeError
 from ..files import staged, write_atomically
-from ..integrations.arguments import CallArguments, named_tensors
 from ..integrations.capture import state_inputs
 from ..integrations.decompositions import onnx_decompositions
 from ..integrations.finishing import BASE_OPSET, check_model, check_opset, finish
@@ -45,15 +44,14 @@ from .backward import gradients, leaves
 from .checkpoint import save_checkpoint
 from .cumulative import cumulative_averages
 from .losses import Loss, scalar
-from .module_state import StandIns, copied_arguments, refuse_held_state, refuse_shared_memory
+from .module_state import StandIns, copied_arguments, refuse_held_state
 from .onnx_module import OnnxModule
 from .optimizers import ResolvedOptimizer, resolve_optimizer
 from .randomness import SeededRandomness
 from .step import drop_input, is_state, refuse_unseeded_randomness
 from .step_arguments import (
+    StepInputs,
     check_names,
-    split_batch,
-    split_shapes,
     trainable_parameters,
     untrained_loss_parameters,
 )
@@ -241,13 +239,8 @@ def _forward(
     autocast: Autocast,
 ) -> CapturedProgram:
     """Loss and outputs; with parameters to train also their gradients, added to what was there before."""
-    inputs, targets = split_batch(module, batch, loss)
-    arguments = CallArguments(module, inputs, None)
-    state = state_inputs(module)
-    refuse_shared_memory(state, parameters)
-    own_shapes, target_shapes = split_shapes(arguments, loss, dynamic_shapes)
-    users = arguments.inputs(state, own_shapes)
-    labels = named_tensors(dict(zip(loss.target_names, targets, strict=True)), target_shapes, (*state, *users))
+    inputs = StepInputs.of(module, batch, loss, dynamic_shapes, parameters)
+    state, users, labels = inputs.state, inputs.batch, inputs.labels
     check_names(module, (*state, *users, *labels), (LEARNING_RATE, SEED, STEP, RESET, LOSS))
     training = bool(parameters)
     counters = (
@@ -271,7 +264,7 @@ def _forward(
         random = SeededRandomness(values.get(SEED, zero), values.get(STEP, zero))
         with cumulative_averages(module), swapped_tensors(module, state, own.tensors), random:
             with autocast():
-                result = arguments.call(module, given)
+                result = inputs.arguments.call(module, given)
                 first = loss_input(result, loss, isinstance(module, OnnxModule))
                 value = scalar(loss.call(first, *(given[s.name] for s in labels)))
             found = gradients(value, trained) if training else {}

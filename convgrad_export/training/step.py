@@ -17,7 +17,7 @@ from ..arguments import check_error_factor, check_flags, check_threads
 from ..errors import UnsupportedOperatorError
 from ..files import staged, written_file
 from ..integrations import saving
-from ..integrations.arguments import CallArguments, check_module, named_tensors
+from ..integrations.arguments import check_module
 from ..integrations.capture import state_inputs
 from ..integrations.decompositions import onnx_decompositions
 from ..integrations.finishing import BASE_OPSET, check_model, check_opset, complete_shapes, finish
@@ -35,15 +35,14 @@ from .backward import gradients, leaves
 from .checkpoint import checkpoint_path, save_checkpoint
 from .cumulative import cumulative_averages
 from .losses import resolve_loss, scalar
-from .module_state import StandIns, copied_arguments, refuse_held_state, refuse_shared_memory
+from .module_state import StandIns, copied_arguments, refuse_held_state
 from .optimizers import resolve_optimizer
 from .preparation import METADATA
 from .randomness import SeededRandomness
 from .step_arguments import (
+    StepInputs,
     check_names,
     check_numbers,
-    split_batch,
-    split_shapes,
     trainable_parameters,
     untrained_loss_parameters,
 )
@@ -215,13 +214,8 @@ def _capture(
     opset: int,
     autocast: Autocast,
 ) -> CapturedProgram:
-    inputs, targets = split_batch(module, args, options.loss)
-    arguments = CallArguments(module, inputs, None)
-    state = state_inputs(module)
-    refuse_shared_memory(state, parameters)
-    own_shapes, target_shapes = split_shapes(arguments, options.loss, dynamic_shapes)
-    batch = arguments.inputs(state, own_shapes)
-    labels = named_tensors(dict(zip(options.loss.target_names, targets, strict=True)), target_shapes, (*state, *batch))
+    inputs = StepInputs.of(module, args, options.loss, dynamic_shapes, parameters)
+    state, batch, labels = inputs.state, inputs.batch, inputs.labels
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
     rate = GraphInput(LEARNING_RATE, "user", torch.tensor(options.optimizer.learning_rate, dtype=dtype))
     seed = GraphInput(SEED, "user", torch.tensor(0, dtype=torch.int64))
@@ -243,7 +237,7 @@ def _capture(
         random = SeededRandomness(values.get(SEED, torch.zeros_like(values[STEP])), calls_before(values, options))
         with swapped_tensors(module, state, own.tensors), cumulative_averages(module), random:
             with autocast():
-                result = arguments.call(module, given)
+                result = inputs.arguments.call(module, given)
                 value = scalar(options.loss.call(result, *(given[s.name] for s in labels)))
             found = gradients(value, trained)
         draws[:] = [random.draws]

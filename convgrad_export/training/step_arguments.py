@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,49 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..arguments import as_names
 from ..errors import ArgumentTypeError, DTypeError
-from ..integrations.arguments import CallArguments, forward_signature, unwrapped
+from ..integrations.arguments import CallArguments, forward_signature, named_tensors, unwrapped
+from ..integrations.capture import state_inputs
 from ..integrations.program import GraphInput
 from .losses import Loss
+from .module_state import refuse_shared_memory
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a traced step reads of the caller's.
+
+    Attributes:
+        arguments: how the forward is called.
+        state: the module's parameters and buffers. batch: the forward's tensors. labels: the loss's targets.
+    """
+
+    arguments: CallArguments
+    state: tuple[GraphInput, ...]
+    batch: tuple[GraphInput, ...]
+    labels: tuple[GraphInput, ...]
+
+    @classmethod
+    def of(
+        cls,
+        module: torch.nn.Module,
+        args: Sequence[Any] | Tensor,
+        loss: Loss,
+        dynamic_shapes: Any,
+        trained: Mapping[str, Tensor],
+    ) -> StepInputs:
+        """The inputs of a step that trains the parameters `trained`.
+
+        Raises:
+            ArgumentTypeError, DTypeError: as `split_batch`, `split_shapes` and `refuse_shared_memory`.
+        """
+        inputs, targets = split_batch(module, args, loss)
+        arguments = CallArguments(module, inputs, None)
+        state = state_inputs(module)
+        refuse_shared_memory(state, trained)
+        own_shapes, target_shapes = split_shapes(arguments, loss, dynamic_shapes)
+        batch = arguments.inputs(state, own_shapes)
+        named = dict(zip(loss.target_names, targets, strict=True))
+        return cls(arguments, state, batch, named_tensors(named, target_shapes, (*state, *batch)))
 
 
 def check_numbers(max_grad_norm: Any, max_grad_value: Any, accumulation: Any) -> None:
