@@ -104,8 +104,14 @@ class Worker:
         self._process.wait()
 
 
-def prepare(network: TrainedNetwork, batch: int, folder: Path, with_forward: bool) -> dict[str, Any]:
-    """Write the exported step, the state, the batch, and the forward model for onnxruntime-training."""
+def prepare(
+    network: TrainedNetwork, batch: int, folder: Path, with_forward: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Write the exported step, the state, the batch, and the forward model for onnxruntime-training.
+
+    Returns:
+        Facts about the exported step, and why contenders cannot take part, by name.
+    """
     torch.manual_seed(0)
     module = without_dropout(network.build()).train()
     ((x, y),) = network.data(1, batch)
@@ -123,19 +129,27 @@ def prepare(network: TrainedNetwork, batch: int, folder: Path, with_forward: boo
     optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE)
     report = cg.export_training_step(module, network.loss, optimizer, (x, y), folder / "step.onnx", verify=False)
     seconds = time.perf_counter() - started
+    failed = {}
     if with_forward:
-        torch.onnx.export(
-            module,
-            (x,),
-            str(folder / "forward.onnx"),
-            dynamo=False,
-            training=torch.onnx.TrainingMode.TRAINING,
-            do_constant_folding=False,
-            opset_version=17,
-            input_names=["x"],
-            output_names=["output"],
-        )
-    return {"nodes": sum(report.operators.values()), "export_seconds": round(seconds, 1)}
+        try:
+            _write_forward(module, x, folder / "forward.onnx")
+        except Exception as error:  # torch.onnx has errors of many kinds, and the other contenders need no such model
+            failed["ort_training"] = f"torch.onnx: {type(error).__name__}: {error}"[:400]
+    return {"nodes": sum(report.operators.values()), "export_seconds": round(seconds, 1)}, failed
+
+
+def _write_forward(module: torch.nn.Module, x: torch.Tensor, path: Path) -> None:
+    torch.onnx.export(
+        module,
+        (x,),
+        str(path),
+        dynamo=False,
+        training=torch.onnx.TrainingMode.TRAINING,
+        do_constant_folding=False,
+        opset_version=17,
+        input_names=["x"],
+        output_names=["output"],
+    )
 
 
 def start(name: str, folder: Path, threads: int, old_python: str | None) -> Worker:
@@ -150,13 +164,22 @@ def start(name: str, folder: Path, threads: int, old_python: str | None) -> Work
     return Worker([str(old_python), script, str(folder), str(threads)], log)
 
 
-def measure(folder: Path, threads: int, rounds: int, contenders: list[str], old_python: str | None) -> dict[str, Any]:
-    """Times, memory and failures of every contender."""
+def measure(
+    folder: Path,
+    threads: int,
+    rounds: int,
+    contenders: list[str],
+    old_python: str | None,
+    unable: Mapping[str, str],
+) -> dict[str, Any]:
+    """Times, memory and failures of every contender; `unable` are those that failed before, with the reason."""
     workers: dict[str, Worker] = {}
-    failed: dict[str, str] = {}
+    failed = dict(unable)
     losses: dict[str, list[float]] = {}
     try:
         for name in contenders:
+            if name in unable:
+                continue
             try:
                 workers[name] = start(name, folder, threads, old_python)
                 losses[name] = workers[name].steps(3)["losses"]
@@ -271,9 +294,10 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             with tempfile.TemporaryDirectory() as text:
                 folder = Path(text)
-                facts = prepare(network, batch, folder, "ort_training" in contenders)
+                facts, unable = prepare(network, batch, folder, "ort_training" in contenders)
                 for threads in wanted:
-                    result = measure(folder, threads, options.rounds, contenders, options.ort_training_python)
+                    python = options.ort_training_python
+                    result = measure(folder, threads, options.rounds, contenders, python, unable)
                     row = {"network": name, "batch": batch, "shape": network.shape, "threads": threads, **facts}
                     row = {**row, **result, "environment": environment()}
                     rows = [r for r in rows if _key(r) != _key(row)] + [row]
