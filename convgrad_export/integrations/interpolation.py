@@ -122,6 +122,11 @@ def _whole_factor(size: Any, outputs: Any, factor: float | None) -> int | None:
     return None
 
 
+_FILTERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bilinear": _hat,
+    "bicubic": _cubic_weight,
+    "lanczos": _lanczos_weight,
+}
 _MATRICES: dict[str, Callable[..., Tensor]] = {
     "linear": _linear,
     "bilinear": _linear,
@@ -145,7 +150,12 @@ def interpolate(
     original = torch.nn.functional.interpolate(
         input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias
     )
-    if antialias or mode not in _MATRICES:
+    matrix: Callable[..., Tensor] | None
+    if antialias:  # not the operator itself: the bicubic one's gradient knows no dynamic sizes in PyTorch
+        matrix = functools.partial(_antialiased, _FILTERS[mode]) if input.dtype.is_floating_point else None
+    else:
+        matrix = _MATRICES.get(mode)
+    if matrix is None:
         return original
     rank = input.dim() - 2
     factors: list[float | None] = [None] * rank
@@ -161,7 +171,7 @@ def interpolate(
         if whole is not None:
             x = _repeated(x, spatial, whole)
         else:
-            x = apply_along(x, _MATRICES[mode](after, before, factor, bool(align_corners), x), spatial)
+            x = apply_along(x, matrix(after, before, factor, bool(align_corners), x), spatial)
     return x
 
 
@@ -195,8 +205,8 @@ def _antialiased_pair(name: str, weight: Callable[[Tensor], Tensor]) -> dict[Any
 
 
 TABLE: dict[Any, Callable[..., Tensor]] = {
-    **_antialiased_pair("_upsample_bilinear2d_aa", _hat),
-    **_antialiased_pair("_upsample_bicubic2d_aa", _cubic_weight),
+    overload: function
+    for mode, weight in _FILTERS.items()
+    if hasattr(torch.ops.aten, f"_upsample_{mode}2d_aa")  # lanczos from torch 2.13 on
+    for overload, function in _antialiased_pair(f"_upsample_{mode}2d_aa", weight).items()
 }
-if hasattr(torch.ops.aten, "_upsample_lanczos2d_aa"):  # from torch 2.13 on
-    TABLE.update(_antialiased_pair("_upsample_lanczos2d_aa", _lanczos_weight))
