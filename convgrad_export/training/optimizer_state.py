@@ -1,4 +1,4 @@
-"""The state of a torch optimizer that has made steps already, for an exported step to go on from."""
+"""What a torch optimizer holds of its own: the state of steps that it has made already, and its groups' rates."""
 
 from __future__ import annotations
 
@@ -55,3 +55,21 @@ def check_same_step(steps: Mapping[str, int], step: int) -> None:
             f"optimizer: {other} has made {steps[other]} steps, other parameters {step}, and an exported step counts "
             "them together: export before the first step, or make a new optimizer"
         )
+
+
+def rate_scale(group: Mapping[str, Any], first: Mapping[str, Any]) -> float:
+    """A group's learning rate in units of the first group's, which is the runtime input.
+
+    Where a warm-up starts at 0, the rates that its schedule leads to (`initial_lr`) have the ratio.
+
+    Raises:
+        ArgumentTypeError: the first group's is 0.
+    """
+    base, rate = float(first["lr"]), float(group["lr"])
+    if base == rate == 0.0:
+        base, rate = float(first.get("initial_lr", 0.0)), float(group.get("initial_lr", 0.0))
+    if base == 0.0 and rate != 0.0:
+        raise ArgumentTypeError(
+            "optimizer: the first group's lr is 0, so the other groups have no ratio to it: put another group first"
+        )
+    return rate / base if base else 1.0

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..arguments import as_names
 from ..errors import ArgumentTypeError
 from ..integrations.half_widening import HALF
-from .optimizer_state import check_same_step, own_state
+from .optimizer_state import check_same_step, own_state, rate_scale
 
 State = dict[str, Tensor]
 UpdateFunction = Callable[[Tensor, Tensor, State, Tensor, Tensor], tuple[Tensor, State]]
@@ -380,10 +380,7 @@ def _from_torch(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tenso
         options = {name: group[name] for name in known if name in group}
         if "betas" in options:
             options["betas"] = tuple(float(beta) for beta in cast(Sequence[Any], options["betas"]))
-        rate = float(group["lr"])
-        if base == 0.0 and rate != 0.0:
-            raise ArgumentTypeError("optimizer: the first group's lr is 0, so the other groups have no ratio to it")
-        rule = ParameterRule(rule_kind(**options), rate / base if base else 1.0)
+        rule = ParameterRule(rule_kind(**options), rate_scale(group, optimizer.param_groups[0]))
         for tensor in group["params"]:
             if id(tensor) not in names_of:
                 continue

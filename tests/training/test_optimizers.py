@@ -135,6 +135,35 @@ def test_parameter_groups_keep_their_options_and_learning_rates() -> None:
         torch.testing.assert_close(torch.from_numpy(session.state()[name]), value.detach(), rtol=1e-9, atol=1e-9)
 
 
+def test_a_warm_up_from_zero_keeps_the_groups_ratio() -> None:
+    module = small_network()
+
+    def scheduled(of: nn.Module) -> Any:
+        first, *others = of.parameters()
+        optimizer = torch.optim.SGD([{"params": [first]}, {"params": others, "lr": 0.01}], lr=0.1)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 4)
+
+    eager, data = copy.deepcopy(module), batches(4)
+    report = cg.export_training_step(module, "cross_entropy", scheduled(module).optimizer, data[0])
+    session, schedule = cg.TrainingSession(report.model, report.state), scheduled(eager)
+    for x, y in data:
+        session.step(x.numpy(), y.numpy(), learning_rate=schedule.get_last_lr()[0])
+        schedule.optimizer.zero_grad()
+        functional.cross_entropy(eager(x), y).backward()
+        schedule.optimizer.step()
+        schedule.step()
+    for name, value in eager.named_parameters():
+        torch.testing.assert_close(torch.from_numpy(session.state()[name]), value.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_a_first_group_without_a_learning_rate_is_refused() -> None:
+    module = small_network()
+    first, *others = module.parameters()
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": others, "lr": 0.01}], lr=0.0)
+    with pytest.raises(cg.ArgumentTypeError, match="put another group first"):
+        cg.export_training_step(module, "cross_entropy", optimizer, batches(1)[0])
+
+
 def test_short_vectors_are_updated_together_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """One node for all biases and scales of a rule instead of one each; the state is that of single updates."""
     from convgrad_export.training import update
