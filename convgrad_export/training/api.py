@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,17 @@ from ..runtime import tensors
 from ..runtime.cuda_options import CudaOptions
 from ..runtime.providers import onnxruntime
 from ..runtime.session import GradientSession
-from ..tensor_names import GRADIENT, LEARNING_RATE, RESET, SEED, STEP, UPDATED
-from .checkpoint import as_array
+from ..tensor_names import GRADIENT, LEARNING_RATE, LOSS, RESET, SEED, STEP, UPDATED
+from .checkpoint import as_array, check_matches
 from .checkpoint_state import CheckpointState, Parameter, Parameters, Path
 from .session import check_rate, check_seed, raise_refused
 
 __all__ = ["CheckpointState", "LinearLRScheduler", "Module", "Optimizer", "Parameter", "Parameters"]
 
-_OWN = (RESET, SEED, STEP, LEARNING_RATE)
-RETURNED = "convgrad.returned"  # in the metadata of a model: a JSON list of the outputs that a call returns
+OWN = (RESET, SEED, STEP, LEARNING_RATE)
+# In the metadata of a model, JSON lists: the inputs that a call takes, and the outputs that it returns.
+BATCH = "convgrad.batch"
+RETURNED = "convgrad.returned"
 
 
 class Module:
@@ -38,6 +40,9 @@ class Module:
         state: shared with the `Optimizer`.
         device: ``"cpu"`` or ``"cuda"``, with the number of the device if it is not the first: ``"cuda:1"``.
         session_options: an `onnxruntime.SessionOptions`, for all sessions, the optimizer's too.
+
+    Raises:
+        ModelFileError: a file that cannot be read or is of another kind, or a state of another model.
     """
 
     def __init__(
@@ -60,26 +65,18 @@ class Module:
         self._eval = None if self._eval_path is None else self._open(self._eval_path)
         self._reset = True
         self.seed = 0
-        sessions = [self._train, *([self._eval] if self._eval else [])]
-        for session in sessions:
-            if missing := [n for n in self._state_names(session) if n not in state.arrays and not n.endswith(GRADIENT)]:
-                raise ModelFileError(f"the checkpoint is of another model; it lacks {', '.join(missing[:10])}")
-
-    def _state_names(self, session: GradientSession) -> list[str]:
-        names = {*self._state.arrays, *(f"{name}{GRADIENT}" for name in self._state.trained)}
-        users = set(self._user_names(session))
-        return [name for name in session.input_names if name not in users and (name in names or name not in _OWN)]
+        if RESET not in self._train.input_names:
+            raise ModelFileError(f"{train_model_uri} is no training model, expected generate_artifacts' training_model")
+        if self._eval is not None and LOSS not in self._eval.output_names:
+            raise ModelFileError(f"{eval_model_uri} is no eval model, expected generate_artifacts' eval_model")
+        for session in (self._train, *([self._eval] if self._eval else [])):
+            _check_fits(session, state, self._user_names(session))
 
     def _user_names(self, session: GradientSession) -> list[str]:
+        """The inputs that a call takes; of a file that does not say so, what is neither state nor our own."""
         gradients = {f"{name}{GRADIENT}" for name in self._state.trained}
-        return [
-            name
-            for name in session.input_names
-            if name not in _OWN and name not in gradients and not self._is_state(name)
-        ]
-
-    def _is_state(self, name: str) -> bool:
-        return name in self._state.arrays
+        known = {*OWN, *gradients, *self._state.arrays}
+        return _listed(session, BATCH, session.input_names) or [n for n in session.input_names if n not in known]
 
     def __call__(self, *user_inputs: Any) -> Any:
         """Run a step on a batch, arrays or OrtValues: the loss, or (loss, outputs...) as `generate_artifacts` was told.
@@ -247,20 +244,44 @@ def _array(value: Any, name: str) -> np.ndarray:
 
 
 def _returned(session: GradientSession) -> list[str]:
-    """The outputs that a call returns; of a file that does not say so, all but the state.
+    """The outputs that a call returns; of a file that does not say so, all but the state."""
+    outputs = [name for name in session.output_names if not name.endswith(UPDATED)]
+    return _listed(session, RETURNED, outputs) or outputs
+
+
+def _listed(session: GradientSession, key: str, available: Sequence[str]) -> list[str] | None:
+    """Names from a model's metadata, None where it has no such entry.
 
     Raises:
         ModelFileError: the file names others than it has.
     """
-    outputs = [name for name in session.output_names if not name.endswith(UPDATED)]
-    text = session.inference_session.get_modelmeta().custom_metadata_map.get(RETURNED)
+    text = session.inference_session.get_modelmeta().custom_metadata_map.get(key)
+    if text is None:
+        return None
     try:
-        names = outputs if text is None else json.loads(text)
+        names = json.loads(text)
     except ValueError:
         names = None
-    if not isinstance(names, list) or not all(name in outputs for name in names):
-        raise ModelFileError(f"the model's {RETURNED} is {text!r:.200}, expected a list of its outputs {outputs}")
+    if not isinstance(names, list) or not all(name in available for name in names):
+        raise ModelFileError(f"the model's {key} is {text!r:.200}, expected a list of names among {list(available)}")
     return names
+
+
+def _check_fits(session: GradientSession, state: CheckpointState, others: Collection[str]) -> None:
+    """Refuse the state of another model.
+
+    Args:
+        others: inputs that are no state. Those of our own and the gradients are none either.
+
+    Raises:
+        ModelFileError: names, shapes or dtypes differ; all of them are listed.
+    """
+    expected = {
+        value.name: (tensors.onnx_type(value.type)[1], tuple(value.shape))
+        for value in session.inference_session.get_inputs()
+        if value.name in state.arrays or not (value.name in (*OWN, *others) or value.name.endswith(GRADIENT))
+    }
+    check_matches("given as state", {name: a for name, a in state.arrays.items() if name in expected}, expected)
 
 
 def _ort_value(array: np.ndarray) -> Any:
@@ -286,6 +307,9 @@ class Optimizer:
 
     Args:
         optimizer_uri: file from `generate_artifacts`. module: whose gradients are applied.
+
+    Raises:
+        ModelFileError: a file that cannot be read, or of another model than the module's state.
     """
 
     def __init__(self, optimizer_uri: Path, module: Module) -> None:
@@ -297,13 +321,7 @@ class Optimizer:
         self._session = module._open(as_path(optimizer_uri, "optimizer_uri"))
         types = {value.name: value.type for value in self._session.inference_session.get_inputs()}
         _, self._rate_type = tensors.onnx_type(types.get(LEARNING_RATE, "tensor(float)"))
-        missing = [
-            name
-            for name in self._session.input_names
-            if name != LEARNING_RATE and not name.endswith(GRADIENT) and name not in self._state.arrays
-        ]
-        if missing:
-            raise ModelFileError(f"the optimizer model is of another checkpoint, which lacks {', '.join(missing[:10])}")
+        _check_fits(self._session, self._state, ())
 
     def step(self) -> None:
         """Update the parameters from the accumulated gradients.

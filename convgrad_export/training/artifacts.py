@@ -29,7 +29,7 @@ from ..integrations.program import CapturedProgram, GraphInput, GraphOutput, Tra
 from ..integrations.tracing import swapped_tensors, trace_function
 from ..integrations.translation import translate
 from ..tensor_names import GRADIENT, LEARNING_RATE, LOSS, RESET, SEED, STEP
-from .api import RETURNED
+from .api import BATCH, OWN, RETURNED
 from .artifact_arguments import (
     LossType,
     OptimType,
@@ -163,6 +163,8 @@ def generate_artifacts(
             names = returned or [output.name for output in forward.outputs if output.kind in ("value", "output")]
             kept = [output.name for output in forward.outputs if output.name in names]
             models[key].metadata_props.add(key=RETURNED, value=json.dumps(sorted(kept, key=names.index)))
+            given = [spec.name for spec in forward.inputs if spec.kind == "user" and spec.name not in OWN]
+            models[key].metadata_props.add(key=BATCH, value=json.dumps(given))
         if chosen is not None:
             add("optimizer_model", _optimizer_program(chosen, updated, opset_version), chosen.learning_rate)
     held = state_inputs(module)

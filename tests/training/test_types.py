@@ -232,3 +232,28 @@ def test_what_an_update_function_returns(function: Any, message: str) -> None:
         cg.export_training_step(
             module, "cross_entropy", CustomOptimizer(function, ("momentum",)), batches(1, torch.float32)[0]
         )
+
+
+def test_files_of_other_models_and_kinds_are_refused(folder: Path, tmp_path: Path) -> None:
+    artifacts.generate_artifacts(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 7), nn.Tanh(), nn.Linear(7, 5)),
+        loss="cross_entropy",
+        optimizer="adamw",
+        args=batches(1, torch.float32)[0],
+        artifact_directory=tmp_path,
+    )
+    training, evaluating, updating = (f"{name}_model.onnx" for name in ("training", "eval", "optimizer"))
+    own, other = (CheckpointState.load_checkpoint(path / "checkpoint") for path in (folder, tmp_path))
+    calls: list[tuple[Callable[[], Any], str]] = [
+        (lambda: Module(tmp_path / training, own), r"(?s)missing: 3\.weight, 3\.bias\n.*1\.weight: is .*\(7, 64\)"),
+        (lambda: Module(folder / training, own, tmp_path / evaluating), r"missing: 3\.weight"),
+        (lambda: Module(folder / training, other), r"1\.bias: is float32 \(7,\), expected float32 \(5,\)"),
+        (lambda: Optimizer(tmp_path / updating, Module(folder / training, own)), r"missing: .*1\.weight\.exp_avg"),
+        (lambda: Module(folder / evaluating, own), "eval_model.onnx is no training model"),
+        (lambda: Module(folder / updating, own), "optimizer_model.onnx is no training model"),
+        (lambda: Module(folder / training, own, folder / updating), "optimizer_model.onnx is no eval model"),
+        (lambda: Optimizer(folder / training, Module(folder / training, own)), "missing: .*input"),
+    ]
+    for call, message in calls:
+        with pytest.raises(cg.ModelFileError, match=message):
+            call()
