@@ -86,6 +86,7 @@ class OnnxModule(nn.Module):
             )
         _check_values(model.graph)
         _check_statistics(model.graph)
+        _check_biases(model.graph, trainable)
         self._graph = model.graph
         self._where: dict[str, str] = {}
         # Constants stay outside of the module: what is a buffer would be traced, and sizes have to be numbers.
@@ -267,6 +268,51 @@ def _check_statistics(graph: Any) -> None:
             f"another node holds: {', '.join(wrong)}. Export it for training (torch.onnx.export(..., dynamo=False, "
             "training=torch.onnx.TrainingMode.TRAINING, do_constant_folding=False)), or give the torch module itself"
         )
+
+
+def _check_biases(graph: Any, trainable: Sequence[str]) -> None:
+    """Refuse one bias of several layers that have weights of their own, where exporters may have merged it.
+
+    A new network's biases are all 0, and torch.jit's exporter makes one initializer of those of one shape unless the
+    model is in training mode: they would be trained as one. Layers that are the same have the same weight, too.
+
+    Args:
+        trainable: names of those that are trained; without any all.
+
+    Raises:
+        UnsupportedOperatorError: with the biases and the layers.
+    """
+    made = {node.output[0]: node for node in graph.node}
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    same = {name for name, array in arrays.items() if array.ndim and array.size and np.all(array == array.flat[0])}
+    layers: dict[str, dict[str, str]] = {}
+    for node in graph.node:
+        weight, bias = _layer(node, made)
+        if weight in arrays and bias in same and (not trainable or bias in trainable):
+            layers.setdefault(bias, {})[weight] = node.name or node.output[0]
+    if merged := [f"{name} ({', '.join(of.values())})" for name, of in layers.items() if len(of) > 1]:
+        raise UnsupportedOperatorError(
+            f"layers of the ONNX model share a bias of equal values, to be trained as one: {'; '.join(merged)}. "
+            "Export it for training (torch.onnx.export(..., dynamo=False, training=torch.onnx.TrainingMode.TRAINING, "
+            "do_constant_folding=False)), or give the torch module itself"
+        )
+
+
+def _layer(node: Any, made: dict[str, Any]) -> tuple[str, str]:
+    """Names of a layer's weight and bias, empty where the node is none with both; a Linear may be two nodes."""
+
+    def origin(name: str) -> str:
+        while name in made and made[name].op_type in _OTHER_FORM:
+            name = made[name].input[0]
+        return name
+
+    if node.op_type in ("Conv", "ConvTranspose", "Gemm") and len(node.input) > 2:
+        return origin(node.input[1]), origin(node.input[2])
+    if node.op_type == "Add":
+        for product, bias in (node.input, reversed(node.input)):
+            if product in made and made[product].op_type == "MatMul":
+                return origin(made[product].input[1]), origin(bias)
+    return "", ""
 
 
 def _named_forward(module: OnnxModule, names: list[str]) -> Callable[..., Any]:

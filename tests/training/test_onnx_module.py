@@ -92,3 +92,31 @@ def test_statistics_that_are_a_weight_too_are_refused(scale: str) -> None:
     proto.graph.node[1].input[4] = "again"
     with pytest.raises(cg.UnsupportedOperatorError, match=r"bn: again\. Export it for training"):
         OnnxModule(proto)
+
+
+def linears(first: np.ndarray, second: np.ndarray, bias: np.ndarray, *, split: bool) -> onnx.ModelProto:
+    """Two layers with one bias, read through an Identity by the second; `split` into products and additions."""
+    weights = {"a": first, "b": second, "zero": bias}
+    again = node("Identity", ["zero"], ["again"])
+    if not split:
+        return model(
+            again, node("Gemm", ["x", "a", "zero"], ["h"]), node("Gemm", ["h", "b", "again"], ["y"]), **weights
+        )
+    sums = [node("Add", ["p", "zero"], ["h"]), node("Add", ["again", "q"], ["y"])]
+    return model(again, node("MatMul", ["x", "a"], ["p"]), node("MatMul", ["h", "b"], ["q"]), *sums, **weights)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["Gemm", "MatMul and Add"])
+def test_biases_that_an_exporter_merged_are_refused(split: bool) -> None:
+    """Zeros for all layers of a new network are one initializer then, and would be trained as one."""
+    first, second = RANDOM.normal(size=(2, 3, 3)).astype(np.float32)
+    zeros = np.zeros(3, np.float32)
+    merged = linears(first, second, zeros, split=split)
+    with pytest.raises(cg.UnsupportedOperatorError, match=r"share a bias of equal values.*: zero \(h, y\)\. Export it"):
+        OnnxModule(merged)
+    OnnxModule(merged, ["a", "b"])  # the bias stays
+    OnnxModule(linears(first, second, first[0], split=split))  # shared by the network itself, for all one can tell
+    once = linears(first, second, zeros, split=split)
+    for reader in once.graph.node:  # the same layer twice
+        reader.input[:] = ["a" if name == "b" else name for name in reader.input]
+    OnnxModule(once)
