@@ -113,6 +113,19 @@ def max_pool1d(
     return found if return_indices else found[0]
 
 
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """With a dense gradient: ONNX has no sparse ones, and where an optimizer takes them their zeros change nothing."""
+    return torch.nn.functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+
+
 _REPLACEMENTS: Mapping[Any, Callable[..., Tensor]] = {
     torch.grid_sampler: grid_sampler,
     torch.nn.functional.grid_sample: grid_sample,
@@ -123,6 +136,7 @@ _REPLACEMENTS: Mapping[Any, Callable[..., Tensor]] = {
     torch.nn.functional.multi_margin_loss: multi_margin_loss,
     torch.nn.functional.multilabel_margin_loss: multilabel_margin_loss,
     torch.nn.functional.interpolate: interpolate,
+    torch.nn.functional.embedding: embedding,
     torch.max_pool1d: max_pool1d,
     torch.nn.functional.max_pool1d: max_pool1d,
 }

@@ -147,3 +147,17 @@ def test_float32_steps_are_verified_against_float64(name: str) -> None:
     report = cg.export_training_step(module, "mse", torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.5), batch)
     assert report.verified
     assert {f"{p}.updated" for p, _ in module.named_parameters()} <= set(report.errors)
+
+
+def test_a_sparse_embedding_trains_with_a_dense_gradient() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(7, 3, sparse=True), nn.Flatten(), nn.Linear(12, 2)).double()
+    data = [(torch.randint(0, 7, (n, 4)), torch.randn(n, 2, dtype=torch.float64)) for n in (5, 3)]
+    assert_same_training(
+        module,
+        "mse",
+        functional.mse_loss,
+        lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.5),
+        data,
+        dynamic_shapes=({0: "batch"}, {0: "batch"}),
+    )
