@@ -147,3 +147,17 @@ def test_convolution_of_an_empty_batch(batch: int) -> None:
     x = data(batch, 4, 10, 7)
     (actual,) = cg.GradientSession(report.model).run({"input": x}).values()
     torch.testing.assert_close(torch.as_tensor(actual), module(x).detach(), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("shape", "make"),
+    [
+        ((2, 3, 9, 8), lambda: nn.Unfold((3, 2), stride=(2, 3), padding=(1, 2), dilation=(1, 2))),
+        ((2, 12, 42), lambda: nn.Fold((7, 8), 2)),
+        ((2, 12, 20), lambda: nn.Fold((9, 10), 2, stride=2)),
+    ],
+    ids=["unfold", "fold", "fold side by side"],
+)
+def test_windows_are_added_up_in_float64(shape: tuple[int, ...], make: Callable[[], nn.Module]) -> None:
+    fresh = (data(3, *shape[1:]),)
+    compare_gradients(make(), (data(*shape),), tolerance=1e-13, dynamic_shapes={"input": {0: "n"}}, fresh=fresh)
