@@ -145,6 +145,8 @@ PADDING_AND_SAMPLING: list[Case] = [
     ("pixel_shuffle", IMAGE, lambda: nn.PixelShuffle(2)),
     ("pixel_unshuffle", (2, 3, 6, 8), lambda: nn.PixelUnshuffle(2)),
     ("unfold", IMAGE, lambda: nn.Unfold(3, stride=2, padding=1)),
+    ("unfold of one sample", (3, 9, 8), lambda: nn.Unfold(3, stride=2, padding=1)),
+    ("fold of one sample", (18, 72), lambda: nn.Fold((9, 8), 3, stride=1, padding=1)),
     ("fold", (2, 18, 72), lambda: nn.Fold((9, 8), 3, stride=1, padding=1)),
     ("affine_grid", IMAGE, lambda: Apply(lambda x: functional.affine_grid(x[:, 0, :2, :3], [2, 3, 5, 4], False))),
     (
