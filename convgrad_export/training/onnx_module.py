@@ -69,14 +69,17 @@ class OnnxModule(nn.Module):
             except Exception as error:  # protobuf has errors of several modules
                 raise ModelFileError(f"{path} cannot be read as an ONNX model: {error}") from error
         known = {*OPERATORS, "BatchNormalization", "Dropout", "Constant"}
-        missing = {
-            f"{n.domain}{'::' if n.domain else ''}{n.op_type} (node {n.name or n.output[0]})"
-            for n in model.graph.node
-            if n.op_type not in known or n.domain not in _STANDARD
-        }
+        missing: dict[str, list[str]] = {}
+        for n in model.graph.node:
+            if n.op_type not in known or n.domain not in _STANDARD:
+                missing.setdefault(f"{n.domain}{'::' if n.domain else ''}{n.op_type}", []).append(n.name or n.output[0])
         if missing:
+            named = (
+                f"{kind} (node {nodes[0]}{f' and {len(nodes) - 1} more' if nodes[1:] else ''})"
+                for kind, nodes in sorted(missing.items())
+            )
             raise UnsupportedOperatorError(
-                f"the ONNX model has operators that cannot be trained from this form: {', '.join(sorted(missing))}. "
+                f"the ONNX model has operators that cannot be trained from this form: {', '.join(named)}. "
                 f"Known: {', '.join(sorted(known))}. Give the torch module itself instead"
             )
         self._opset = max((o.version for o in model.opset_import if o.domain in _STANDARD), default=0)

@@ -201,6 +201,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Sigmoid": _plain(torch.sigmoid),
     "Tanh": _plain(torch.tanh),
     "Softplus": _plain(functional.softplus),
+    "HardSigmoid": lambda node, a, x: torch.clamp(a.get("alpha", 0.2) * x + a.get("beta", 0.5), 0.0, 1.0),
     "HardSwish": _plain(functional.hardswish),
     "Softmax": _softmax(torch.softmax),
     "LogSoftmax": _softmax(torch.log_softmax),

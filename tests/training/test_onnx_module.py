@@ -37,6 +37,8 @@ node = helper.make_node
 MODELS: dict[str, onnx.ModelProto] = {
     "clip by attributes": scaled(node("Clip", ["h"], ["y"], min=-0.5, max=1.0), opset=10),
     "clip by inputs": scaled(node("Clip", ["h", "low", ""], ["y"]), low=np.float32(-0.5)),
+    "hard sigmoid": scaled(node("HardSigmoid", ["h"], ["y"], alpha=1 / 6)),
+    "hard sigmoid, by default": scaled(node("HardSigmoid", ["h"], ["y"])),
     "softmax over all that follows": scaled(node("Softmax", ["h"], ["y"], axis=1), shape=(2, 3, 4), opset=11),
     "softmax by default, old": scaled(node("Softmax", ["h"], ["y"]), shape=(2, 3, 4), opset=11),
     "log_softmax, old": scaled(node("LogSoftmax", ["h"], ["y"], axis=-1), shape=(2, 3, 4), opset=11),
@@ -66,11 +68,15 @@ def test_the_module_computes_what_onnxruntime_does(name: str) -> None:
     ("proto", "message"),
     [
         (scaled(node("Relu", ["h"], ["y"], domain="com.example")), r"com\.example::Relu"),
+        (
+            scaled(*(node("Selu", [a], [b], name=f"selu_{b}") for a, b in ("hi", "ij", "jy"))),
+            r"form: Selu \(node selu_i and 2 more\)\. Known",
+        ),
         (scaled(node("Dropout", ["h"], ["d", "mask"]), node("Identity", ["mask"], ["y"])), "reads mask"),
         (scaled(node("Identity", ["h"], ["y"]), opset=6), "of opset 6, expected 7 or later"),
         (scaled(node("Constant", [], ["s"], value_string="a"), node("Mul", ["h", "s"], ["y"])), "no dense numbers"),
     ],
-    ids=range(4),
+    ids=range(5),
 )
 def test_models_of_other_kinds_are_refused(proto: onnx.ModelProto, message: str) -> None:
     with pytest.raises(cg.UnsupportedOperatorError, match=message):
