@@ -6,8 +6,10 @@ graph has inputs and outputs by name instead, so what goes past the module's nam
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ..errors import ArgumentTypeError, UnsupportedOperatorError
@@ -91,7 +93,8 @@ def refuse_held_state(
     Raises:
         ArgumentTypeError: with their names.
     """
-    changing = {output.target for output in program.outputs if output.kind == "buffer"}.union(trained)
+    changing = {output.target for output in program.outputs if output.kind == "buffer" and output.target}.union(trained)
+    refuse_shared_memory(state, changing)
     for name, other in references.items():
         if other in changing:
             raise ArgumentTypeError(
@@ -117,20 +120,45 @@ def refuse_held_state(
         )
 
 
-def refuse_shared_memory(state: Sequence[GraphInput], trained: Collection[str]) -> None:
+def refuse_shared_memory(state: Sequence[GraphInput], changing: Collection[str]) -> None:
     """Refuse different tensors in one place of memory: PyTorch updates both at once, an exported step one by one.
 
+    Args:
+        changing: names of those that the optimizer or the forward changes.
+
     Raises:
-        ArgumentTypeError: one of two such tensors is trained.
+        ArgumentTypeError: one of two such tensors is among them.
     """
-    first: dict[int, str] = {}
-    for spec in state:
-        if not spec.value.numel() or not spec.value.data_ptr():
-            continue
-        other = first.setdefault(spec.value.data_ptr(), spec.name)
-        if other != spec.name and not {other, spec.name}.isdisjoint(trained):
-            raise ArgumentTypeError(
-                f"{other} and {spec.name} are two tensors in the same memory (one was made of the other's .data, or "
-                "detached from it), which an exported step would update apart: register one tensor under both names "
-                "(self.b.weight = self.a.weight), or make the second a copy (.clone())"
-            )
+    held = [spec for spec in state if spec.value.numel() and spec.value.data_ptr()]
+    held.sort(key=lambda spec: spec.value.data_ptr())
+    for position, first in enumerate(held):
+        stop = _stop(first.value)
+        for second in itertools.islice(held, position + 1, None):
+            if second.value.data_ptr() >= stop:
+                break
+            if not {first.name, second.name}.isdisjoint(changing) and _share_elements(first.value, second.value):
+                raise ArgumentTypeError(
+                    f"{first.name} and {second.name} are two tensors in the same memory (one was made of the other's "
+                    ".data, detached from it, or is a view of it), which an exported step would update apart: register "
+                    "one tensor under both names (self.b.weight = self.a.weight), or make the second a copy (.clone())"
+                )
+
+
+def _stop(tensor: Tensor) -> int:
+    """The address behind a tensor's last element."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _share_elements(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors whose memory overlaps have elements in common; columns of one matrix have not."""
+    if first.element_size() != second.element_size():
+        return True
+    return bool(torch.isin(_addresses(first), _addresses(second)).any())
+
+
+def _addresses(tensor: Tensor) -> Tensor:
+    found = torch.tensor(tensor.data_ptr())
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        found = found.unsqueeze(-1) + torch.arange(size) * (stride * tensor.element_size())
+    return found

@@ -274,6 +274,37 @@ def test_two_tensors_in_one_memory_are_refused(tmp_path: Path) -> None:
     assert cg.export_training_step(module, "mse", "sgd", batch).verified
 
 
+class Viewed(nn.Module):
+    """A buffer that the forward changes, and another in its memory."""
+
+    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer = linear()
+        sums = torch.zeros(2, 4, dtype=torch.float64)
+        self.register_buffer("sums", sums[:, :2])
+        self.register_buffer("seen", view(sums))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.layer(x)
+        with torch.no_grad():
+            self.sums.add_(result.mean(0))
+        return result + self.seen.sum()
+
+
+@pytest.mark.parametrize(
+    "view", [lambda s: s.detach(), lambda s: s[1], lambda s: s[:, 1]], ids=["all", "row", "column"]
+)
+def test_a_view_of_a_buffer_that_the_forward_changes_is_refused(view: Any, tmp_path: Path) -> None:
+    with pytest.raises(cg.ArgumentTypeError, match=r"se.* are two tensors in the same memory"):
+        cg.export_training_step(Viewed(view), "mse", "sgd", data()[0])
+    with pytest.raises(cg.ArgumentTypeError, match="same memory"):
+        artifacts.generate_artifacts(Viewed(view), loss="mse", args=data()[0], artifact_directory=tmp_path)
+
+
+def test_parts_of_one_memory_are_tensors_of_their_own() -> None:
+    assert_same_training(Viewed(lambda sums: sums[:, 2:]), "mse", functional.mse_loss, sgd, data())
+
+
 def test_the_reports_state_stays_when_the_module_trains_on() -> None:
     module = linear()
     report = cg.export_training_step(module, "mse", "sgd", data()[0])
