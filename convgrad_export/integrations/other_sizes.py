@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from convgrad_export.errors import DynamicShapeError, VerificationError
-from convgrad_export.integrations.eager_run import eager
+from convgrad_export.integrations.eager_run import EagerRun, run_eagerly
 from convgrad_export.integrations.fresh_inputs import fresh_input
 from convgrad_export.integrations.not_numbers import REDRAWS, says_nothing
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
 from convgrad_export.integrations.report import OutputError, merged
 
-Judge = Callable[[Mapping[str, torch.Tensor]], dict[str, OutputError]]
+Judge = Callable[[Mapping[str, torch.Tensor], EagerRun], dict[str, OutputError]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def other_sizes(
 
     Args:
         users: The inputs that have the dimensions.
-        judge: Compares the model with eager on inputs by name, as `compare` does.
+        judge: Compares the model with eager on inputs by name, as `compare` does; given eager's float64 run on them.
         errors: At the example's sizes.
         others: Inputs of every run.
 
@@ -96,14 +96,14 @@ def _second_size(
         if broken is not None and ruled_out_tried:
             continue
         try:
-            fresh = _fresh_inputs(program, users, sizes, random, others)
+            fresh, exact = _fresh_inputs(program, users, sizes, random, others)
         except Exception:  # whatever the user's module raises for a size that it does not take
             continue
         if broken is None:
-            return sizes, judge(fresh)
+            return sizes, judge(fresh, exact)
         ruled_out_tried = True
         try:
-            judge(fresh)
+            judge(fresh, exact)
         except VerificationError as wrong:
             raise DynamicShapeError(
                 f"dimension {label!r} was declared dynamic, but at {size} the forward does something else than at the "
@@ -119,17 +119,21 @@ def _fresh_inputs(
     sizes: Mapping[str, int],
     random: np.random.Generator,
     others: Mapping[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """Inputs of these sizes that eager takes, with numbers for all outputs as far as a few draws find such."""
+) -> tuple[dict[str, torch.Tensor], EagerRun]:
+    """Inputs of these sizes that eager takes, with numbers for all outputs as far as a few draws find such.
+
+    Returns:
+        Them, and eager's float64 run on them.
+    """
     for _ in range(1 + REDRAWS):
         fresh = {
             s.name: fresh_input(s, [sizes.get(s.dynamic.get(a, ""), n) for a, n in enumerate(s.value.shape)], random)
             for s in users
         } | dict(others)
-        results = eager(program, fresh, torch.float64)
-        if not any(says_nothing(results[spec.name]) for spec in program.outputs):
+        exact = run_eagerly(program, fresh, torch.float64)
+        if not any(says_nothing(exact.outputs[spec.name]) for spec in program.outputs):
             break
-    return fresh
+    return fresh, exact
 
 
 def _broken_constraint(program: CapturedProgram, sizes: Mapping[str, int], example: Mapping[str, int]) -> str | None:

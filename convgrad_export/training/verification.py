@@ -26,7 +26,7 @@ import onnx_ir as ir
 import torch
 
 from ..errors import VerificationError
-from ..integrations.eager_run import eager, perturbed, run_eagerly
+from ..integrations.eager_run import EagerRun, eager, perturbed, run_eagerly
 from ..integrations.fresh_inputs import fresh_input
 from ..integrations.not_numbers import REDRAWS, agreeing, require_numbers, says_nothing, undecided, without
 from ..integrations.other_sizes import Verification, other_sizes
@@ -86,7 +86,7 @@ def verify_step(
         given = [spec for spec in users if spec.name in settings]
         return {spec.name: torch.tensor(settings[spec.name](number), dtype=spec.value.dtype) for spec in given}
 
-    def judge(inputs: Mapping[str, torch.Tensor]) -> dict[str, OutputError]:
+    def judge(inputs: Mapping[str, torch.Tensor], _first_state: EagerRun) -> dict[str, OutputError]:
         return _compare(program, inputs, current, _run(runner, program, inputs, current, what), what)
 
     for number in range(steps + REDRAWS):

@@ -93,6 +93,46 @@ def test_either_side_of_a_tie_is_accepted_and_a_third_value_is_not() -> None:
         verification.compare(Answers(program, wrong), program, {"x": x})
 
 
+class OneTie(nn.Module):
+    """A step at the first pixel alone, a small part of the result, that is up or down by rounding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x[:, :1, :1, :1]
+        third = first / 3
+        return torch.where(third + third + third > first, first, -first).sum() + x.sum((1, 2, 3))
+
+
+def test_a_tie_that_float32_eager_takes_as_onnxruntime_does_costs_no_random_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_run(*_: Any) -> None:
+        raise AssertionError("a random run")
+
+    above = lambda x: x / 3 + x / 3 + x / 3 > x  # noqa: E731
+    x = image(1, 1, 900, 900)
+    tied = x[above(x) & ~above(x.double())][0]
+    x[0, 0, 0, 0] = tied
+    program = capture_gradients(OneTie(), (x,), wrt="inputs")
+    monkeypatch.setattr(verification, "_randomly_rounded", no_run)
+    error = verification.compare(Answers(program, lambda outputs: None), program, {"x": x})["x.grad"]
+    assert 2.0**-16 < error.relative < error.bound < 2.0**-5
+    assert not error.cancelled
+
+
+def test_float64_runs_once_for_each_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what takes the time of an export of a large network, and a second size is the larger one."""
+    batches: list[int] = []
+
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype == torch.float64 and type(x) is Tensor:
+                batches.append(x.shape[0])
+            return (x * x).sum((1, 2, 3))
+
+    cg.export_gradient(Counting(), (image(),), wrt="inputs", of="sum", dynamic_shapes=({0: "batch"},))
+    assert batches == [2, 2, 2, 3]
+
+
 def test_random_rounding_leaves_what_is_exact_and_moves_the_rest() -> None:
     x = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).float().double()
     with RandomRounding(2.0**-21, torch.float32, 0):
