@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ def train_with_pytorch(
     module: torch.nn.Module,
     loss: Loss,
     make_optimizer: Callable[[Any], torch.optim.Optimizer],
-    batches: Sequence[tuple[np.ndarray, ...]],
+    batches: Iterable[tuple[np.ndarray, ...]],
     *,
     seed: int,
     dtype: torch.dtype = torch.float32,

@@ -7,7 +7,7 @@ import importlib
 import itertools
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,16 +148,14 @@ def train(
         )
     session = TrainingSession(folder / "step.onnx", threads=settings.threads, seed=settings.seed)
     evaluator = _Evaluator(module, data, settings)
-    order = [
-        batch for epoch in range(settings.epochs) for batch in data.batches(settings.batch_size, epoch, settings.seed)
-    ]
+    steps = settings.epochs * per_epoch
     losses: list[float] = []
     accuracies: list[float] = []
     started = time.perf_counter()
     evaluating = 0.0
-    for number, batch in enumerate(order, 1):
+    for number, batch in enumerate(_order(data, settings), 1):
         losses.append(session.step(*batch)["loss"])
-        progress(number, len(order), losses[-1])
+        progress(number, steps, losses[-1])
         if number % per_epoch == 0 and evaluator.has_classes:
             before = time.perf_counter()
             accuracies.append(evaluator.accuracy(session.state_dict()))
@@ -167,11 +165,17 @@ def train(
     files["trained state"] = session.save(folder / "trained.safetensors", overwrite=settings.overwrite)
     files["trained network"] = evaluator.export(session.state_dict(), folder / "trained.onnx", settings.overwrite)
     result = TrainingResult(
-        len(order), losses, accuracies, seconds, accuracies[-1] if accuracies else None, [], 0.0, None, None, files
+        steps, losses, accuracies, seconds, accuracies[-1] if accuracies else None, [], 0.0, None, None, files
     )
     if settings.compared_steps:
-        _compare(result, module, loss, make_optimizer, order, evaluator, settings)
+        _compare(result, module, loss, make_optimizer, data, evaluator, settings)
     return result
+
+
+def _order(data: Dataset, settings: TrainingSettings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The batches of all epochs, one by one: each epoch's are a copy of the data."""
+    for epoch in range(settings.epochs):
+        yield from data.batches(settings.batch_size, epoch, settings.seed)
 
 
 def _check_data(module: torch.nn.Module, loss: Loss, data: Dataset, example: tuple[torch.Tensor, ...]) -> None:
@@ -205,7 +209,7 @@ def _compare(
     module: torch.nn.Module,
     loss: Any,
     make_optimizer: Callable[[Any], torch.optim.Optimizer],
-    order: list[tuple[np.ndarray, np.ndarray]],
+    data: Dataset,
     evaluator: _Evaluator,
     settings: TrainingSettings,
 ) -> None:
@@ -215,15 +219,17 @@ def _compare(
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         started = time.perf_counter()
-        result.torch_losses, trained = train_with_pytorch(module, loss, make_optimizer, order, seed=settings.seed)
+        result.torch_losses, trained = train_with_pytorch(
+            module, loss, make_optimizer, _order(data, settings), seed=settings.seed
+        )
         result.torch_seconds = time.perf_counter() - started
     finally:
         torch.set_num_threads(threads)
     if evaluator.has_classes:
         result.torch_accuracy = evaluator.torch_accuracy(trained)
-    first = list(itertools.islice(order, settings.compared_steps))
+    count = min(settings.compared_steps, result.steps)
+    first = itertools.islice(_order(data, settings), count)
     exact, _ = train_with_pytorch(module, loss, make_optimizer, first, seed=settings.seed, dtype=torch.float64)
-    count = len(first)
     result.curves = LossCurves(
         np.array(result.losses[:count]), np.array(result.torch_losses[:count]), np.array(exact[:count])
     )

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from torch import nn
 
 import convgrad_export as cg
 from convgrad_export.cli import main
-from convgrad_export.training.run import load_module
+from convgrad_export.training.data import Dataset, read_dataset
+from convgrad_export.training.run import TrainingSettings, load_module, train
 
 from ..torch_release import needs_torch
 
@@ -72,6 +74,37 @@ def test_a_network_and_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @needs_torch("2.13", "fixes a dynamic batch whose targets are probabilities")
+def test_more_steps_to_compare_than_there_are_is_all_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A number beyond 64 bits ended in a traceback of itertools, after the training."""
+    data = str(own_data(tmp_path / "data.npz"))
+    own = ["--module", f"{__name__}:Line", "--data", data, "--loss", "mse"]
+    assert main(["train", "-o", str(tmp_path / "out"), *own, "--epochs", "2", "--compare", str(10**30), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["compared_steps"] == report["steps"] == 2
+
+
+def test_epochs_are_drawn_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once they were a copy of the data for each, and many of them no memory holds."""
+    drawn: list[int] = []
+    batches = Dataset.batches
+
+    def counted(self: Dataset, size: int, epoch: int, seed: int) -> Any:
+        drawn.append(epoch)
+        return batches(self, size, epoch, seed)
+
+    def stop(step: int, steps: int, loss: float) -> None:
+        assert steps == 300
+        raise InterruptedError
+
+    monkeypatch.setattr(Dataset, "batches", counted)
+    settings = TrainingSettings("mse", epochs=300)
+    with pytest.raises(InterruptedError):
+        train(Line(), read_dataset(own_data(tmp_path / "data.npz")), tmp_path / "out", settings, stop)
+    assert drawn == [0, 0]  # the example, the first step
+
+
 def test_probabilities_as_targets_have_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And other arrays of the file stay out of it, and the byte order is any."""
     rng = np.random.default_rng(0)
