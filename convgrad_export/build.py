@@ -76,11 +76,13 @@ def build_model(
         max_error_factor: what ``"auto"`` may take, in units of the direct form's error bound: 1 keeps to direct forms,
             2 admits Winograd tiles of 4, 8 every Winograd form.
         max_workspace: most bytes of intermediate tensors at the batch of `input_shape`; None for no limit.
-        inline: False keeps the canonical function as a ``convgrad`` function node.
+        inline: False keeps the canonical function as a ``convgrad`` function node; a model specialised to a geometry
+            has none.
 
     Raises:
         GeometryError: shapes or attributes that no convolution has. DTypeError: another dtype.
-        UnsupportedLoweringError: the lowering does not apply, or the provider has no kernel for the dtype.
+        UnsupportedLoweringError: the lowering does not apply, the provider has no kernel for the dtype, or there is no
+            function to keep.
         ProviderError: `provider` names no execution provider. ArgumentTypeError: an argument of the wrong type.
     """
     op = operator(operator_name, "operator_name")
@@ -89,11 +91,15 @@ def build_model(
     dims = _dynamic(dynamic)
     check_threads(threads)
     check_error_factor(max_error_factor)
+    inline = as_bool(inline, "inline")
     if not set(dims) <= {BATCH_NAME}:
         _refuse_for_function(op, dims, transposed, output_padding, lowering, max_workspace)
         attributes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-        return emit_dynamic_model(
-            op, name, opset, dims, input_shape, weight_shape, inline=as_bool(inline, "inline"), **attributes
+        return emit_dynamic_model(op, name, opset, dims, input_shape, weight_shape, inline=inline, **attributes)
+    if not inline:
+        raise UnsupportedLoweringError(
+            f"inline is False (--keep-function), but with dynamic {dims} the model is a lowering of standard operators "
+            f"and holds no function to keep: name another of {DYNAMIC} for the canonical function, or leave it out"
         )
     if input_shape is None or weight_shape is None:
         missing = "input_shape" if input_shape is None else "weight_shape"

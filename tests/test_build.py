@@ -74,6 +74,8 @@ def test_convolution_backward_has_one_output_for_each_gradient_in_the_mask(mask:
             cg.GeometryError,
             "output_padding is .*expected 0",
         ),
+        ("conv2d_input", {"inline": False}, cg.UnsupportedLoweringError, "no function to keep"),
+        ("conv2d_input", {"inline": "no"}, cg.ArgumentTypeError, "inline is 'no'"),
         ("convolution_backward", {"output_mask": (False,) * 3}, cg.GeometryError, "at least one True"),
         ("convolution_backward", {"output_mask": (True,)}, cg.GeometryError, "three booleans"),
     ],
