@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import as_bool, as_int
-from ..errors import ArgumentTypeError
+from ..errors import ArgumentTypeError, GeometryError
 from .scores import check_beside, check_target, class_score, input_gradient
+
+_MOST_STEPS = 2**23  # the halves between them are the last that float32 counts
 
 
 class Saliency(nn.Module):
@@ -91,12 +93,20 @@ class IntegratedGradients(nn.Module):
         steps: points on the line, midpoint rule. All are one batch, so memory grows with them.
 
     forward(x, baseline) gives the attribution of each input element, shape of x; the baseline broadcasts to it.
+
+    Raises:
+        GeometryError: fewer steps than 1, or more than float32 has different points for.
     """
 
     def __init__(self, network: nn.Module, target: int | None = None, steps: int = 16) -> None:
         super().__init__()
         self.network, self.target = network, check_target(target)
         self.steps: int = as_int(steps, "steps", minimum=1)
+        if self.steps > _MOST_STEPS:
+            raise GeometryError(
+                f"steps is {self.steps}, expected at most {_MOST_STEPS}: float32 tells no more points of a line apart. "
+                "They are one batch: tens to a few hundred are usual"
+            )
 
     def forward(self, x: Tensor, baseline: Tensor) -> Tensor:
         check_beside(baseline, x, "baseline")

@@ -140,6 +140,7 @@ def test_every_recipe_exports_and_agrees_with_eager_at_other_sizes(recipe: str) 
     [
         (lambda: GradCAM(classifier(), "nothing"), "does not have"),
         (lambda: IntegratedGradients(classifier(), steps=0), "at least 1"),
+        (lambda: IntegratedGradients(classifier(), steps=10**11), "steps is 100000000000, expected at most 8388608"),
         (lambda: FGSM(classifier(), 0.0), "epsilon is 0.0, expected a finite number above 0"),
         (lambda: FGSM(classifier(), float("inf")), "epsilon is inf"),
         (lambda: FGSM(classifier(), low=1.0, high=0.0), "expected low below high"),
