@@ -26,7 +26,10 @@ def why_rows_depend(signature: ModelSignature, sizes: dict[str, int], seed: int 
     if unknown := unknown_sizes(signature.inputs, sizes, skip=1):
         return None, f"the sizes of {', '.join(unknown)} are not known; give them as --size NAME=VALUE"
     rng = np.random.default_rng(seed)
-    feeds = {tensor.name: _rows(tensor, sizes, rng) for tensor in signature.inputs}
+    try:
+        feeds = {tensor.name: _rows(tensor, sizes, rng) for tensor in signature.inputs}
+    except MemoryError as error:
+        return None, f"{ROWS} rows of the declared sizes do not fit into memory: {error}"
     zeros = {t.name: feeds[t.name] if t.is_float else np.zeros_like(feeds[t.name]) for t in signature.inputs}
     has_floats = any(tensor.is_float for tensor in signature.inputs)
     try:

@@ -130,7 +130,9 @@ def _tensor(path: Path, value: Any) -> TensorSpec:
             f"{path}: {value.name} declares no shape; export it with one, or run shape inference first"
         )
     shape = tuple(
-        int(size.dim_value) if size.HasField("dim_value") else (size.dim_param or None) for size in tensor.shape.dim
+        # older exporters write a dynamic size as -1, and onnxruntime takes any negative one for that
+        (size.dim_value if size.dim_value >= 0 else None) if size.HasField("dim_value") else (size.dim_param or None)
+        for size in tensor.shape.dim
     )
     return TensorSpec(value.name, tensor.elem_type, shape)
 

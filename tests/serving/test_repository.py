@@ -131,6 +131,29 @@ def test_a_model_with_a_fixed_batch_is_served_with_full_shapes_and_scalars_are_r
     assert (best.name, list(best.dims), best.HasField("reshape"), list(best.reshape.shape)) == ("best", [1], True, [])
 
 
+def with_width(path: Path, width: int) -> Path:
+    """y = x, (batch, width)."""
+    model = onnx.load(models.typed_model(path, TensorProto.FLOAT))
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[1].dim_value = width
+    onnx.save(model, path)
+    return path
+
+
+def test_a_negative_size_is_a_dynamic_one(tmp_path: Path) -> None:
+    """As onnxruntime has it; older exporters write -1. Rows of that many elements ended in an error of numpy's."""
+    entry = add_model(with_width(tmp_path / "m.onnx", -1), tmp_path / "repo")
+    assert entry.inputs == {"x": "FP32 [-1, -1]"}
+    assert not entry.dynamic_batching
+    assert "the sizes of ? are not known" in entry.notes[0]
+
+
+def test_rows_that_no_memory_holds_are_not_looked_at(tmp_path: Path) -> None:
+    entry = add_model(with_width(tmp_path / "m.onnx", 2**40), tmp_path / "repo")
+    assert not entry.dynamic_batching
+    assert "do not fit into memory" in entry.notes[0]
+
+
 def test_labels(tmp_path: Path) -> None:
     model = models.classifier(tmp_path / "c.onnx")
     labels = tmp_path / "names.txt"
