@@ -135,7 +135,11 @@ def _node_tensors(nodes: Iterable[Any]) -> Iterator[Any]:
 
 
 def check_location(model_path: Path, tensor_name: str, location: str) -> None:
-    """Refuse an external-data location that leaves the model's folder, by its text or through a link."""
+    """Refuse an external-data location that leaves the model's folder, by its text or through a link, or no name."""
+    if "\0" in location:
+        raise ModelFileError(
+            f"{model_path}: tensor {tensor_name!r} takes its data from {location!r}, which names no file"
+        )
     parts = {*PurePosixPath(location).parts, *PureWindowsPath(location).parts}
     absolute = PurePosixPath(location).is_absolute() or bool(PureWindowsPath(location).anchor)
     folder = model_path.resolve().parent

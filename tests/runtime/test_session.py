@@ -333,6 +333,18 @@ def test_external_data_outside_the_models_folder_is_refused(tmp_path: Path, loca
         cg.GradientSession(folder / "model.onnx")
 
 
+def test_external_data_that_names_no_file_is_refused(tmp_path: Path) -> None:
+    """pathlib ended in a ValueError of its own."""
+    model = onnx.ModelProto()
+    model.CopyFrom(MODEL)
+    tensor = model.graph.initializer.add(name="weight_data", data_type=onnx.TensorProto.FLOAT, dims=[4])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="weights\0.bin")
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(cg.ModelFileError, match=r"weights.*names no file"):
+        cg.GradientSession(tmp_path / "model.onnx")
+
+
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     from convgrad_export.runtime.model_source import check_location
 
