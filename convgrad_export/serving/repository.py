@@ -141,6 +141,8 @@ def _check_repository(repository: str | os.PathLike[str]) -> Path:
         raise OutputPathError(f"repository {root} is a file, expected a folder")
     if not root.exists() and not root.parent.is_dir():
         raise OutputPathError(f"repository {root}: the folder {root.parent} does not exist")
+    if (root / CONFIG_FILE).is_file():
+        raise OutputPathError(f"repository {root} is a model of one: give the folder that it lies in")
     return root
 
 

@@ -121,9 +121,8 @@ def read_signature(path: str | os.PathLike[str]) -> ModelSignature:
 
 def _tensor(path: Path, value: Any) -> TensorSpec:
     if not value.type.HasField("tensor_type") or value.type.tensor_type.elem_type not in _TYPES:
-        kind = value.type.WhichOneof("value") or "untyped value"
         known = ", ".join(names[0] for names in _TYPES.values())
-        raise DTypeError(f"{path}: {value.name} is a {kind} of another element type, servers take tensors of {known}")
+        raise DTypeError(f"{path}: {value.name} is {_kind(value.type)}, servers take tensors of {known}")
     tensor = value.type.tensor_type
     if not tensor.HasField("shape"):
         raise ModelFileError(
@@ -135,6 +134,18 @@ def _tensor(path: Path, value: Any) -> TensorSpec:
         for size in tensor.shape.dim
     )
     return TensorSpec(value.name, tensor.elem_type, shape)
+
+
+def _kind(declared: Any) -> str:
+    """A declared type that no server takes, in words."""
+    import onnx
+
+    kind = (declared.WhichOneof("value") or "value of no type").removesuffix("_type").replace("_", " ")
+    if not declared.HasField("tensor_type"):
+        return f"a {kind}"
+    code = declared.tensor_type.elem_type
+    names = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
+    return f"a tensor of {names.get(code, f'the unknown element type {code}')}"
 
 
 def concrete_shape(tensor: TensorSpec, sizes: dict[str, int], skip: int = 0) -> tuple[int, ...] | None:

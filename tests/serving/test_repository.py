@@ -361,8 +361,13 @@ def test_models_that_cannot_be_served(tmp_path: Path) -> None:
         [helper.make_tensor_value_info("t", TensorProto.STRING, [1])],
     )
     onnx.save(helper.make_model(graph), tmp_path / "text.onnx")
-    with pytest.raises(cg.DTypeError, match="s is a"):
+    with pytest.raises(cg.DTypeError, match="s is a tensor of string, servers take"):
         add_model(tmp_path / "text.onnx", tmp_path / "repo")
+    text.type.sequence_type.elem_type.tensor_type.elem_type = TensorProto.FLOAT
+    graph.input[0].CopyFrom(text)
+    onnx.save(helper.make_model(graph), tmp_path / "sequence.onnx")
+    with pytest.raises(cg.DTypeError, match="s is a sequence, servers take"):
+        add_model(tmp_path / "sequence.onnx", tmp_path / "repo")
     (tmp_path / "cut.onnx").write_bytes(models.gradient_model(tmp_path / "g.onnx").read_bytes()[:60])
     with pytest.raises(cg.ModelFileError, match="truncated"):
         add_model(tmp_path / "cut.onnx", tmp_path / "repo")
@@ -372,6 +377,9 @@ def test_models_that_cannot_be_served(tmp_path: Path) -> None:
         add_model(tmp_path / "g.onnx", tmp_path / "cut.onnx")
     with pytest.raises(cg.OutputPathError, match="does not exist"):
         add_model(tmp_path / "g.onnx", tmp_path / "a" / "b")
+    add_model(tmp_path / "g.onnx", tmp_path / "repo")
+    with pytest.raises(cg.OutputPathError, match=r"repo/g is a model of one: give the folder that it lies in"):
+        add_model(tmp_path / "g.onnx", tmp_path / "repo" / "g")
     for name in ("../up", "", ".hidden", "a/b", "a b"):
         with pytest.raises(cg.ServingConfigError, match="model name"):
             add_model(tmp_path / "g.onnx", tmp_path / "repo", name=name)
