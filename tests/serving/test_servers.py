@@ -162,7 +162,7 @@ def test_float16(client: Client) -> None:
     x = np.array([[1.5, -2.25, 1000.0]], np.float16)
     got = client.infer("half", {"x": x}, ["y"])["y"]
     assert got.dtype == np.float16
-    assert np.array_equal(got, x + x)
+    assert np.array_equal(got, x)
 
 
 def test_concurrent_clients_get_their_own_answers(server: Server, eager: torch.nn.Module) -> None:
