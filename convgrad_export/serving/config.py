@@ -69,7 +69,8 @@ def make_config(
         max_batch_size: as `batch_limit` gives it. dynamic_batching: whether the server may merge requests.
 
     Raises:
-        ServingConfigError: `label_output` is no output. MissingDependencyError: no tritonclient.
+        ServingConfigError: `label_output` is no output, or a tensor is declared with a size of 0.
+        MissingDependencyError: no tritonclient.
     """
     pb = model_config_pb2()
     config = pb.ModelConfig(name=name, max_batch_size=max_batch_size, default_model_filename=MODEL_FILE)
@@ -109,10 +110,15 @@ def _describe(pb: Any, field: Any, tensor: TensorSpec, max_batch_size: int) -> N
     field.name = tensor.name
     field.data_type = pb.DataType.Value(tensor.config_type)
     dims = tensor.sizes()[1 if max_batch_size else 0 :]
+    if 0 in dims:  # Triton would not start with it, nor with any other model of the repository
+        raise ServingConfigError(f"{tensor} is always empty, and servers take no size of 0: export another size")
     if dims:
         field.dims.extend(dims)
-    else:  # a configuration knows no scalars: clients send and get one element, the model sees none
-        field.dims.append(1)
+        return
+    # A configuration knows no scalars: clients send and get one element. With a batch Triton takes it off; without one
+    # it refuses that, and the backend does: model.py, and the onnxruntime backend from 23.10 on.
+    field.dims.append(1)
+    if max_batch_size:
         field.reshape.SetInParent()
 
 

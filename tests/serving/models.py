@@ -62,6 +62,19 @@ def weight_gradient(path: Path) -> Path:
     return path
 
 
+def scalar_model(path: Path, code: int = TensorProto.FLOAT) -> Path:
+    """No batch, and scalars: x (n, 3) times factor () to y (n, 3), and total () of x."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["factor"], ["wide_factor"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["wide", "wide_factor"], ["product"]),
+        helper.make_node("ReduceSum", ["wide"], ["sum"], keepdims=0),
+        helper.make_node("Cast", ["product"], ["y"], to=code),
+        helper.make_node("Cast", ["sum"], ["total"], to=code),
+    ]
+    return _save(path, nodes, [("x", ["n", 3]), ("factor", [])], [("y", ["n", 3]), ("total", [])], [], code)
+
+
 def external(path: Path) -> Path:
     """`gradient_model` with its weight in weights/w.bin beside it."""
     model = onnx.load(gradient_model(path))

@@ -134,6 +134,18 @@ def test_without_a_batch_dimension_nothing_is_merged(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("backend")
+def test_scalars_are_one_element_where_there_is_no_batch(tmp_path: Path) -> None:
+    served = start(models.scalar_model(tmp_path / "m.onnx"), max_batch_size=0)
+    feeds = {"x": np.ones((2, 3), np.float32), "factor": np.array([3], np.float32)}
+    (response,) = served.execute([Request(feeds, ("y", "total"))])
+    assert response.error is None
+    results = response.named()
+    assert np.array_equal(results["y"], 3 * feeds["x"])
+    assert np.array_equal(results["total"], np.array([6], np.float32))
+    assert results["total"].shape == (1,)
+
+
+@pytest.mark.usefixtures("backend")
 def test_only_the_outputs_asked_for_are_returned(tmp_path: Path) -> None:
     served = start(models.classifier(tmp_path / "m.onnx"))
     request = Request({"x": np.ones((2, 3), np.float32)}, ("best",))

@@ -131,6 +131,21 @@ def test_a_model_with_a_fixed_batch_is_served_with_full_shapes_and_scalars_are_r
     assert (best.name, list(best.dims), best.HasField("reshape"), list(best.reshape.shape)) == ("best", [1], True, [])
 
 
+def test_scalars_without_a_batch_have_one_element_and_no_reshape(tmp_path: Path) -> None:
+    """Triton refuses an empty reshape there, and then starts with none of the repository's models."""
+    add_model(models.scalar_model(tmp_path / "m.onnx"), tmp_path / "repo")
+    config = config_of(tmp_path / "repo", "m")
+    factor, total = config.input[1], config.output[1]
+    assert (factor.name, list(factor.dims), factor.HasField("reshape")) == ("factor", [1], False)
+    assert (total.name, list(total.dims), total.HasField("reshape")) == ("total", [1], False)
+
+
+def test_tensors_that_are_always_empty_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(cg.ServingConfigError, match=r"x \(batch, 0\) is always empty"):
+        add_model(with_width(tmp_path / "m.onnx", 0), tmp_path / "repo")
+    assert not (tmp_path / "repo").exists()
+
+
 def with_width(path: Path, width: int) -> Path:
     """y = x, (batch, width)."""
     model = onnx.load(models.typed_model(path, TensorProto.FLOAT))

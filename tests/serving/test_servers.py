@@ -295,6 +295,7 @@ def test_triton_gives_class_names_scalars_and_bfloat16(
     shutil.copytree(repository, root)
     brain = ServingOptions(backend="python", threads=1, dynamic_batching=False)
     add_model(models.bfloat16_model(tmp_path / "brain.onnx"), root, brain)
+    add_model(models.scalar_model(tmp_path / "scalar.onnx"), root, ServingOptions(backend="python", threads=1))
     with launch.running("triton", root, python=python, log=tmp_path / "log") as (address, _):
         client = Client("grpc", address)
         wanted = client.library.InferRequestedOutput("scores", class_count=2)
@@ -305,6 +306,9 @@ def test_triton_gives_class_names_scalars_and_bfloat16(
         assert [text.decode().split(":")[1:] for text in best[0]] == [[str(c), str(c)] for c in order[:-3:-1]]
         x = np.array([[1, 5, 3], [9, 2, 4]], np.float32)
         assert np.array_equal(client.infer("classifier", {"x": x})["best"], [[5], [9]])
+        scaled = client.infer("scalar", {"x": x, "factor": np.array([2], np.float32)})
+        assert np.array_equal(scaled["y"], 2 * x)
+        assert np.array_equal(scaled["total"], [24])
         brain_input = client.library.InferInput("x", [1, 3], "BF16")
         brain_input.set_data_from_numpy(x[:1])
         result = client.client.infer("brain", [brain_input])

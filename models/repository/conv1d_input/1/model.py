@@ -44,6 +44,7 @@ class TritonPythonModel:
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "model.onnx")
         self.session = onnxruntime.InferenceSession(path, options, providers=providers)
         self.inputs = [value.name for value in self.session.get_inputs()]
+        self.scalars = {value.name for value in self.session.get_inputs() if value.shape == []}
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.by_dlpack = any(
             value.type == BFLOAT16 for value in (*self.session.get_inputs(), *self.session.get_outputs())
@@ -73,6 +74,8 @@ class TritonPythonModel:
             if self.by_dlpack:
                 return self._run_by_dlpack(request)
             feeds = {name: triton.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
+            if not self.max_batch_size:  # with a batch Triton takes the one dimension off itself
+                feeds |= {name: feeds[name].reshape(()) for name in self.scalars}
             return self._response(request, self.session.run(self.outputs, feeds))
         except Exception as error:
             # The graph is fixed, so what fails in it are a request's sizes or values; the rest is the server's fault.
@@ -84,7 +87,9 @@ class TritonPythonModel:
     def _response(self, request: Any, arrays: list[np.ndarray]) -> Any:
         wanted = set(request.requested_output_names())
         named = zip(self.outputs, arrays, strict=True)
-        return triton.InferenceResponse([triton.Tensor(name, array) for name, array in named if name in wanted])
+        # the protocol has no scalars: they are one element
+        kept = [triton.Tensor(name, np.atleast_1d(array)) for name, array in named if name in wanted]
+        return triton.InferenceResponse(kept)
 
     def _run_by_dlpack(self, request: Any) -> Any:
         binding = self.session.io_binding()
