@@ -7,6 +7,7 @@ the same place, and sums accumulate in float32.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,8 @@ from torch.fx.node import map_arg
 HALF = (torch.float16, torch.bfloat16)
 WIDENED = "bfloat16 is computed in float32 and rounded after each operator: no runtime needs kernels"  # for reports
 _CONVERSION = torch.ops.aten._to_copy.default
+_EXTREMES = (torch.ops.aten.amax.default, torch.ops.aten.amin.default)
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten.unsqueeze.default)
 _ADDING = {torch.ops.aten.scatter_add.default, torch.ops.aten.scatter_reduce.two, torch.ops.aten.index_put.default}
 
 
@@ -40,6 +43,46 @@ def lacks_float16(node: torch.fx.Node) -> bool:
     if node.target is torch.ops.aten.native_layer_norm.default:
         return any(user.target is operator.getitem and user.args[1] != 0 and user.users for user in node.users)
     return node.target in _ADDING
+
+
+def compare_extremes_in_float32(graph_module: torch.fx.GraphModule) -> bool:
+    """Rewrite, in place, where the gradients of amax and amin look for the elements that are the extreme, in float16.
+
+    onnxruntime's CPU provider computes most of float16 in float32, and rounds less often than the graph says: an
+    element that stays in float32 equals no extreme that was rounded, and a gradient that is shared among none is NaN.
+    Here both sides of the comparison come from one float32 tensor. Returns whether anything changed.
+    """
+    changed = False
+    comparisons: list[Any] = [n for n in graph_module.graph.nodes if n.target is torch.ops.aten.eq.Tensor]
+    for node in comparisons:
+        for extreme, value in (node.args, node.args[::-1]):
+            found = _behind_views(extreme)
+            if found is None or found.args[0] is not value or value.meta["val"].dtype != torch.float16:
+                continue
+            kept = _in_mode(found.target, value.meta["val"], *_axes(found), True).shape
+            if list(map(str, extreme.meta["val"].shape)) != list(map(str, kept)):  # the user's own, along other axes
+                continue
+            with graph_module.graph.inserting_before(node):
+                wide = _converted(graph_module.graph, value, torch.float32)
+                again = graph_module.graph.call_function(found.target, (wide, *_axes(found), True))
+            again.meta = {**wide.meta, "val": _in_mode(found.target, wide.meta["val"], *_axes(found), True)}
+            node.args, changed = (again, wide), True
+            break
+    if changed:
+        graph_module.graph.lint()
+        graph_module.recompile()
+    return changed
+
+
+def _behind_views(node: Any) -> Any:
+    """The node of the amax or amin that a tensor is a view of; None for any other."""
+    while isinstance(node, torch.fx.Node) and node.target in _VIEWS:
+        node = node.args[0]
+    return node if isinstance(node, torch.fx.Node) and node.target in _EXTREMES else None
+
+
+def _axes(extreme: Any) -> tuple[Any, ...]:
+    return (extreme.args[1] if len(extreme.args) > 1 else [],)  # none are all
 
 
 def widen_half(graph_module: torch.fx.GraphModule, only: Callable[[torch.fx.Node], bool] | None = None) -> bool:
@@ -107,11 +150,13 @@ def _converted(graph: torch.fx.Graph, node: torch.fx.Node, dtype: torch.dtype) -
 
 
 def _as_float32(value: Any) -> Any:
-    mode = getattr(value, "fake_mode", None)
-    if mode is None:
-        return value.to(torch.float32)
-    with mode:
-        return value.to(torch.float32)
+    return _in_mode(torch.Tensor.to, value, torch.float32)
+
+
+def _in_mode(function: Callable[..., Any], value: Any, *args: Any) -> Any:
+    """Of a traced value, in the mode that it was traced in."""
+    with getattr(value, "fake_mode", None) or contextlib.nullcontext():
+        return function(value, *args)
 
 
 def _is_half(value: Any) -> bool:

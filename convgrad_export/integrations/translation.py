@@ -27,7 +27,7 @@ from convgrad_export.integrations.convolution_translation import (
 )
 from convgrad_export.integrations.finishing import BASE_OPSET, CONSTANT, MIN_OPSET, copied
 from convgrad_export.integrations.float64_constants import keep_in_float64
-from convgrad_export.integrations.half_widening import lacks_float16, widen_half
+from convgrad_export.integrations.half_widening import compare_extremes_in_float32, lacks_float16, widen_half
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, is_getitem
 from convgrad_export.integrations.symbolic_scalars import scalars_to_tensors
 from convgrad_export.lowering import CPU
@@ -117,6 +117,7 @@ def translate(
     for node in [n for n in graph.nodes if n.target in _ASSERTIONS]:
         graph.erase_node(node)
     scalars_to_tensors(graph)
+    compare_extremes_in_float32(program.graph_module)
     widen_half(program.graph_module, lacks_float16)
     for node in graph.nodes:
         node.meta.setdefault("nn_module_stack", {"0": ("", torch.nn.Module)})  # else torch.onnx logs a line a node

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,3 +68,33 @@ def test_training_in_bfloat16_is_refused() -> None:
     module = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten()).bfloat16()
     with pytest.raises(cg.DTypeError, match=r"0\.weight, 0\.bias are bfloat16, expected float32"):
         cg.export_training_step(module, "cross_entropy", "sgd", (data(2, 4, 9, 8).bfloat16(), torch.tensor([0, 1])))
+
+
+class Extreme(nn.Module):
+    """Of computed values, which onnxruntime keeps in float32 on their way to the comparison."""
+
+    def __init__(self, name: str, axes: tuple[int, ...], keepdim: bool) -> None:
+        super().__init__()
+        self.reduce, self.axes, self.keepdim = getattr(torch, name), axes, keepdim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.reduce(x / 3, self.axes, self.keepdim)
+
+
+@pytest.mark.parametrize(("axes", "keepdim"), [((1,), False), ((2, 1), True)])
+@pytest.mark.parametrize("name", ["amax", "amin"])
+def test_an_element_is_the_extreme_in_float16(name: str, axes: tuple[int, ...], keepdim: bool) -> None:
+    """None equalled the rounded extreme, and the gradient was NaN."""
+    report = cg.export_gradient(Extreme(name, axes, keepdim), (data(4, 3, 6).half(),), wrt="inputs", of="sum")
+    assert report.verified
+
+
+def test_a_comparison_with_the_extremes_of_other_axes_stays(tmp_path: Path) -> None:
+    """The maximum of each column with each row of a square."""
+    module = Apply(lambda x: torch.where(x.amax(0).unsqueeze(1) == x, x * 2, x)).half()
+    x = torch.arange(16.0).reshape(4, 4).flip(1).half()
+    x[1, 2] = x.amax(0)[1]
+    cg.export(module, (x,), tmp_path / "model.onnx", verify=False)
+    (y,) = cg.GradientSession(tmp_path / "model.onnx").run({"input": x.numpy()}).values()
+    assert torch.equal(torch.from_numpy(y), module(x))
+    assert not torch.equal(module(x), x)
