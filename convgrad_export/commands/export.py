@@ -71,7 +71,7 @@ def export(
     network = options.load_network(module).train(train_mode)
     if weights is not None:
         _load_weights(network, weights)
-    x = _random(input_shape)
+    x = _random(input_shape, network)
     common: dict[str, Any] = {
         "opset_version": opset,
         "lowering": lowering,
@@ -105,11 +105,13 @@ def export(
         _print(report)
 
 
-def _random(input_shape: str) -> Any:
+def _random(input_shape: str, network: Any) -> Any:
+    """An example in the element type of the network's parameters."""
     import torch
 
+    dtypes = (tensor.dtype for tensor in network.parameters() if tensor.is_floating_point())
     try:
-        return torch.rand(options.sizes(input_shape, "--input-shape"))
+        return torch.rand(options.sizes(input_shape, "--input-shape")).to(next(dtypes, torch.float32))
     except RuntimeError as error:  # of a size that this machine's memory does not hold
         raise GeometryError(f"--input-shape is {input_shape!r}, of which no tensor can be made: {error}") from error
 

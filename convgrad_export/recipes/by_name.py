@@ -86,7 +86,8 @@ class _BlurDenoiser(nn.Module):
 def _guided(network: nn.Module, x: Tensor, o: RecipeOptions) -> Prepared:
     module = GuidedDiffusionStep(_BlurDenoiser(), network, o.scale)
     timestep = torch.full([x.shape[0]], 500)
-    args = (x, timestep, torch.tensor(0.5), torch.tensor(0.6), _labels(network, x))
+    alphas = (torch.tensor(0.5, dtype=x.dtype), torch.tensor(0.6, dtype=x.dtype))
+    args = (x, timestep, *alphas, _labels(network, x))
     return Prepared(module, args, (True, True, False, False, True))
 
 

@@ -31,9 +31,27 @@ NAME = f"{__name__}:Small"
 SHAPE = ["--input-shape", "2,3,16,17"]
 
 
+def double() -> nn.Module:
+    return Small().double()
+
+
+def half() -> nn.Module:
+    return Small().half()
+
+
 class Pair(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x.sin(), x.cos()
+
+
+@pytest.mark.parametrize("recipe", [[], ["--recipe", "saliency"], ["--recipe", "guided-diffusion"]])
+@pytest.mark.parametrize("dtype", ["double", "half"])
+def test_the_example_has_the_parameters_type(dtype: str, recipe: list[str], tmp_path: Path) -> None:
+    """It was float32, which no other network takes."""
+    path = tmp_path / "other.onnx"
+    assert main(["export", f"{__name__}:{dtype}", "-o", str(path), *SHAPE, *recipe]) == 0
+    kind = {"double": "tensor(double)", "half": "tensor(float16)"}[dtype]
+    assert cg.GradientSession(path).inference_session.get_inputs()[0].type == kind
 
 
 def test_gradients_of_inputs_and_parameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
