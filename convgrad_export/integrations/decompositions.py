@@ -17,6 +17,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - mv, addmv: onnxruntime is wrong for a transposed matrix times a vector.
 - log1p, expm1, logaddexp, logaddexp2, logcumsumexp, remainder: right for a part of the arguments
   (`exact_decompositions.py`).
+- amax and amin without axes: the translation asks for some.
 - sum, cumsum: ONNX adds up neither booleans nor small integers. max along an axis: ArgMax takes no booleans.
 - as_strided_scatter, diagonal_scatter, unfold_backward, median, hypot, copysign, rrelu, the product of Bilinear: no
   translation.
@@ -34,7 +35,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -325,7 +326,20 @@ def _refusing_negative_classes(decomposition: Callable[..., Any], at: int) -> Ca
     return of_classes
 
 
+def _extreme(operator: Any) -> Callable[..., Tensor]:
+    def of_all(x: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Tensor:
+        """amax or amin without axes, which are all of them."""
+        if dim:
+            return NotImplemented
+        found: Tensor = operator(x, list(range(x.dim())), keepdim) if x.dim() else x.clone()
+        return found
+
+    return of_all
+
+
 OWN: Table = {
+    aten.amax.default: _extreme(aten.amax),
+    aten.amin.default: _extreme(aten.amin),
     aten.copy.default: copy,
     aten.mv.default: matrix_vector,
     aten.addmv.default: matrix_vector_sum,

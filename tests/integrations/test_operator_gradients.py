@@ -181,6 +181,8 @@ TENSOR_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "diagonal": lambda x: torch.diagonal(x, 1, 2, 3) * 3,
     "diagonal-below": lambda x: torch.diagonal(x, -2, 3, 1) * 3,
     "diagonal-written": lambda x: _with_diagonal(x) * 2,
+    "amax-all": lambda x: x * x.amax(),
+    "amin-all": lambda x: x * torch.amin(x, (), True) + x.sum().amin(),
     "squeeze-one": lambda x: x[:, :1].squeeze(1) * x[:, 1].squeeze(1),
     "squeeze-several": lambda x: x[:, 2:3].squeeze((1, -1)) * x[:, 3].squeeze((0, 1)),
     "median": lambda x: x.median(-1)[0],
