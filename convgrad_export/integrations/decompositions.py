@@ -24,6 +24,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - erfc, erfcx: no digit is right for large arguments (`error_functions.py`).
 - scatter_reduce: the translation of "mean" overwrites.
 - squeeze of given dimensions: ONNX refuses one of another size than 1, which PyTorch leaves.
+- index_put with indices that broadcast over a dynamic size: the translation takes the larger size, 1 of 1 and 0.
 - split into parts of a dynamic size: a sequence, on which onnxscript's optimizer and opsets below 18 fail.
 - convolution in float64: onnxruntime's CPU provider has no kernel.
 - pooling, padding and weight_norm backward: no translation, or none for every size.
@@ -40,6 +41,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from convgrad_export.integrations import (
     activation_decompositions,
@@ -247,6 +249,32 @@ def trilinear(
     return product.sum(sumdim) if sumdim else product
 
 
+def index_put(x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
+    """The indices in one shape, where dynamic ones differ."""
+    shapes = [index.shape for index in indices if index is not None]
+    if any(index is not None and not _is_integer(index) for index in indices) or _surely_equal(shapes):
+        return NotImplemented
+    common = torch.broadcast_shapes(*shapes)
+    expanded = [None if index is None else index.expand(common) for index in indices]
+    result: Tensor = aten.index_put.default(x, expanded, values, accumulate)
+    return result
+
+
+def _is_integer(x: Tensor) -> bool:
+    return x.dtype != torch.bool and x.dtype != torch.uint8
+
+
+def _surely_equal(shapes: list[torch.Size]) -> bool:
+    """Whether all are one shape, or made of numbers; asking about a dynamic size must not fix it."""
+    if all(isinstance(size, int) for shape in shapes for size in shape):
+        return True
+    first = shapes[0]
+    return all(
+        len(shape) == len(first) and all(statically_known_true(a == b) for a, b in zip(shape, first, strict=True))
+        for shape in shapes[1:]
+    )
+
+
 def split(x: Tensor, split_size: int, dim: int = 0) -> list[Tensor]:
     """Parts of a dynamic size."""
     if isinstance(x.shape[dim], int) and isinstance(split_size, int):
@@ -359,6 +387,8 @@ OWN: Table = {
     aten._trilinear.default: trilinear,
     aten.squeeze.dim: squeeze_dim,
     aten.squeeze.dims: squeeze_dims,
+    aten.index_put.default: index_put,
+    aten._unsafe_index_put.default: index_put,
     aten.split.Tensor: split,
     aten.unsafe_split.Tensor: split,
     aten.split_with_sizes.default: split_with_sizes,

@@ -61,3 +61,17 @@ class Warp(nn.Module):
 def test_volumes_are_sampled_inside_and_outside(mode: str, padding_mode: str) -> None:
     grid = 2 * data(2, 4, 3, 5, 3)
     compare_gradients(Warp(mode, padding_mode), (data(2, 3, 4, 5, 6), grid))
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_an_empty_batch_has_an_empty_gradient(mode: str) -> None:
+    """torch.onnx's translation of index_put broadcast the positions of no samples to those of one."""
+    module, shapes = Warp(mode, "zeros"), {"input": {0: "batch"}, "grid": {0: "batch"}}
+    report = cg.export_gradient(module, (data(2, 2, 5, 6), data(2, 3, 4, 2)), dynamic_shapes=shapes)
+    session = cg.GradientSession(report.model)
+    for batch in (0, 1, 3):
+        x, grid = data(batch, 2, 5, 6).requires_grad_(), data(batch, 3, 4, 2).requires_grad_()
+        module(x, grid).sum().backward()
+        found = session.run({"input": x.detach(), "grid": grid.detach()})
+        torch.testing.assert_close(found["input.grad"], x.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found["grid.grad"], grid.grad, rtol=1e-4, atol=1e-4)
