@@ -23,6 +23,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
   translation.
 - erfc, erfcx: no digit is right for large arguments (`error_functions.py`).
 - scatter_reduce: the translation of "mean" overwrites.
+- im2col and col2im: no empty batch, float32 only, no picture without a batch axis (`column_decompositions.py`).
 - squeeze of given dimensions: ONNX refuses one of another size than 1, which PyTorch leaves.
 - index_put with indices that broadcast over a dynamic size: the translation takes the larger size, 1 of 1 and 0.
 - split into parts of a dynamic size: a sequence, on which onnxscript's optimizer and opsets below 18 fail.
@@ -45,6 +46,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from convgrad_export.integrations import (
     activation_decompositions,
+    column_decompositions,
     error_functions,
     exact_decompositions,
     float64_decompositions,
@@ -69,12 +71,14 @@ def _onnx_friendly_table() -> Table:
 
 
 def onnx_decompositions(opset: int = 18) -> Table:
-    """The whole table: ATen overload to Python function. Below opset 16 and 17 it avoids operators that came then."""
+    """The whole table: ATen overload to Python function. Below opset 16 to 18 it avoids operators that came then."""
     table = dict(_onnx_friendly_table())
     for target, at in _OF_CLASSES.items():
         table[target] = _refusing_negative_classes(torch._decomp.decomposition_table[target], at)
     float64_decompositions.add_to(table)
     table.update(OWN)
+    if opset < 18:
+        table.update(column_decompositions.BELOW_OPSET_18)
     if opset < 17:
         table[aten.native_layer_norm.default] = torch._decomp.decomposition_table[aten.native_layer_norm.default]
     if opset < 16:
@@ -394,6 +398,7 @@ OWN: Table = {
     aten.split_with_sizes.default: split_with_sizes,
     aten.rrelu_with_noise_functional.default: rrelu_with_noise_functional,
     **activation_decompositions.TABLE,
+    **column_decompositions.TABLE,
     **error_functions.TABLE,
     **exact_decompositions.TABLE,
     **interpolation.TABLE,
