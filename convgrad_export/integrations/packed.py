@@ -183,8 +183,21 @@ class PaddedPacking(TorchFunctionMode):
             data, sizes, state, weights, bias, layers, p, train, bidirectional = args
             dropped = functools.partial(functional.dropout, p=p, training=train)
             return self._packed.run(func, dropped, data, sizes, state, weights, bias, layers, train, bidirectional)
+        if func in RECURRENT:
+            _fix_length(args[0].shape[1 if args[8] else 0])
         result = func(*args, **(kwargs or {}))
         return _of_three_axes(result, args[1]) if func is torch.lstm else result
+
+
+def _fix_length(length: Any) -> None:
+    """Make numbers of the dynamic sizes that the number of a recurrent layer's steps follows from.
+
+    PyTorch unrolls the steps. Where the length is a dynamic size itself it makes a number of that one, which is an
+    error with the place; one that is computed from it (by a convolution) it mistakes, and ends within the layer.
+    """
+    if isinstance(length, torch.SymInt):
+        for symbol in length.node.expr.free_symbols:
+            int(length.node.shape_env.create_symintnode(symbol, hint=None))
 
 
 def _of_three_axes(result: tuple[Tensor, ...], start: Sequence[Tensor]) -> tuple[Tensor, ...]:
