@@ -48,6 +48,7 @@ from convgrad_export.integrations.packed import PaddedPacking
 from convgrad_export.integrations.places import MODULE_PATH, module_path, module_paths, node_place, user_frame
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput, is_random
 from convgrad_export.integrations.slice_sums import slice_sums
+from convgrad_export.integrations.value_checks import without_value_checks
 
 Decompositions = Mapping[Any, Callable[..., Any]]
 TracedFunction = Callable[[Mapping[str, torch.Tensor]], Sequence[TracedOutput]]
@@ -187,6 +188,7 @@ def _record(
             sdpa_kernel(SDPBackend.MATH),  # the fused CPU kernel has no ONNX form, forward or backward
             fx_traceback.preserve_node_meta(),
             module_paths(),
+            without_value_checks(),
             replacements,
             PaddedPacking(),
         ):
