@@ -45,7 +45,7 @@ class RandomRounding(TorchDispatchMode):
         super().__init__()
         self._amount, self._storage = amount, storage
         self._generator = torch.Generator().manual_seed(seed)
-        self._moves = torch.empty(0, dtype=torch.float64)
+        self._factors = torch.empty(0, dtype=torch.float64)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -63,15 +63,15 @@ class RandomRounding(TorchDispatchMode):
         return result
 
     def _round(self, tensor: torch.Tensor) -> None:
-        moves = self._drawn(tensor.numel()).to(tensor.dtype).view(tensor.shape)
+        factors = self._drawn(tensor.numel()).to(tensor.dtype).view(tensor.shape)
         if self._storage is not None:
-            moves = moves.masked_fill(tensor.to(self._storage) == tensor, 0.0)
-        tensor.addcmul_(tensor, moves)
+            factors = factors.masked_fill(tensor.to(self._storage) == tensor, 1.0)
+        tensor.mul_(factors)  # not added to: an infinity, of a mask, say, stays one
 
     def _drawn(self, count: int) -> torch.Tensor:
-        """Relative moves from one long sequence, at a random place: drawing anew would take most of the time."""
-        if self._moves.numel() < count + _PLACES:
+        """Factors around 1 from one long sequence, at a random place: drawing anew would take most of the time."""
+        if self._factors.numel() < count + _PLACES:
             fresh = torch.rand(count + _PLACES, generator=self._generator, dtype=torch.float32).double()
-            self._moves = fresh.mul_(2).sub_(1).mul_(self._amount)
+            self._factors = fresh.mul_(2).sub_(1).mul_(self._amount).add_(1)
         start = int(torch.randint(_PLACES, (), generator=self._generator))
-        return self._moves[start : start + count]
+        return self._factors[start : start + count]

@@ -145,6 +145,20 @@ def test_random_rounding_leaves_what_is_exact_and_moves_the_rest() -> None:
         assert 2.0**-23 < float(relative.mean()) < float(relative.max()) <= 2.0**-21 * 1.001
 
 
+@pytest.mark.parametrize("storage", [torch.float32, None])
+def test_random_rounding_leaves_infinities(storage: torch.dtype | None) -> None:
+    mask = torch.tensor([0.0, math.inf, -math.inf] * 20, dtype=torch.float64)
+    with RandomRounding(2.0**-21, storage, 0):
+        assert torch.equal(mask + 0.0, mask)
+
+
+def test_a_sum_that_cancels_behind_a_mask_of_infinities_is_judged() -> None:
+    """The sum of a normalization is zero but for rounding; random rounding made NaN of the mask, and of the bound."""
+    mask = torch.full((4, 4), -math.inf).triu(1)
+    attention = Apply(lambda x: functional.layer_norm((x @ x.mT + mask).softmax(-1) @ x, (6,)).sum())
+    assert cg.export(attention, (torch.randn(2, 4, 6),)).verified
+
+
 @pytest.mark.parametrize(("form", "args"), FORMS, ids=lambda value: getattr(value, "__name__", ""))
 def test_random_rounding_reaches_every_form_of_gradient(form: type[nn.Module], args: tuple[Tensor, ...]) -> None:
     torch.manual_seed(0)
