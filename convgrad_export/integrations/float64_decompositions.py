@@ -97,7 +97,8 @@ def is_rounded(value: Any) -> bool:
 
 
 def _needs_float64(dtype: torch.dtype | None, *values: Any) -> bool:
-    return dtype == torch.float64 and any(map(is_rounded, values))
+    """Whether float32 might not hold one of the numbers; those that the model computes are among them."""
+    return dtype == torch.float64 and any(is_rounded(value) or isinstance(value, torch.SymFloat) for value in values)
 
 
 def full(size: list[int], fill_value: Any, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
@@ -107,14 +108,26 @@ def full(size: list[int], fill_value: Any, *, dtype: torch.dtype | None = None, 
     return aten.ones.default(size, dtype=torch.float64, device=options.get("device")) * fill_value
 
 
+def full_like(x: Tensor, fill_value: Any, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    """As `full`, for a number that the model computes; other ones are kept by `float64_constants.py`."""
+    return new_full(x, list(x.shape), fill_value, dtype=dtype)
+
+
+def new_full(
+    x: Tensor, size: list[int], fill_value: Any, *, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    computed = isinstance(fill_value, torch.SymFloat)
+    return full(size, fill_value, dtype=dtype or x.dtype, device=x.device) if computed else NotImplemented
+
+
 def clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
     """The translation rounds float64 limits to float32."""
     if not _needs_float64(x.dtype, min, max):
         return NotImplemented
     if min is not None:
-        x = torch.maximum(x, full([], float(min), dtype=x.dtype, device=x.device, exact=True))
+        x = torch.maximum(x, full([], min, dtype=x.dtype, device=x.device, exact=True))
     if max is not None:
-        x = torch.minimum(x, full([], float(max), dtype=x.dtype, device=x.device, exact=True))
+        x = torch.minimum(x, full([], max, dtype=x.dtype, device=x.device, exact=True))
     return x
 
 
@@ -125,7 +138,8 @@ def scalar_tensor(value: Any, *, dtype: torch.dtype | None = None, **options: An
 
 def arange(start: Any, end: Any, step: Any = 1, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
     """The translation counts in float32 where the limits are integers and the step is not."""
-    if not _needs_float64(dtype, start, step) or isinstance(end, (torch.SymInt, torch.SymFloat)):
+    symbolic = any(isinstance(value, (torch.SymInt, torch.SymFloat)) for value in (start, end, step))
+    if symbolic or not _needs_float64(dtype, start, step):
         return NotImplemented
     count = max(math.ceil((end - start) / step), 0)
     return torch.arange(count, device=options.get("device")).to(torch.float64) * float(step) + float(start)
@@ -183,6 +197,8 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.convolution.default: convolution_in_float64,
     aten.col2im.default: col2im,
     aten.full.default: full,
+    aten.full_like.default: full_like,
+    aten.new_full.default: new_full,
     aten.scalar_tensor.default: scalar_tensor,
     aten.clamp.default: clamp,
     aten.arange.start_step: arange,

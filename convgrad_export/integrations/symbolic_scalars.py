@@ -1,6 +1,6 @@
-"""Numbers computed from dynamic sizes, as tensors: torch.onnx's translations take Python numbers only in many places.
+"""Numbers computed from sizes or values, as tensors: torch.onnx takes few of them, and hands some on in float32.
 
-The gradient of a variance over a dynamic axis is one: it multiplies by 2 / (n - 1).
+The gradient of a variance over a dynamic axis is one: it multiplies by 2 / (n - 1). So is a `loss.item()`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ _TENSOR_FORM = {
     **{getattr(aten, name).Scalar: getattr(aten, name).Tensor for name in _BY_SCALAR},
     aten.pow.Tensor_Scalar: aten.pow.Tensor_Tensor,
     aten.pow.Scalar: aten.pow.Tensor_Tensor,
+    **{getattr(aten, name).default: getattr(aten, name).Tensor for name in ("clamp", "clamp_min", "clamp_max")},
 }
 _TENSOR_TAKES = {getattr(aten, name).Tensor for name in ("add", "sub", "mul", "div")}
 _TENSOR_TAKES |= {getattr(torch.ops.prims, name).default for name in ("add", "sub", "mul", "div")}
@@ -26,6 +27,8 @@ _ARITHMETIC: dict[Any, Callable[..., Any]] = {
     operator.sub: aten.sub.Tensor,
     operator.mul: aten.mul.Tensor,
     operator.truediv: aten.div.Tensor,
+    operator.pow: aten.pow.Tensor_Tensor,
+    operator.neg: aten.neg.default,
 }
 
 
@@ -36,7 +39,13 @@ def scalars_to_tensors(graph: torch.fx.Graph) -> None:
         graph: ATen operators with values in ``meta["val"]``.
     """
     for node in list(graph.nodes):
-        if node.op != "call_function" or not (node.target in _TENSOR_FORM or node.target in _TENSOR_TAKES):
+        if node.op != "call_function":
+            continue
+        if node.target is aten.scalar_tensor.default and _is_float(node.args[0]):
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(_tensor(graph, node.args[0], node.meta["val"]))
+            continue
+        if not (node.target in _TENSOR_FORM or node.target in _TENSOR_TAKES):
             continue
         kinds = (torch.SymInt, torch.SymFloat) if node.target in _TENSOR_FORM else (torch.SymFloat,)
         symbolic = [isinstance(a, torch.fx.Node) and isinstance(a.meta.get("val"), kinds) for a in node.args]
@@ -46,6 +55,8 @@ def scalars_to_tensors(graph: torch.fx.Graph) -> None:
         like = next((tensor for tensor in tensors if tensor.dtype != torch.bool), None)
         if like is None or (not like.dtype.is_floating_point and any(_is_float(a) for a in node.args)):
             continue  # the result has another type than the tensor
+        if node.target is aten.clamp.default:  # both limits of one kind
+            symbolic = [found or isinstance(a, (int, float)) for a, found in zip(node.args, symbolic, strict=True)]
         with graph.inserting_before(node):
             node.args = tuple(
                 _tensor(graph, a, like) if found else a for a, found in zip(node.args, symbolic, strict=True)
@@ -62,6 +73,11 @@ def _tensor(graph: torch.fx.Graph, value: Any, like: torch.Tensor) -> torch.fx.N
     form = _ARITHMETIC.get(value.target) if _is_float(value) else None
     if form is not None:
         result = graph.call_function(form, tuple(_tensor(graph, a, like) for a in value.args))
+    elif _is_float(value) and value.target is aten._local_scalar_dense.default:
+        # The tensor whose value it is: torch.onnx hands the number on in float32.
+        number = graph.call_function(aten.reshape.default, (value.args[0], []))
+        number.meta["val"] = value.args[0].meta["val"].new_empty(())
+        result = graph.call_function(aten._to_copy.default, (number,), {"dtype": like.dtype})
     else:
         result = graph.call_function(aten.scalar_tensor.default, (value,), {"dtype": like.dtype})
     result.meta["val"] = like.new_empty(())

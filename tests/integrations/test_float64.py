@@ -52,6 +52,23 @@ def test_numbers_stay_in_float64(name: str) -> None:
     compare_gradients(Apply(NUMBERS[name]), (data(2, 3, 5),), tolerance=1e-13)
 
 
+COMPUTED: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "quotient": lambda x, v: x / v,
+    "arithmetic": lambda x, v: x * -v + (1 + v) ** 2,
+    "root": lambda x, v: x / v**0.5,
+    "clamp": lambda x, v: x.clamp(-0.1, v) + x.clamp(min=-v) + torch.clamp_max(x, v),
+    "full": lambda x, v: x.new_full((5,), v) * torch.full_like(x, v) * x,
+    "masked_fill": lambda x, v: x.masked_fill(x > v, v) * x,
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_values_of_tensors_stay_in_float64(name: str) -> None:
+    """`item()`, as of a loss that the forward divides by, went through float32."""
+    module = Apply(lambda x: COMPUTED[name](x, x.square().mean().item()))
+    compare_gradients(module, (data(2, 3, 5),), tolerance=1e-13)
+
+
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_numbers_beyond_float32() -> None:
     compare_gradients(Apply(lambda x: x.masked_fill(x > 1, torch.finfo(x.dtype).min).softmax(1)), (data(4, 5),))
