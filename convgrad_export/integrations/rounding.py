@@ -58,7 +58,7 @@ class RandomRounding(TorchDispatchMode):
         copied = self._storage is None and func in _COPIES
         if not copied and all(alias is None or alias.is_write for alias in aliases):  # a view holds no new values
             for tensor in pytree.tree_leaves(result):
-                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and _has_memory(tensor):
                     self._round(tensor)
         return result
 
@@ -75,3 +75,8 @@ class RandomRounding(TorchDispatchMode):
             self._factors = fresh.mul_(2).sub_(1).mul_(self._amount).add_(1)
         start = int(torch.randint(_PLACES, (), generator=self._generator))
         return self._factors[start : start + count]
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Not autograd's zeros (the derivative of a sign), nor the meta tensors by which PyTorch finds their sizes."""
+    return tensor.numel() > 0 and not tensor._is_zerotensor() and not tensor.is_meta

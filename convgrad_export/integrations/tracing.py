@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.autograd import forward_ad
 from torch.autograd.graph import _engine_run_backward
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -49,6 +50,7 @@ from convgrad_export.integrations.places import MODULE_PATH, module_path, module
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput, is_random
 from convgrad_export.integrations.slice_sums import slice_sums
 from convgrad_export.integrations.value_checks import without_value_checks
+from convgrad_export.tensor_names import HESSIAN_PRODUCT
 
 Decompositions = Mapping[Any, Callable[..., Any]]
 TracedFunction = Callable[[Mapping[str, torch.Tensor]], Sequence[TracedOutput]]
@@ -61,10 +63,21 @@ _COPYING = {
     torch.ops.aten.lift_fresh_copy.default,
     torch.ops.aten.lift_fresh.default,
 }
+
 # What PyTorch says when Python reads a traced tensor's values.
 _READS_VALUES = ("Cannot access data pointer", "numpy() is not supported", "tolist() is not supported", "_local_scalar")
 # And where Python needs an integer, for an index, rather than a decision.
 _NEEDS_INTEGER = "Could not extract specialized integer"
+
+
+def _zeros(size: Any, *, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None) -> Any:
+    if forward_ad._current_level >= 0:  # where tangents are told from other tensors by it
+        return NotImplemented
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
+# In the first pass: autograd's zeros without memory (the derivative of a sign) are on the device meta in a trace.
+_ZEROS: Decompositions = {torch.ops.aten._efficientzerotensor.default: _zeros}
 
 
 def trace_function(
@@ -192,7 +205,7 @@ def _record(
             replacements,
             PaddedPacking(),
         ):
-            return make_fx(flat, record_stack_traces=True)(fakes)
+            return make_fx(flat, decomposition_table=dict(_ZEROS), record_stack_traces=True)(fakes)
     except ConvGradError:
         raise
     except Exception as error:
@@ -276,7 +289,9 @@ def _refuse_constant_outputs(
             living.add(node)
     (output,) = [node for node in recorded.graph.nodes if node.op == "output"]
     for spec, node in zip(specs, output.args[0], strict=True):
-        if spec.kind == "buffer" or not isinstance(node, torch.fx.Node) or node in living:
+        # A Hessian's product is linear in the vector: one that does not depend on it is zero, and rightly constant.
+        rightly = spec.kind == "buffer" or spec.name.endswith(HESSIAN_PRODUCT)
+        if rightly or not isinstance(node, torch.fx.Node) or node in living:
             continue
         where = node_place(node) or node_place(next(iter(node.all_input_nodes), node)) or "in the forward"
         raise ConstantGradientError(

@@ -431,6 +431,28 @@ def test_hessian_vector_product() -> None:
         torch.testing.assert_close(actual[name], wanted, rtol=1e-3, atol=1e-4)
 
 
+ABSOLUTE = {
+    "linear": lambda: nn.Linear(3, 4),
+    "group-norm": lambda: nn.GroupNorm(2, 4),
+    "smooth": lambda: nn.Sequential(nn.Conv1d(4, 4, 1), nn.GroupNorm(4, 4, affine=False), nn.SiLU()).double(),
+}
+
+
+@pytest.mark.parametrize("name", ABSOLUTE)
+def test_hessian_vector_products_of_an_absolute_value(name: str) -> None:
+    """Autograd's derivative of a sign has no memory: on the device meta in a trace, and written to in verification.
+
+    The product for a bias depends on nothing at all: it is zero.
+    """
+    torch.manual_seed(0)
+    module = ABSOLUTE[name]()
+    x = torch.randn(2, 4, 3, dtype=next(module.parameters()).dtype)
+    report = cg.export_gradient(
+        module, (x,), wrt=["inputs", "parameters"], of=lambda y: y.abs().sum(), hessian_vector=True
+    )
+    assert {f"{name}.hvp" for name, _ in module.named_parameters()} < set(report.errors)
+
+
 def test_named_lowering_is_used_and_reported() -> None:
     module = nn.Conv2d(3, 4, 3)
     report = cg.export_gradient(module, (image(),), wrt="parameters", lowering="weight.swapped_conv")
