@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from .convolutions_in_steps import CONVOLUTIONS
 from .grid_sampling import affine_grid, affine_grid_generator, grid_sample, grid_sampler
 from .interpolation import interpolate
 from .norms_in_steps import FORWARD_NORMS, NORMS
@@ -159,22 +160,24 @@ class DifferentiableReplacements(TorchFunctionMode):
     """While active, calls of the functions above run their replacement, as do norms in forward-mode derivatives.
 
     Args:
-        norms: Batch and instance norms anywhere, see `norms_in_steps.py`.
+        in_steps: Convolutions, batch and instance norms, too, whose second derivatives would fix a size: see
+            `convolutions_in_steps.py` and `norms_in_steps.py`.
 
     Attributes:
-        normalizes: Whether there was one of these.
+        fused: Whether there was one of these.
     """
 
-    def __init__(self, norms: bool = False) -> None:
+    def __init__(self, in_steps: bool = False) -> None:
         super().__init__()
-        self._norms, self.normalizes = norms, False
+        self._in_steps, self.fused = in_steps, False
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in NORMS:
-            self.normalizes = True
-            func = NORMS[func] if self._norms else func
-        if forward_ad._current_level >= 0:  # inside torch.func.jvp, jacfwd, forward_ad.dual_level
+        forward = forward_ad._current_level >= 0  # inside torch.func.jvp, jacfwd, forward_ad.dual_level
+        if func in NORMS or (func in CONVOLUTIONS and not forward):
+            self.fused = True
+            func = {**NORMS, **CONVOLUTIONS}[func] if self._in_steps else func
+        if forward:
             func = FORWARD_NORMS.get(func, func)
         return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))

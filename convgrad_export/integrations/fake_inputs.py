@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from convgrad_export.errors import DeviceError, DynamicShapeError
@@ -25,6 +27,14 @@ class TracedSizes(ShapeEnv):
         if not tgt.free_symbols and str(tgt) not in self.fixed_at:
             self.fixed_at[str(tgt)] = present_place()
         super()._set_replacement(a, tgt, *reason)
+
+
+def narrowed_by_autograd(shape_env: ShapeEnv) -> bool:
+    """Whether the trace holds for some sizes only (odd ones, say) by a derivative that PyTorch computed."""
+    return any(
+        isinstance(guard.expr, sympy.Eq) and _engine_run_backward.__name__ in str(guard.sloc)
+        for guard in shape_env.guards
+    )
 
 
 def require_data(inputs: Sequence[GraphInput]) -> None:

@@ -43,7 +43,13 @@ from convgrad_export.errors import (
 from convgrad_export.integrations.compiled_modules import as_written
 from convgrad_export.integrations.concatenated_statistics import concatenated_statistics
 from convgrad_export.integrations.differentiable import DifferentiableReplacements
-from convgrad_export.integrations.fake_inputs import TracedSizes, check_dynamic, fake_inputs, require_data
+from convgrad_export.integrations.fake_inputs import (
+    TracedSizes,
+    check_dynamic,
+    fake_inputs,
+    narrowed_by_autograd,
+    require_data,
+)
 from convgrad_export.integrations.module_attributes import kept_attributes
 from convgrad_export.integrations.packed import PaddedPacking
 from convgrad_export.integrations.places import MODULE_PATH, module_path, module_paths, node_place, user_frame
@@ -86,7 +92,7 @@ def trace_function(
     """Trace `function`, which maps named tensors to outputs, into a `CapturedProgram`.
 
     Args:
-        function: Called once, or twice (`norms_in_steps.py`), with fake tensors under the names of `inputs`.
+        function: Called once, or twice (`differentiable.py`), with fake tensors under the names of `inputs`.
         inputs: In the order the placeholders will have. Constants that the function closes over are appended.
         decompositions: Applied in the second pass.
 
@@ -96,12 +102,17 @@ def trace_function(
     """
     require_data(inputs)
     replacements = DifferentiableReplacements()
+    first: CapturedProgram | DynamicShapeError
     try:
-        return _traced(function, inputs, decompositions, replacements)
-    except DynamicShapeError:
-        if not replacements.normalizes:
-            raise
-    return _traced(function, inputs, decompositions, DifferentiableReplacements(norms=True))
+        first = _traced(function, inputs, decompositions, replacements)
+    except DynamicShapeError as error:
+        first = error
+    if replacements.fused and (isinstance(first, DynamicShapeError) or narrowed_by_autograd(first.shape_env)):
+        with contextlib.suppress(ConvGradError):
+            return _traced(function, inputs, decompositions, DifferentiableReplacements(in_steps=True))
+    if isinstance(first, DynamicShapeError):
+        raise first
+    return first
 
 
 def _traced(

@@ -113,6 +113,36 @@ def test_second_derivatives_of_norms_over_a_dynamic_batch(name: str) -> None:
     exported(module, x, {0: "n"})
 
 
+CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: nn.Conv2d(4, 6, 3, padding=1),
+    "grouped": lambda: nn.Conv2d(4, 6, (2, 3), stride=2, groups=2, dilation=(2, 1)),
+    "same": lambda: nn.Conv2d(4, 3, (3, 2), padding="same", bias=False),
+    "transposed": lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_hessian_vector_products_of_convolutions_at_any_size(name: str) -> None:
+    """PyTorch's second derivative with respect to a weight made numbers of all sizes."""
+    torch.manual_seed(0)
+    module = nn.Sequential(CONVOLUTIONS[name](), nn.Tanh())
+    report = cg.export_gradient(
+        module,
+        (image(2, 4, 7, 6),),
+        wrt=["inputs", "parameters"],
+        hessian_vector=True,
+        dynamic_shapes={"input": {0: "n", 2: "h"}},
+    )
+    assert [(size["n"], size["h"]) for size in report.verified_sizes] == [(2, 7), (3, 7), (2, 8)]
+
+
+def test_a_strided_gradient_penalty_takes_heights_with_another_remainder() -> None:
+    """PyTorch's second derivative held for heights with the example's remainder only."""
+    penalty = Penalty(nn.Conv2d(4, 4, 2, stride=2))
+    report = cg.export_gradient(penalty, (image(2, 3, 9, 8),), wrt="parameters", dynamic_shapes={"input": {2: "h"}})
+    assert [size["h"] for size in report.verified_sizes] == [9, 10]
+
+
 def test_norms_stay_fused_where_nothing_needs_their_second_derivative() -> None:
     report = exported(nn.BatchNorm2d(4), image(2, 4, 9, 8), {0: "n"})
     assert report.operators["BatchNormalization"] == 2
