@@ -127,17 +127,6 @@ def embedding(
     return torch.nn.functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
 
 
-def _of_samples(function: Callable[..., Tensor], rank: int) -> Callable[..., Tensor]:
-    """A function that takes a sample without its batch axis, of `rank` axes, which its ONNX form does not."""
-
-    def replacement(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if input.dim() == rank:
-            return function(input.unsqueeze(0), *args, **kwargs).squeeze(0)
-        return function(input, *args, **kwargs)
-
-    return replacement
-
-
 _REPLACEMENTS: Mapping[Any, Callable[..., Tensor]] = {
     torch.grid_sampler: grid_sampler,
     torch.nn.functional.grid_sample: grid_sample,
@@ -149,8 +138,6 @@ _REPLACEMENTS: Mapping[Any, Callable[..., Tensor]] = {
     torch.nn.functional.multilabel_margin_loss: multilabel_margin_loss,
     torch.nn.functional.interpolate: interpolate,
     torch.nn.functional.embedding: embedding,
-    torch.nn.functional.fold: _of_samples(torch.nn.functional.fold, 2),
-    torch.nn.functional.unfold: _of_samples(torch.nn.functional.unfold, 3),
     torch.max_pool1d: max_pool1d,
     torch.nn.functional.max_pool1d: max_pool1d,
 }

@@ -58,27 +58,6 @@ def convolution_in_float64(
     return output if bias is None else output + bias.reshape([1, -1] + [1] * rank)
 
 
-def col2im(
-    x: Tensor,
-    output_size: list[int],
-    kernel_size: list[int],
-    dilation: list[int],
-    padding: list[int],
-    stride: list[int],
-) -> Tensor:
-    """The gradient of unfold as a transposed convolution, each of whose kernels is 1 at one place, in float64 only."""
-    if x.dtype != torch.float64 or not all(isinstance(size, int) for size in output_size):
-        return NotImplemented
-    spans = [d * (k - 1) + 1 for k, d in zip(kernel_size, dilation, strict=True)]
-    free = [o + 2 * p - span for o, p, span in zip(output_size, padding, spans, strict=True)]
-    blocks, rest = zip(*(divmod(f, s) for f, s in zip(free, stride, strict=True)), strict=True)
-    taps = math.prod(kernel_size)
-    columns = x.reshape([-1, taps, *(count + 1 for count in blocks)])
-    kernels = torch.eye(taps, dtype=x.dtype, device=x.device).reshape([taps, 1, *kernel_size])
-    sums = convolution_in_float64(columns, kernels, None, stride, padding, dilation, True, list(rest), 1)
-    return sums.reshape([*x.shape[:-2], x.shape[-2] // taps, *output_size])
-
-
 def _only_in_float64(target: Any) -> Callable[..., Any]:
     """PyTorch's decomposition for float64 tensors; other types keep the ONNX operator."""
     decomposition = torch._decomp.decomposition_table[target]
@@ -195,7 +174,6 @@ _BY_PYTORCH = (
 
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.convolution.default: convolution_in_float64,
-    aten.col2im.default: col2im,
     aten.full.default: full,
     aten.full_like.default: full_like,
     aten.new_full.default: new_full,
