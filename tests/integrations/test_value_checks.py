@@ -56,7 +56,8 @@ def test_distributions_with_their_default_validation(function: Callable[[Tensor]
     assert cg.export_gradient(Function(function), (x,), of=torch.sum, dynamic_shapes={"x": {0: "batch"}}).verified
 
 
-def test_a_trace_leaves_the_checks_as_they_were() -> None:
+def test_a_trace_leaves_the_checks_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Distribution, "_validate_args", True)  # torch.compile turns it off for the whole process
     detect = transformer._detect_is_causal_mask
     capture(Function(DISTRIBUTIONS["normal"]), (torch.randn(2, 3),))
     assert transformer._detect_is_causal_mask is detect
