@@ -3,7 +3,7 @@
 onnxruntime optimizes a model first and orders the nodes that come out. So the model is loaded twice: once to be
 optimized and written to a file, and that file again, its nodes reordered, not optimized any more, with the priority
 order: among the nodes that can run it takes the first of the file. The optimized model fits this machine alone and is
-gone before the call returns. Together that takes 0.2 s for the 4,300 nodes of ResNet-50's training step.
+gone before the call returns. ResNet-50's training step, 4,300 nodes, loads in 1.3 s for 0.9.
 """
 
 from __future__ import annotations
