@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +16,12 @@ def call(graph: torch.fx.Graph, target: Any, args: tuple[Any, ...], *, like: Nod
     """`target` of `args` at the insertion point, with its fake tensor, as a part of the module of `like`."""
     node = graph.call_function(target, args)
     node.meta = {key: value for key, value in like.meta.items() if key not in ("val", "tensor_meta")}
-    values = pytree.tree_map_only(Node, lambda argument: argument.meta["val"], args)
-    fake: Any = next(value for value in pytree.tree_leaves(values) if isinstance(value, torch.Tensor))
-    with fake.fake_mode:
-        node.meta["val"] = target(*values)
+    node.meta["val"] = in_mode(target, *pytree.tree_map_only(Node, lambda argument: argument.meta["val"], args))
     return node
+
+
+def in_mode(function: Callable[..., Any], *args: Any) -> Any:
+    """A function of traced values, in the mode that these were traced in."""
+    modes = (getattr(value, "fake_mode", None) for value in pytree.tree_leaves(args))
+    with next((mode for mode in modes if mode is not None), contextlib.nullcontext()):
+        return function(*args)

@@ -7,13 +7,14 @@ the same place, and sums accumulate in float32.
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx.node import map_arg
+
+from .fx_nodes import call, in_mode
 
 HALF = (torch.float16, torch.bfloat16)
 WIDENED = "bfloat16 is computed in float32 and rounded after each operator: no runtime needs kernels"  # for reports
@@ -59,13 +60,12 @@ def compare_extremes_in_float32(graph_module: torch.fx.GraphModule) -> bool:
             found = _behind_views(extreme)
             if found is None or found.args[0] is not value or value.meta["val"].dtype != torch.float16:
                 continue
-            kept = _in_mode(found.target, value.meta["val"], *_axes(found), True).shape
+            kept = in_mode(found.target, value.meta["val"], *_axes(found), True).shape
             if list(map(str, extreme.meta["val"].shape)) != list(map(str, kept)):  # the user's own, along other axes
                 continue
             with graph_module.graph.inserting_before(node):
                 wide = _converted(graph_module.graph, value, torch.float32)
-                again = graph_module.graph.call_function(found.target, (wide, *_axes(found), True))
-            again.meta = {**wide.meta, "val": _in_mode(found.target, wide.meta["val"], *_axes(found), True)}
+                again = call(graph_module.graph, found.target, (wide, *_axes(found), True), like=wide)
             node.args, changed = (again, wide), True
             break
     if changed:
@@ -150,13 +150,7 @@ def _converted(graph: torch.fx.Graph, node: torch.fx.Node, dtype: torch.dtype) -
 
 
 def _as_float32(value: Any) -> Any:
-    return _in_mode(torch.Tensor.to, value, torch.float32)
-
-
-def _in_mode(function: Callable[..., Any], value: Any, *args: Any) -> Any:
-    """Of a traced value, in the mode that it was traced in."""
-    with getattr(value, "fake_mode", None) or contextlib.nullcontext():
-        return function(value, *args)
+    return in_mode(torch.Tensor.to, value, torch.float32)
 
 
 def _is_half(value: Any) -> bool:
