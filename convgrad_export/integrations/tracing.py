@@ -74,6 +74,8 @@ _COPYING = {
 _READS_VALUES = ("Cannot access data pointer", "numpy() is not supported", "tolist() is not supported", "_local_scalar")
 # And where Python needs an integer, for an index, rather than a decision.
 _NEEDS_INTEGER = "Could not extract specialized integer"
+# What a kernel that reads sizes as numbers says of dynamic ones in torch 2.11 and 2.12: second derivatives do.
+_OPEN_SIZES = "with symbolic sizes/strides"
 
 
 def _zeros(size: Any, *, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None) -> Any:
@@ -102,15 +104,17 @@ def trace_function(
     """
     require_data(inputs)
     replacements = DifferentiableReplacements()
-    first: CapturedProgram | DynamicShapeError
+    first: CapturedProgram | ConvGradError
     try:
         first = _traced(function, inputs, decompositions, replacements)
-    except DynamicShapeError as error:
+    except (DynamicShapeError, CaptureError) as error:
+        if isinstance(error, CaptureError) and _OPEN_SIZES not in str(error):
+            raise
         first = error
-    if replacements.fused and (isinstance(first, DynamicShapeError) or narrowed_by_autograd(first.shape_env)):
+    if replacements.fused and (isinstance(first, ConvGradError) or narrowed_by_autograd(first.shape_env)):
         with contextlib.suppress(ConvGradError):
             return _traced(function, inputs, decompositions, DifferentiableReplacements(in_steps=True))
-    if isinstance(first, DynamicShapeError):
+    if isinstance(first, ConvGradError):
         raise first
     return first
 

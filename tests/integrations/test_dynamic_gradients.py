@@ -12,7 +12,6 @@ from torch.nn import functional
 
 import convgrad_export as cg
 
-from ..torch_release import needs_torch
 from .gradient_modules import Apply
 
 
@@ -101,7 +100,6 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", NORMS)
-@needs_torch("2.13", "has no second derivative of a convolution over a dynamic batch")
 def test_second_derivatives_of_norms_over_a_dynamic_batch(name: str) -> None:
     norm = NORMS[name]()
     for tensor in (*norm.parameters(), *norm.buffers()):
