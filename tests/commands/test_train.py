@@ -73,7 +73,6 @@ def test_a_network_and_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFi
     assert "exists already" in capsys.readouterr().err
 
 
-@needs_torch("2.13", "fixes a dynamic batch whose targets are probabilities")
 def test_more_steps_to_compare_than_there_are_is_all_of_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +104,7 @@ def test_epochs_are_drawn_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert drawn == [0, 0]  # the example, the first step
 
 
+@needs_torch("2.13", "fixes a dynamic batch whose targets are probabilities")
 def test_probabilities_as_targets_have_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And other arrays of the file stay out of it, and the byte order is any."""
     rng = np.random.default_rng(0)
