@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,13 +44,13 @@ def concatenated_statistics(graph: torch.fx.Graph) -> None:
     Nodes have fake tensors in ``meta["val"]``; so have the new ones.
     """
     found = {node: statistics for node in graph.nodes if (statistics := _statistics(node)) is not None}
-    readers = Counter(part for node in found for part in set(_parts(node)))
+    made_of = {node: _parts(node) for node in found}
+    readers = Counter(part for parts in made_of.values() for part in set(parts))
     pieces: dict[Node, tuple[Node, Node, Node]] = {}
-    for node, statistics in found.items():
-        parts = _parts(node)
+    for node, parts in made_of.items():
         shared = sum(_channels(part) for part in parts if readers[part] > 1)
         if parts != [node] and 2 * shared >= _channels(node):
-            _put_together(graph, parts, statistics, pieces)
+            _put_together(graph, parts, found[node], pieces)
     if pieces:
         graph.eliminate_dead_code()
 
@@ -121,10 +120,6 @@ def _is_per_channel(view: Node, like: torch.Tensor) -> bool:
 
 def _parts(node: Node) -> list[Node]:
     """The tensors that a concatenation of channels, of a known number each, is made of; the tensor itself otherwise."""
-    return list(_flattened(node))
-
-
-def _flattened(node: Node) -> Iterator[Node]:
     tensors: Any = node.args[0] if node.target is aten.cat.default and not node.kwargs else ()
     axis: Any = node.args[1] if len(node.args) > 1 else 0
     rank = node.meta["val"].dim()
@@ -133,10 +128,8 @@ def _flattened(node: Node) -> Iterator[Node]:
         for t in tensors
     )
     if not tensors or axis % rank != _CHANNELS or not same:
-        yield node
-        return
-    for tensor in tensors:
-        yield from _flattened(tensor)
+        return [node]
+    return [part for tensor in tensors for part in _parts(tensor)]
 
 
 def _channels(node: Node) -> Any:

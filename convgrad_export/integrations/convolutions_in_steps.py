@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..arguments import as_padding, as_sizes
+
 aten = torch.ops.aten
 
 
@@ -97,10 +99,6 @@ class _Gradients(torch.autograd.Function):
         return d_output, d_input, d_weight, None, None
 
 
-def _listed(value: Any, rank: int) -> list[int]:
-    return [value] * rank if isinstance(value, int) else list(value) * (rank if len(value) == 1 else 1)
-
-
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, options: _Options) -> Tensor:
     if x.dim() == weight.dim():
         return _Convolution.apply(x, weight, bias, options)
@@ -117,14 +115,13 @@ def _convolution(rank: int) -> Callable[..., Tensor]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        stride, dilation = _listed(stride, rank), _listed(dilation, rank)
-        if padding == "same":
-            reach = [step * (taps - 1) for step, taps in zip(dilation, weight.shape[2:], strict=True)]
-            padding = [length // 2 for length in reach]
-            behind = [length % 2 for length in reversed(reach)]
-            input = functional.pad(input, [pad for more in behind for pad in (0, more)]) if any(behind) else input
-        padding = _listed(0 if padding == "valid" else padding, rank)
-        return _convolved(input, weight, bias, _Options(stride, padding, dilation, False, [0] * rank, groups))
+        strides = as_sizes(stride, rank, "stride", minimum=1)
+        dilations = as_sizes(dilation, rank, "dilation", minimum=1)
+        pads = as_padding(padding, weight.shape[2:], strides, dilations)
+        behind = [end - begin for begin, end in reversed(pads)]  # of an even kernel, with padding="same"
+        input = functional.pad(input, [pad for more in behind for pad in (0, more)]) if any(behind) else input
+        options = _Options(list(strides), [begin for begin, _ in pads], list(dilations), False, [0] * rank, groups)
+        return _convolved(input, weight, bias, options)
 
     return convolution
 
@@ -140,8 +137,15 @@ def _transposed(rank: int) -> Callable[..., Tensor]:
         groups: int = 1,
         dilation: Any = 1,
     ) -> Tensor:
-        stride, padding, extra, dilation = (_listed(v, rank) for v in (stride, padding, output_padding, dilation))
-        return _convolved(input, weight, bias, _Options(stride, padding, dilation, True, extra, groups))
+        options = _Options(
+            list(as_sizes(stride, rank, "stride", minimum=1)),
+            list(as_sizes(padding, rank, "padding", minimum=0)),
+            list(as_sizes(dilation, rank, "dilation", minimum=1)),
+            True,
+            list(as_sizes(output_padding, rank, "output_padding", minimum=0)),
+            groups,
+        )
+        return _convolved(input, weight, bias, options)
 
     return transposed
 

@@ -142,6 +142,8 @@ _REPLACEMENTS: Mapping[Any, Callable[..., Tensor]] = {
     torch.nn.functional.max_pool1d: max_pool1d,
 }
 
+_IN_STEPS: Mapping[Any, Callable[..., Any]] = {**NORMS, **CONVOLUTIONS}
+
 
 class DifferentiableReplacements(TorchFunctionMode):
     """While active, calls of the functions above run their replacement, as do norms in forward-mode derivatives.
@@ -164,7 +166,7 @@ class DifferentiableReplacements(TorchFunctionMode):
         forward = forward_ad._current_level >= 0  # inside torch.func.jvp, jacfwd, forward_ad.dual_level
         if func in NORMS or (func in CONVOLUTIONS and not forward):
             self.fused = True
-            func = {**NORMS, **CONVOLUTIONS}[func] if self._in_steps else func
+            func = _IN_STEPS[func] if self._in_steps else func
         if forward:
             func = FORWARD_NORMS.get(func, func)
         return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))

@@ -94,9 +94,7 @@ def complete_shapes(model: ir.Model) -> None:
     """
     values = [value for node in model.graph for value in node.outputs]
     known = {value: value.shape for value in values if value.shape is not None}
-    names = {
-        dim.value for shape in [i.shape for i in model.graph.inputs] for dim in shape or () if not isinstance(dim, int)
-    }
+    names = {dim.value for value in model.graph.inputs for dim in value.shape or () if not isinstance(dim, int)}
     passes.ShapeInferencePass()(model)
     for value in values:
         if value in known:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
+VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")  # the output is the input's memory
+
 
 def subgraphs(node: Any) -> Iterator[Any]:
     """The graphs that a node holds, for example a Scan's body."""

@@ -8,12 +8,11 @@ activation that it is made of. Such nodes move to the first place where their op
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .graph_nodes import reads
-from .tensor_bytes import ALIASES
+from .graph_nodes import VIEWS, reads
 
 _LARGEST_GROUP = 8
 
@@ -58,7 +57,7 @@ class _Graph:
                 found.readers[name].add(i)
             made = [name for name in node.output if name]
             maker.update(dict.fromkeys(made, i))
-            if node.op_type in ALIASES and node.input[0] in maker:
+            if node.op_type in VIEWS and node.input[0] in maker:
                 shown[made[0]] = shown.get(node.input[0], node.input[0])
                 if made[0] in found.kept:
                     found.kept.add(shown[made[0]])
@@ -69,6 +68,11 @@ class _Graph:
 
     def made(self, i: int) -> int:
         return sum(self.size[name] for name in self.results[i])
+
+    def read_by(self, group: Collection[int]) -> set[str]:
+        """The tensors that nodes read of others than one another."""
+        inner = {name for i in group for name in self.results[i]}
+        return set().union(*(self.operands[i] for i in group)) - inner
 
     def freed(self, name: str) -> int:
         """What the last reader of a tensor frees."""
@@ -130,10 +134,8 @@ def _branches(graph: _Graph) -> list[_Branch]:
     branches = []
     for end, nodes in members.items():
         own = set(nodes)
-        inner = {name for i in nodes for name in graph.results[i]}
-        operands = set().union(*(graph.operands[i] for i in nodes)) - inner
         start = max((j for i in nodes for j in graph.before[i] if j not in own), default=-1)
-        freed = sum(graph.freed(name) / shared[name] for name in operands)
+        freed = sum(graph.freed(name) / shared[name] for name in graph.read_by(nodes))
         branches.append(_Branch(nodes, start, freed > graph.made(end)))
     return branches
 
@@ -155,9 +157,8 @@ def _early_nodes(graph: _Graph, order: Sequence[int]) -> list[int]:
     for i in order:
         group = _alone_for(graph, i)
         last = max((place[j] for member in group for j in graph.before[member] - group), default=-1)
-        inner = {name for member in group for name in graph.results[member]}
         freed = 0
-        for name in set().union(*(graph.operands[member] for member in group)) - inner:
+        for name in graph.read_by(group):
             others = max((place[j] for j in graph.readers[name] - group), default=-1)
             if others < place[i]:
                 freed += graph.freed(name)

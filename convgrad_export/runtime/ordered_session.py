@@ -8,7 +8,6 @@ gone before the call returns. ResNet-50's training step, 4,300 nodes, loads in 1
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -44,26 +43,34 @@ def open_ordered_session(
     Raises:
         ModelFileError, ProviderError: as `open_session`.
     """
-    if len(source) > _LARGEST:
+    loaded_once = None if len(source) > _LARGEST else _optimized(source, make_options(), providers, what)
+    if loaded_once is None:
         return open_session(source, make_options(), providers, what)
-    with contextlib.ExitStack() as stack:
-        options, path = make_options(), None
-        with contextlib.suppress(OSError):  # no place for a file
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="convgrad-"))
-            path = Path(folder) / "optimized.onnx"
-            options.optimized_model_filepath = str(path)
-        try:
-            session = open_session(source, options, providers, what)
-        except ModelFileError:  # or a full disk, which onnxruntime reports alike
-            return open_session(source, make_options(), providers, what)
-        model = loaded(path) if path is not None and path.is_file() and path.stat().st_size <= _LARGEST else None
+    session, model = loaded_once
     if model is None or not _shorten(model.graph, sizes):
         return session
-    del session
+    del session, loaded_once
     ort, options = onnxruntime(), make_options()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     return open_session(model.SerializeToString(), options, providers, what)
+
+
+def _optimized(
+    source: bytes, options: Any, providers: Sequence[tuple[str, Mapping[str, Any]]], what: str
+) -> tuple[Any, Any | None] | None:
+    """A session, and the onnx.ModelProto that it has made of the model, None of one that is too large.
+
+    None where there is no place for a file, or onnxruntime fails: of a full disk it speaks as of a bad model.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="convgrad-") as folder:
+            path = Path(folder) / "optimized.onnx"
+            options.optimized_model_filepath = str(path)
+            session = open_session(source, options, providers, what)
+            return session, loaded(path) if path.stat().st_size <= _LARGEST else None
+    except (OSError, ModelFileError):
+        return None
 
 
 def _shorten(graph: Any, sizes: Mapping[str, int]) -> bool:

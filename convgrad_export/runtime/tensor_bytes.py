@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# Operators whose result holds what their first input holds, in another arrangement.
-_REARRANGED = {"Transpose", "ReorderInput", "ReorderOutput"}
-ALIASES = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}  # and those that onnxruntime leaves where it lies
+from .graph_nodes import VIEWS
+
+# Operators whose result holds what their first input holds, in another arrangement or as it lies.
+_AS_LARGE = {"Transpose", "ReorderInput", "ReorderOutput", *VIEWS}
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Relu", "Sigmoid", "Sqrt", "Exp", "Neg", "Clip", "Pad"}
 _ANY_SIZE = 8  # of a dimension that is free, such as the batch
 
@@ -43,10 +44,10 @@ def completed_bytes(graph: Any, known: Mapping[str, int]) -> dict[str, int]:
     """
     sizes = dict(known)
     for node in reversed(graph.node):  # what is reordered to a known tensor
-        if node.op_type in _REARRANGED | ALIASES and node.output[0] in sizes:
+        if node.op_type in _AS_LARGE and node.output[0] in sizes:
             sizes.setdefault(node.input[0], sizes[node.output[0]])
     for node in graph.node:
-        if node.op_type in _REARRANGED | ALIASES and node.input[0] in sizes:
+        if node.op_type in _AS_LARGE and node.input[0] in sizes:
             sizes.setdefault(node.output[0], sizes[node.input[0]])
         elif node.op_type in _ELEMENTWISE:
             found = [sizes[name] for name in node.input if name in sizes]

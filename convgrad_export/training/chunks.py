@@ -15,12 +15,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..runtime import graph_nodes
 from ..runtime.graph_nodes import subgraphs
 
 ELEMENTWISE = frozenset({
     "Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Clip", "Max", "Min", "Cast", "Pow", "Abs", "Sign", "Where", "Identity"
 })  # fmt: skip
-VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast")  # the output may be the input's memory
+VIEWS = (*graph_nodes.VIEWS, "Cast")  # the output may be the input's memory
 _LARGE = 1 << 20  # elements of a parameter; up to here the passes find most of it in the cache as it is
 _CHUNK, _SMALLEST_CHUNK = 1 << 18, 1 << 15  # elements
 _SUFFIX = ".chunk"

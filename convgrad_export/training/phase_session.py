@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,22 +50,7 @@ class PhaseSession:
         sizes: Mapping[str, int] | None = None,
     ) -> None:
         on_cpu, what = is_cpu_alone(providers), "the training step"
-
-        def make_options() -> Any:
-            options = onnxruntime().SessionOptions()
-            if on_cpu:
-                free_early(options)
-                # The zeros that a max pooling's gradient is scattered into would be kept as constants: 90 MiB for
-                # Inception v3. onnxruntime warns of each that it leaves, and of a model written for one machine; on the
-                # CPU alone it has no other warning worth a line.
-                options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(1 << 20))
-                options.log_severity_level = _ERRORS
-            if shared:
-                options.add_session_config_entry("session.force_spinning_stop", "1")
-            if threads is not None:
-                options.intra_op_num_threads = threads
-            return options
-
+        make_options = functools.partial(_options, on_cpu, shared, threads)
         if sizes and on_cpu and isinstance(source, bytes):
             self._session = open_ordered_session(source, make_options, providers, what, sizes)
         else:
@@ -157,3 +143,19 @@ class PhaseSession:
             self._binding.bind_output(name, self.device, 0, code, self._views[name], value.data_ptr())
         else:
             self._binding.bind_ortvalue_output(name, value)
+
+
+def _options(on_cpu: bool, shared: bool, threads: int | None) -> Any:
+    options = onnxruntime().SessionOptions()
+    if on_cpu:
+        free_early(options)
+        # The zeros that a max pooling's gradient is scattered into would be kept as constants: 90 MiB for Inception v3.
+        # onnxruntime warns of each that it leaves, and of a model written for one machine; on the CPU alone it has no
+        # other warning worth a line.
+        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(1 << 20))
+        options.log_severity_level = _ERRORS
+    if shared:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
