@@ -31,7 +31,7 @@ from ..provider_names import CPU
 from .blocked_writer import DOMAIN, BlockedWriter
 from .convolution_entries import FORWARD, METADATA, WEIGHT, ConvolutionEntry, from_text
 from .formula import intact
-from .graph_nodes import put_nodes, reads
+from .graph_nodes import put_nodes, used_nodes
 from .layout_rules import applies, divides
 from .model_source import external_locations, loaded
 from .providers import onnxruntime
@@ -161,17 +161,7 @@ def _rewrite(model: Any, entries: Sequence[ConvolutionEntry], block: int) -> boo
         nodes.extend(writer.nodes_of(entry))
     graph.initializer.extend(writer.constants.values())
     outputs = {value.name for value in graph.output}
-    put_nodes(graph, _used(nodes, outputs), outputs)
+    put_nodes(graph, used_nodes(nodes, outputs), outputs)
     if not any(opset.domain == DOMAIN for opset in model.opset_import):
         model.opset_import.add(domain=DOMAIN, version=1)
     return True
-
-
-def _used(nodes: list[Any], outputs: set[str]) -> list[Any]:
-    """The nodes that an output depends on, in their order."""
-    needed, kept = set(outputs), []
-    for node in reversed(nodes):
-        if any(name in needed for name in node.output):
-            kept.append(node)
-            needed.update(reads(node))
-    return kept[::-1]

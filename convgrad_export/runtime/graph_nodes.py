@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")  # the output is the input's memory
@@ -32,3 +32,13 @@ def put_nodes(graph: Any, nodes: Iterable[Any], outputs: Collection[str]) -> Non
     for field, values in (("node", kept), ("initializer", constants)):
         graph.ClearField(field)
         getattr(graph, field).extend(values)
+
+
+def used_nodes(nodes: Sequence[Any], outputs: Collection[str]) -> list[Any]:
+    """The nodes that an output depends on, in their order, which is topological."""
+    needed, kept = set(outputs), []
+    for node in reversed(nodes):
+        if any(name in needed for name in node.output):
+            kept.append(node)
+            needed.update(reads(node))
+    return kept[::-1]

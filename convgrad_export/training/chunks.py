@@ -22,13 +22,13 @@ ELEMENTWISE = frozenset({
     "Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Clip", "Max", "Min", "Cast", "Pow", "Abs", "Sign", "Where", "Identity"
 })  # fmt: skip
 VIEWS = (*graph_nodes.VIEWS, "Cast")  # the output may be the input's memory
-_LARGE = 1 << 20  # elements of a parameter; up to here the passes find most of it in the cache as it is
-_CHUNK, _SMALLEST_CHUNK = 1 << 18, 1 << 15  # elements
+_LARGE = 1 << 18  # elements of a parameter; up to here the passes find most of it in the cache as it is
+CHUNK, _SMALLEST_CHUNK = 1 << 17, 1 << 15  # elements
 _SUFFIX = ".chunk"
 
 
 @dataclass
-class _Update:
+class Update:
     """The nodes of one parameter's update and the values of its shape."""
 
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class _Update:
     whole: bool = False  # something else than an elementwise node reads one of the values
 
 
-def chunk_updates(model: Any, *, large: int = _LARGE, chunk: int = _CHUNK) -> dict[str, tuple[int, ...]]:
+def chunk_updates(model: Any, *, large: int = _LARGE, chunk: int = CHUNK) -> dict[str, tuple[int, ...]]:
     """Put the elementwise updates of large parameters into Scans over chunks, in place.
 
     Args:
@@ -49,7 +49,7 @@ def chunk_updates(model: Any, *, large: int = _LARGE, chunk: int = _CHUNK) -> di
     """
     graph = model.graph
     shapes = fixed_shapes(graph.input)
-    updates = _updates(graph, shapes, large)
+    updates = updates_of(graph, shapes, large)
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
     views: dict[str, tuple[int, ...]] = {}
     for update in updates:
@@ -86,12 +86,12 @@ def _chunk_elements(total: int, chunk: int) -> int | None:
     return next((size for size in range(chunk, smallest - 1, -1) if total % size == 0 and size < total), None)
 
 
-def _updates(graph: Any, shapes: Mapping[str, tuple[int, ...]], large: int) -> Iterable[_Update]:
+def updates_of(graph: Any, shapes: Mapping[str, tuple[int, ...]], large: int) -> Iterable[Update]:
     """Groups of elementwise nodes joined by values of one large shape that nothing else reads."""
-    owner: dict[str, _Update] = {}
+    owner: dict[str, Update] = {}
     for name, shape in shapes.items():
         if math.prod(shape) >= large:
-            owner[name] = _Update(shape, values={name})
+            owner[name] = Update(shape, values={name})
     single = {name for name, shape in shapes.items() if math.prod(shape) == 1}
     single |= {tensor.name for tensor in graph.initializer if math.prod(tensor.dims) == 1}
     for node in graph.node:

@@ -13,7 +13,6 @@ from ..runtime import tensors
 from ..runtime.ordered_session import open_ordered_session
 from ..runtime.providers import is_cpu_alone, model_metadata, onnxruntime, open_session
 from ..session_memory import free_early
-from ..tensor_names import UPDATED
 
 _ERRORS = 3  # onnxruntime's level of severity
 
@@ -80,7 +79,7 @@ class PhaseSession:
         settings: Mapping[str, float],
         state: Mapping[str, Any],
         handed: Mapping[str, Any],
-        updated: Mapping[str, Any],
+        targets: Mapping[str, Any],
         wanted: Collection[str],
     ) -> dict[str, Any]:
         """One run.
@@ -89,7 +88,7 @@ class PhaseSession:
             batch: tensors of the caller's; settings: numbers, in the input's dtype.
             state: OrtValues to read.
             handed: OrtValues to read that the phase before has made; they are held no longer than the run.
-            updated: OrtValues to write a state's new value to, by the state's name; may be one that is read.
+            targets: OrtValues to write outputs to; may be some that are read.
             wanted: names of further outputs.
 
         Returns:
@@ -113,7 +112,7 @@ class PhaseSession:
                 self._bind_input(name, state[name])
                 self._bound_inputs[name] = state[name]
         for name in self.outputs:
-            target = updated.get(name.removesuffix(UPDATED)) if name.endswith(UPDATED) else None
+            target = targets.get(name)
             if target is None:
                 binding.bind_output(name, "cpu")  # again for each run, which would write over the last one's otherwise
             elif self._bound_outputs.get(name) is not target:

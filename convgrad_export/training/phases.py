@@ -16,11 +16,14 @@ from typing import Any
 from ..runtime.graph_nodes import reads
 from ..tensor_names import LEARNING_RATE, LOSS, MICRO_STEP, STEP
 from .chunks import ELEMENTWISE, VIEWS
+from .flat_memory import FlatTensor
 
 _COUNTERS = (STEP, MICRO_STEP)  # they also seed random numbers in the forward
 # Operators whose output's elements depend on the inputs' elements at the same place, so that an input of the output's
-# shape may be overwritten; onnxruntime's own planner reuses the inputs of the first row.
+# shape may be overwritten; onnxruntime's own planner reuses the inputs of the first row. Of more than two inputs Max
+# and Min keep what they have found so far in the output.
 _OVERWRITING = ("Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Clip")
+_OVERWRITING_OF_TWO = ("Max", "Min")
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,10 @@ class Phases:
         gradients: model of the first phase; its outputs are the step's that it computes, and `carried`.
         update: model of the second phase without the types of its `carried` inputs.
         carried: names of the tensors that go from one phase to the other.
-        hidden: those of them that the step itself does not return.
+        hidden: names of outputs that the step itself does not return.
         in_place: names of the state tensors whose new value may be written over the old one.
+        flat: memory that state, and gradients in place of `carried` ones, share (`flat_updates.py`); the second phase
+            reads and writes it as a whole.
     """
 
     gradients: Any
@@ -40,6 +45,7 @@ class Phases:
     carried: tuple[str, ...]
     hidden: tuple[str, ...]
     in_place: frozenset[str]
+    flat: tuple[FlatTensor, ...] = ()
 
     def typed_update(self, outputs: Iterable[Any]) -> Any:
         """The second phase's model, once it has been given the types of its `carried` inputs.
@@ -80,12 +86,12 @@ def split(model: Any, trained: Collection[str], state: Collection[str], updated:
     early = [node for i, node in enumerate(graph.node) if i not in late]
     update = [graph.node[i] for i in sorted(late)]
     made_late = {name: i for i, node in enumerate(update) for name in node.output}
-    read_late = _readers(update)
+    read_late = readers_of(update)
     outputs = [value.name for value in graph.output]
     if LOSS in made_late:
         return None  # a loss that is not finite would be seen when the state is gone
     in_place = frozenset(
-        n for n, new in updated.items() if new in made_late and _may_overwrite(update, made_late, read_late, n, new)
+        n for n, new in updated.items() if new in made_late and may_overwrite(update, made_late, read_late, n, new)
     )
     if not in_place:
         return None
@@ -107,9 +113,10 @@ def split(model: Any, trained: Collection[str], state: Collection[str], updated:
 
 
 def _late_nodes(graph: Any, roots: Collection[str]) -> set[int]:
-    """Places of the nodes that the roots reach, and of elementwise nodes before them that nothing else reads.
+    """Places of the nodes that the roots reach, and of those before them that carry a second copy across the cut.
 
-    The latter (the gradient times one minus beta) would carry a second tensor of the gradient's size across the cut.
+    These are elementwise nodes that nothing else reads (the gradient times one minus beta), and concatenations of
+    parameters.
     """
     reached, late = set(roots), set()
     for i, node in enumerate(graph.node):
@@ -117,12 +124,14 @@ def _late_nodes(graph: Any, roots: Collection[str]) -> set[int]:
             late.add(i)
             reached.update(node.output)
     kept = {value.name for value in graph.output}
+    given = {value.name for value in graph.input}
     if not late:
         return late
-    readers = _readers(graph.node)
+    readers = readers_of(graph.node)
     for i in range(len(graph.node) - 1, -1, -1):
         node = graph.node[i]
-        if i in late or node.op_type not in ELEMENTWISE or any(name in kept for name in node.output):
+        copies = node.op_type in ELEMENTWISE or (node.op_type == "Concat" and given.issuperset(node.input))
+        if i in late or not copies or any(name in kept for name in node.output):
             continue
         followers = [r for name in node.output for r in readers.get(name, [])]
         if followers and all(r in late for r in followers):
@@ -130,7 +139,7 @@ def _late_nodes(graph: Any, roots: Collection[str]) -> set[int]:
     return late
 
 
-def _readers(nodes: Sequence[Any]) -> dict[str, list[int]]:
+def readers_of(nodes: Sequence[Any]) -> dict[str, list[int]]:
     """Places of the nodes that read a tensor, by its name."""
     readers: dict[str, list[int]] = {}
     for i, node in enumerate(nodes):
@@ -139,7 +148,7 @@ def _readers(nodes: Sequence[Any]) -> dict[str, list[int]]:
     return readers
 
 
-def _may_overwrite(
+def may_overwrite(
     nodes: Sequence[Any], producer: Mapping[str, int], readers: Mapping[str, list[int]], old: str, new: str
 ) -> bool:
     """Whether `new`'s producer comes after all readers of `old`, whatever order the nodes run in."""
@@ -153,11 +162,15 @@ def _may_overwrite(
     for i in {i for name in names for i in readers.get(name, ())}:
         node = nodes[i]
         if i == writer:
-            if node.op_type not in _OVERWRITING or list(node.input).count(old) != sum(n in names for n in reads(node)):
+            if not _overwrites(node) or list(node.input).count(old) != sum(n in names for n in reads(node)):
                 return False
         elif i not in before:
             return False
     return True
+
+
+def _overwrites(node: Any) -> bool:
+    return node.op_type in _OVERWRITING or (node.op_type in _OVERWRITING_OF_TWO and len(node.input) == 2)
 
 
 def _ancestors(nodes: Sequence[Any], producer: Mapping[str, int], start: int) -> set[int]:

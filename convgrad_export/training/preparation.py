@@ -7,7 +7,6 @@ in place, and its nodes are put in the order that keeps the fewest tensors alive
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +19,10 @@ from ..runtime.model_source import loaded
 from ..runtime.tensor_bytes import declared_bytes
 from ..tensor_names import STEP, UPDATED
 from .chunks import fixed_shapes
+from .flat_updates import flatten_updates
 from .phases import Phases, split
 
 METADATA = "convgrad.training"
-_WORTH_A_CUT = 1 << 20  # elements of state: below, the gradients' way from one phase to the other costs more time
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Prepared:
     Attributes:
         content: the model of the first phase, or of the whole step.
         phases: what the second phase needs; None where the step is not cut.
-        sizes: of tensors in bytes, those that are known.
+        sizes: of tensors in bytes, those that are known; 0 where the caller gives their memory.
     """
 
     content: Path | bytes
@@ -62,7 +61,9 @@ def prepare(
     sizes = declared_bytes(model.graph)
     if blocked_layout:
         put_blocked_layout(model, threads)
-    phases = None if in_place is False else _cut(model, bool(in_place))
+    phases = None if in_place is False else _cut(model)
+    if phases is not None:
+        sizes.update(dict.fromkeys((name for tensor in phases.flat for name in tensor.parts), 0))
     first = model if phases is None else phases.gradients
     put_execution_order(first.graph)
     if phases is not None:
@@ -70,20 +71,17 @@ def prepare(
     return Prepared(first.SerializeToString(), phases, sizes)
 
 
-def _cut(model: Any, always: bool) -> Phases | None:
-    """The step cut in two, or None where that is not wanted; what is wrong with a model is said when it is loaded."""
+def _cut(model: Any) -> Phases | None:
+    """The step cut in two, or None where it cannot be; what is wrong with a model is said when it is loaded."""
     try:
         metadata = training_metadata({entry.key: entry.value for entry in model.metadata_props})
     except ModelFileError:
         return None
     outputs = {value.name for value in model.graph.output}
     updated = {name: name + UPDATED for name in metadata["state"] if name + UPDATED in outputs}
-    phases = split(model, set(metadata["trained"]), set(metadata["state"]), updated)
-    if phases is None or always:
-        return phases
-    shapes = fixed_shapes(model.graph.input)
-    elements = sum(math.prod(shapes[name]) for name in phases.in_place if name in shapes)
-    return phases if elements >= _WORTH_A_CUT else None
+    trained = set(metadata["trained"])
+    phases = split(model, trained, set(metadata["state"]), updated)
+    return phases and flatten_updates(phases, trained, fixed_shapes(model.graph.value_info))
 
 
 def training_metadata(entries: Mapping[str, str]) -> dict[str, Any]:

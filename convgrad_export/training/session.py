@@ -26,6 +26,7 @@ from ..tensor_names import GRADIENT_NORM, LEARNING_RATE, LOSS, MICRO_STEP, SEED,
 from .checkpoint import as_array, check_matches, checkpoint_path, save_checkpoint
 from .checkpoint_file import open_checkpoint
 from .chunks import chunk_updates, fixed_shapes
+from .flat_memory import FlatMemory
 from .phase_session import PhaseSession
 from .preparation import Prepared, prepare, training_metadata
 
@@ -44,9 +45,9 @@ class TrainingSession:
         stop_on_non_finite: raise `NonFiniteLossError` before the update is taken over, if the loss is not finite, or
             the norm of the gradients where the step returns it.
         in_place: write parameters and optimizer state over the old ones, in a second phase after the gradients', so
-            that the state is held once; on the CPU alone. By default from a million elements on: with less state the
-            second phase costs more time than it saves. State whose old value may still be read when the new one is
-            written (where gradients are accumulated, BatchNorm's statistics) is held twice all the same.
+            that the state is held once, and small parameters are updated together; on the CPU alone, and there the
+            default. State whose old value may still be read when the new one is written (where gradients are
+            accumulated, BatchNorm's statistics) is held twice all the same.
         blocked_layout: as in `GradientSession`.
 
     Raises:
@@ -89,26 +90,33 @@ class TrainingSession:
             self._phases.append(PhaseSession(update.SerializeToString(), wanted, threads, shared=True, views=views))
         self._carried = frozenset(cut.carried if cut else ())
         self._in_place = cut.in_place if cut else frozenset()
+        self._flat = FlatMemory(cut.flat if cut else ())
         self._metadata = training_metadata(self._phases[0].metadata)
         self.seed = check_seed(seed)
         self.stop_on_non_finite = stop_on_non_finite
         inputs = {name: value for phase in self._phases for name, value in phase.inputs.items()}
-        self._inputs = {name: value for name, value in inputs.items() if name not in self._carried}
+        between = self._carried.union(self._flat.whole)
+        parts = {name: (t.dtype, shape) for t in (cut.flat if cut else ()) for name, (_, shape) in t.parts.items()}
+        self._inputs = {name: value for name, value in inputs.items() if name not in between}
         self._rate_type = self._dtype(LEARNING_RATE) if LEARNING_RATE in self._inputs else "float64"
         rate = self._metadata["learning_rate"] if learning_rate is None else learning_rate
         self.learning_rate = check_rate(rate, dtype=self._rate_type)
         outputs = [name for phase in self._phases for name in phase.outputs]
-        state = [name for name in self._metadata["state"] if name in self._inputs]
+        state = [name for name in self._metadata["state"] if name in self._inputs or name in parts]
         self.batch_names = tuple(n for n in self._inputs if n not in state and n not in _SETTINGS)
         self._batch = {name: Declared.of(self._inputs[name], name) for name in self.batch_names}
-        self._updated = [name for name in state if name + UPDATED in outputs]
-        self._expected = {n: (self._dtype(n), whole.get(n, tuple(self._inputs[n].shape))) for n in state}
+        self._updated = [name for name in state if name + UPDATED in outputs or name in parts]
+        self._expected = {
+            n: parts[n] if n in parts else (self._dtype(n), whole.get(n, tuple(self._inputs[n].shape))) for n in state
+        }
         hidden = {name + UPDATED for name in self._updated}.union(cut.hidden if cut else ())
         self._returned = frozenset(outputs) - hidden
         self._lost: str | None = None
         self._unread: dict[str, np.ndarray] = {}  # state that no path of the step reads
         self._current: dict[str, Any] = {}
         self._next: dict[str, Any] = {}
+        self._read: dict[str, Any] = {}  # by an input's name, what it is bound to
+        self._written: dict[str, Any] = {}  # by an output's
         if checkpoint is None:
             if not isinstance(model, str | os.PathLike):
                 raise ArgumentTypeError("checkpoint is missing: a model that is no file has none beside it")
@@ -159,9 +167,14 @@ class TrainingSession:
         for name in self._updated:
             if name not in self._next:
                 self._next[name] = self._current[name] if name in self._in_place else self._memory(name)
+        self._read.update(self._current | self._flat.whole)
+        self._written.update({name + UPDATED: value for name, value in (self._next | self._flat.whole).items()})
+        self._written.update(self._flat.parts)
         self._lost = None
 
     def _memory(self, name: str) -> Any:
+        if name in self._flat.parts:
+            return self._flat.parts[name]
         dtype, shape = self._expected[name]
         return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(dtype), self._phases[0].device, 0)
 
@@ -245,7 +258,7 @@ class TrainingSession:
         settings = {LEARNING_RATE: rate, SEED: seed}
         wanted = self._returned | self._carried
         try:
-            made = self._phases[0].run(views, settings, self._current, {}, self._next, wanted)
+            made = self._phases[0].run(views, settings, self._read, {}, self._written, wanted)
         except Exception as error:
             raise_refused(error, f"step {self.steps + 1}, whose update was not taken over")
         result = self._results(made)
@@ -259,7 +272,7 @@ class TrainingSession:
         self._lost = f"the update of step {self.steps + 1} broke off"
         for phase in self._phases[1:]:
             try:
-                made = phase.run(views, settings, self._current, made, self._next, self._returned)
+                made = phase.run(views, settings, self._read, made, self._written, self._returned)
             except Exception as error:
                 if not is_onnxruntime_error(error):
                     raise
@@ -267,7 +280,10 @@ class TrainingSession:
                 self._check_whole()
             result.update(self._results(made))
         for name in self._updated:
-            self._current[name], self._next[name] = self._next[name], self._current[name]
+            if name not in self._in_place:
+                old, new = self._current[name], self._next[name]
+                self._current[name], self._next[name] = new, old
+                self._read[name], self._written[name + UPDATED] = new, old
         self._lost = None
         return result
 

@@ -73,6 +73,7 @@ def test_two_phases_and_small_chunks_give_the_bits_of_one(name: str, monkeypatch
     report = exported(optimizer, **options)
     whole = trained(report, in_place=False)
     assert_same_bits(whole, trained(report, in_place=True))
+    monkeypatch.setattr(preparation, "flatten_updates", lambda phases, *_: phases)  # test_flat_updates.py
     chunked: list[dict[str, tuple[int, ...]]] = []
 
     def small_chunks(model: Any) -> dict[str, tuple[int, ...]]:
@@ -102,11 +103,10 @@ def test_parameters_and_moments_lie_where_they_lay() -> None:
     assert moved == {"1.running_mean", "1.running_var", "1.num_batches_tracked", "step"}
 
 
-def test_only_a_large_state_is_updated_in_place_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_is_updated_in_place_unasked() -> None:
     report = exported(AdamW())
-    assert not cg.TrainingSession(report.model, report.state)._in_place
-    monkeypatch.setattr(preparation, "_WORTH_A_CUT", 100)
     assert cg.TrainingSession(report.model, report.state)._in_place
+    assert not cg.TrainingSession(report.model, report.state, in_place=False)._in_place
 
 
 def test_a_loss_that_is_not_finite_and_a_wrong_label_leave_the_state() -> None:
