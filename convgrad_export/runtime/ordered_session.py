@@ -49,11 +49,12 @@ def open_ordered_session(
     session, model = loaded_once
     if model is None or not _shorten(model.graph, sizes):
         return session
-    del session, loaded_once
+    source = model.SerializeToString()
+    del session, model, loaded_once
     ort, options = onnxruntime(), make_options()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-    return open_session(model.SerializeToString(), options, providers, what)
+    return open_session(source, options, providers, what)
 
 
 def _optimized(

@@ -20,15 +20,14 @@ from ..arguments import as_bool, as_names, check_threads
 from ..errors import ArgumentTypeError, DTypeError, NonFiniteLossError, ProviderError
 from ..runtime import tensors
 from ..runtime.declared import Declared, NamedSizes
-from ..runtime.model_source import model_source
 from ..runtime.providers import Providers, is_cpu_alone, is_onnxruntime_error, onnxruntime, resolve
+from ..session_memory import give_back_freed
 from ..tensor_names import GRADIENT_NORM, LEARNING_RATE, LOSS, MICRO_STEP, SEED, STEP, UPDATED
 from .checkpoint import as_array, check_matches, checkpoint_path, save_checkpoint
 from .checkpoint_file import open_checkpoint
-from .chunks import chunk_updates, fixed_shapes
 from .flat_memory import FlatMemory
-from .phase_session import PhaseSession
-from .preparation import Prepared, prepare, training_metadata
+from .opening import open_step
+from .preparation import training_metadata
 
 _SETTINGS = (LEARNING_RATE, SEED)
 
@@ -73,30 +72,20 @@ class TrainingSession:
         as_bool(stop_on_non_finite, "stop_on_non_finite")
         as_bool(blocked_layout, "blocked_layout")
         in_place = None if in_place is None else as_bool(in_place, "in_place")
-        source, parsed = model_source(model)
         wanted = resolve(providers)
-        on_cpu = is_cpu_alone(wanted)
-        if in_place and not on_cpu:
+        if in_place and not is_cpu_alone(wanted):
             raise ArgumentTypeError(f"in_place is {in_place}, expected None or False: it is for the CPU provider alone")
-        ready = prepare(source, parsed, in_place, blocked_layout, threads) if on_cpu else Prepared(source)
-        del parsed  # its weights: the session has its own
-        cut = ready.phases
-        self._phases = [PhaseSession(ready.content, wanted, threads, shared=cut is not None, sizes=ready.sizes)]
-        whole: dict[str, tuple[int, ...]] = {}
-        if cut is not None:
-            update = cut.typed_update(self._phases[0].outputs.values())
-            whole = fixed_shapes(update.graph.input)
-            views = chunk_updates(update)
-            self._phases.append(PhaseSession(update.SerializeToString(), wanted, threads, shared=True, views=views))
-        self._carried = frozenset(cut.carried if cut else ())
-        self._in_place = cut.in_place if cut else frozenset()
-        self._flat = FlatMemory(cut.flat if cut else ())
+        opened = open_step(model, wanted, threads, in_place, blocked_layout)
+        give_back_freed()
+        self._phases = opened.phases
+        self._carried, self._in_place = opened.carried, opened.in_place
+        self._flat = FlatMemory(opened.flat)
         self._metadata = training_metadata(self._phases[0].metadata)
         self.seed = check_seed(seed)
         self.stop_on_non_finite = stop_on_non_finite
         inputs = {name: value for phase in self._phases for name, value in phase.inputs.items()}
         between = self._carried.union(self._flat.whole)
-        parts = {name: (t.dtype, shape) for t in (cut.flat if cut else ()) for name, (_, shape) in t.parts.items()}
+        parts = {name: (flat.dtype, shape) for flat in opened.flat for name, (_, shape) in flat.parts.items()}
         self._inputs = {name: value for name, value in inputs.items() if name not in between}
         self._rate_type = self._dtype(LEARNING_RATE) if LEARNING_RATE in self._inputs else "float64"
         rate = self._metadata["learning_rate"] if learning_rate is None else learning_rate
@@ -107,9 +96,10 @@ class TrainingSession:
         self._batch = {name: Declared.of(self._inputs[name], name) for name in self.batch_names}
         self._updated = [name for name in state if name + UPDATED in outputs or name in parts]
         self._expected = {
-            n: parts[n] if n in parts else (self._dtype(n), whole.get(n, tuple(self._inputs[n].shape))) for n in state
+            n: parts[n] if n in parts else (self._dtype(n), opened.shapes.get(n, tuple(self._inputs[n].shape)))
+            for n in state
         }
-        hidden = {name + UPDATED for name in self._updated}.union(cut.hidden if cut else ())
+        hidden = {name + UPDATED for name in self._updated} | opened.hidden
         self._returned = frozenset(outputs) - hidden
         self._lost: str | None = None
         self._unread: dict[str, np.ndarray] = {}  # state that no path of the step reads

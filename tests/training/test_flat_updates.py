@@ -56,7 +56,7 @@ def test_joined_updates_give_the_bits_of_single_ones(
     for tensor in phases.flat:
         assert tensor.dtype == str(dtype).removeprefix("torch.")
         assert len(tensor.parts) > 1
-    monkeypatch.setattr("convgrad_export.training.session.chunk_updates", lambda m: chunk_updates(m, large=8, chunk=16))
+    monkeypatch.setattr("convgrad_export.training.opening.chunk_updates", lambda m: chunk_updates(m, large=8, chunk=16))
     assert_same_bits(whole, trained(report, True, dtype))
 
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 import convgrad_export as cg
-from convgrad_export.training import RMSprop, preparation, session
+from convgrad_export.training import RMSprop, opening, preparation
 from convgrad_export.training.chunks import chunk_updates
 from convgrad_export.training.optimizers import SGD, Adam, AdamW, State
 from convgrad_export.training.phases import Phases, split
@@ -81,7 +81,7 @@ def test_two_phases_and_small_chunks_give_the_bits_of_one(name: str, monkeypatch
         onnx.checker.check_model(model)
         return chunked[-1]
 
-    monkeypatch.setattr(session, "chunk_updates", small_chunks)
+    monkeypatch.setattr(opening, "chunk_updates", small_chunks)
     assert_same_bits(whole, trained(report, in_place=True))
     if name in MOMENTS:  # the convolutions' weights, the linear layer's, and all that belongs to them
         (views,) = chunked
