@@ -27,7 +27,7 @@ from .phases import Phases, may_overwrite, readers_of
 _SMALL = 1 << 19  # elements up to which a parameter is joined with others; the gradients joined are held all the time
 _LINE = 16  # elements: a parameter starts at a line of the cache
 _GRADIENT = "gradient"
-_DTYPES = {1: "float32", 10: "float16", 11: "float64"}  # of a TensorProto, in numpy's words
+_DTYPES = {1: "float32", 7: "int64", 10: "float16", 11: "float64"}  # of a TensorProto, in numpy's words
 
 Shape = tuple[int, ...]
 
@@ -45,6 +45,7 @@ def flatten_updates(
     """
     join = _Join(phases, trained)
     join.vectors()
+    join.counters()
     join.alike(small)
     return join.result(shapes)
 
@@ -77,7 +78,7 @@ class _Join:
         nodes = list(self.graph.node)
         producer = {name: i for i, node in enumerate(nodes) for name in node.output}
         readers = readers_of(nodes)
-        bounds = _vectors_of_one(self.graph)
+        bounds = _integers(self.graph)
         removed: set[int] = set()
         for i, node in enumerate(nodes):
             parts = list(node.input)
@@ -97,6 +98,32 @@ class _Join:
             producer[whole + UPDATED], readers[whole + UPDATED] = producer[new], readers[new]
             places = {n: (start, self.shapes[n]) for n, start in zip(parts, starts, strict=False)}
             self._put(FlatTensor(whole, _DTYPES[self.types[parts[0]]], (starts[-1],), places), parts)
+        if removed:
+            self._keep(node for i, node in enumerate(nodes) if i not in removed)
+
+    def counters(self) -> None:
+        """Join integers that grow by the same constant: BatchNorm counts its batches."""
+        nodes = list(self.graph.node)
+        readers = readers_of(nodes)
+        steps = _integers(self.graph)
+        groups: dict[int, list[int]] = defaultdict(list)
+        for i, node in enumerate(nodes):
+            names = [name for name in node.input if name in self.in_place and name + UPDATED in node.output]
+            if node.op_type != "Add" or len(names) != 1 or readers[names[0]] != [i] or node.output[0] in readers:
+                continue
+            step = [steps[name] for name in node.input if name in steps]
+            if self.shapes.get(names[0]) == () and _DTYPES.get(self.types[names[0]]) == "int64" and step:
+                groups[step[0]].append(i)
+        removed: set[int] = set()
+        for first, *others in groups.values():
+            if others:
+                names = [nodes[i].output[0].removesuffix(UPDATED) for i in (first, *others)]
+                joined = FlatTensor(
+                    f"{names[0]}.joined", "int64", (len(names),), {n: (k, ()) for k, n in enumerate(names)}
+                )
+                self._put(joined, names)
+                _rename(nodes[first], {names[0]: joined.name, names[0] + UPDATED: joined.name + UPDATED})
+                removed.update(others)
         if removed:
             self._keep(node for i, node in enumerate(nodes) if i not in removed)
 
@@ -217,12 +244,12 @@ def _divisible(elements: int) -> int:
     return chunks * _lines(-(-elements // chunks))
 
 
-def _vectors_of_one(graph: Any) -> dict[str, int]:
-    """The integers among a graph's constants that are vectors of one element."""
+def _integers(graph: Any) -> dict[str, int]:
+    """The integers among a graph's constants, as numbers and as vectors of one element."""
     from onnx import TensorProto, numpy_helper
 
-    found = (t for t in graph.initializer if t.data_type == TensorProto.INT64 and list(t.dims) == [1])
-    return {tensor.name: int(numpy_helper.to_array(tensor)[0]) for tensor in found}
+    found = (t for t in graph.initializer if t.data_type == TensorProto.INT64 and list(t.dims) in ([], [1]))
+    return {tensor.name: int(numpy_helper.to_array(tensor).item()) for tensor in found}
 
 
 def _sliced(slices: Sequence[Any], starts: Sequence[int], bounds: Mapping[str, int]) -> str | None:

@@ -83,6 +83,7 @@ def split(model: Any, trained: Collection[str], state: Collection[str], updated:
     late = _late_nodes(graph, roots)
     if not late:
         return None
+    late |= _statistics(graph, updated)
     early = [node for i, node in enumerate(graph.node) if i not in late]
     update = [graph.node[i] for i in sorted(late)]
     made_late = {name: i for i, node in enumerate(update) for name in node.output}
@@ -137,6 +138,33 @@ def _late_nodes(graph: Any, roots: Collection[str]) -> set[int]:
         if followers and all(r in late for r in followers):
             late.add(i)
     return late
+
+
+def _statistics(graph: Any, updated: Mapping[str, str]) -> set[int]:
+    """Places of elementwise nodes that make a state's new value of the old one, and of no other state.
+
+    These are BatchNorm's statistics and counters. Late, they are written in place, and all layers' at once.
+    """
+    readers = readers_of(graph.node)
+    producer = {name: i for i, node in enumerate(graph.node) for name in node.output}
+    given = {value.name for value in graph.input}
+    kept = {value.name for value in graph.output}
+    found: set[int] = set()
+    for old, new in updated.items():
+        chain: set[int] = set()
+        read: set[str] = set()
+        waiting = [producer[new]] if new in producer else []
+        while waiting:
+            i = waiting.pop()
+            node = graph.node[i]
+            others = (j for name in node.output for j in readers.get(name, ()) if j not in chain)
+            if node.op_type in ELEMENTWISE and next(others, None) is None and kept.intersection(node.output) <= {new}:
+                chain.add(i)
+                read.update(reads(node))
+                waiting.extend(producer[name] for name in reads(node) if name in producer)
+        if read & given <= {old}:
+            found |= chain
+    return found
 
 
 def readers_of(nodes: Sequence[Any]) -> dict[str, list[int]]:

@@ -216,3 +216,73 @@ def test_half_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
         states.append(session.state())
     for name, value in states[0].items():
         np.testing.assert_array_equal(states[1][name], value, err_msg=name)
+
+
+def test_statistics_and_counters_of_all_layers_are_updated_at_once() -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6), nn.ReLU()]
+        others = [nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6, momentum=0.3), nn.Flatten(), nn.Linear(216, 5)]
+        return nn.Sequential(*layers, *others)
+
+    module, data = network(), batches(3, torch.float32)
+    report = cg.export_training_step(module, "cross_entropy", SGD(), data[0])
+    phases = preparation.prepare(b"", onnx_ir.to_proto(report.model), None, False).phases
+    assert phases is not None
+    joined = [set(tensor.parts) for tensor in phases.flat]
+    assert {"1.num_batches_tracked", "3.num_batches_tracked", "6.num_batches_tracked", "step"} in joined
+    assert {"1.running_mean", "3.running_mean"} in joined  # of one momentum
+    assert {"1.running_var", "3.running_var"} in joined
+    assert "6.running_mean" in phases.in_place
+    assert not any("running" in name or "num_batches" in name for name in phases.carried)
+    states = []
+    for in_place in (False, True):
+        session = cg.TrainingSession(report.model, report.state, in_place=in_place)
+        for batch in data:
+            session.step(*batch)
+        states.append(session.state())
+    assert session.steps == 3
+    for name, value in states[0].items():
+        np.testing.assert_array_equal(states[1][name], value, err_msg=name)
+    expected = network()
+    for x, _ in data[:1]:
+        expected(x)
+    one = cg.TrainingSession(report.model, report.state)
+    one.step(*data[0])
+    for name, value in one.state_dict().items():
+        if "running" in name or "num_batches" in name:
+            np.testing.assert_allclose(value, expected.state_dict()[name].numpy(), rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_statistics_stay_where_something_else_reads_them() -> None:
+    """A teacher follows the parameter, which is written in place; a forward reads the statistic that it has updated."""
+
+    class Following(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 5)
+            self.register_buffer("teacher", torch.zeros(5, 64))
+            self.register_buffer("seen", torch.zeros(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.teacher.copy_(0.9 * self.teacher + 0.1 * self.layer.weight)
+            result = self.layer(x.flatten(1))
+            self.seen.copy_(0.5 * self.seen + 0.5 * result.detach().mean(0))
+            return result + self.seen
+
+    torch.manual_seed(0)
+    data = batches(3, torch.float32)
+    report = cg.export_training_step(Following(), "cross_entropy", SGD(), data[0])
+    phases = preparation.prepare(b"", onnx_ir.to_proto(report.model), None, False).phases
+    assert phases is not None
+    assert "layer.weight" in phases.in_place
+    assert not {"teacher", "seen"} & phases.in_place
+    states = []
+    for in_place in (False, True):
+        session = cg.TrainingSession(report.model, report.state, in_place=in_place, learning_rate=0.1)
+        for batch in data:
+            session.step(*batch)
+        states.append(session.state())
+    for name, value in states[0].items():
+        np.testing.assert_array_equal(states[1][name], value, err_msg=name)
