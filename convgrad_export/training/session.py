@@ -46,7 +46,7 @@ class TrainingSession:
         in_place: write parameters and optimizer state over the old ones, in a second phase after the gradients', so
             that the state is held once, and small parameters are updated together; on the CPU alone, and there the
             default. State whose old value may still be read when the new one is written (where gradients are
-            accumulated, BatchNorm's statistics) is held twice all the same.
+            accumulated, or a teacher follows the parameters) is held twice all the same.
         blocked_layout: as in `GradientSession`.
 
     Raises:

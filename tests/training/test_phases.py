@@ -94,13 +94,13 @@ def test_float64_is_taken_too() -> None:
     assert_same_bits(trained(report, False, torch.float64), trained(report, True, torch.float64))
 
 
-def test_parameters_and_moments_lie_where_they_lay() -> None:
+def test_parameters_moments_and_statistics_lie_where_they_lay() -> None:
     report = exported(AdamW())
     updated = cg.TrainingSession(report.model, report.state, in_place=True)
     before = {name: value.data_ptr() for name, value in updated._current.items()}
     updated.step(*batches(1, torch.float32)[0])
     moved = {name for name, value in updated._current.items() if value.data_ptr() != before[name]}
-    assert moved == {"1.running_mean", "1.running_var", "1.num_batches_tracked", "step"}
+    assert moved == {"step"}  # the bias corrections are computed of the new one
 
 
 def test_the_state_is_updated_in_place_unasked() -> None:
