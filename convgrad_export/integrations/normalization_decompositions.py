@@ -143,13 +143,12 @@ def batch_norm_backward(
         dot = (grad * centred).sum(axes)
     if output_mask[0]:
         if train and dot is not None and centred is not None and grad_sum is not None:
-            count = _count_per_channel(x)
-            slope = dot * rstd * rstd / count
-            # scale * (grad - mean of grad - slope * centred); the last two terms in one pass, as a BatchNormalization
-            # of mean 0 and variance 1
-            zero = torch.zeros_like(slope)
+            # scale * (grad - mean of grad - slope * centred), where slope is dot * rstd**2 / count; the last two terms
+            # in one pass, as a BatchNormalization of mean 0 and variance 1
+            share = scale / -_count_per_channel(x)
+            zero = torch.zeros_like(share)
             moved = aten._native_batch_norm_legit_no_training(
-                centred, -scale * slope, -scale * (grad_sum / count), zero, zero + 1, 0.0, 0.0
+                centred, dot * rstd * rstd * share, grad_sum * share, zero, zero + 1, 0.0, 0.0
             )[0]
             dx = (grad * _per_channel(scale, x) + moved).to(x.dtype)
         else:
