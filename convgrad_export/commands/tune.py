@@ -26,7 +26,7 @@ def tune(
     batch: Annotated[int | None, typer.Option(help="Measure at this batch size instead of the target's own.")] = None,
     gradients: Annotated[str, typer.Option(help="input, weight, or both by commas.")] = "input,weight",
     dtype: Annotated[str | None, typer.Option(help="Element type; the target's own by default.")] = None,
-    budget: Annotated[float, typer.Option(help="Seconds for everything; a second run goes on from there.")] = 60.0,
+    budget: Annotated[float, typer.Option(help="Seconds of measuring; a second run goes on from there.")] = 60.0,
     threads: Annotated[int | None, typer.Option(help="onnxruntime's threads; its own default without it.")] = None,
     provider: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     max_error_factor: options.MaxErrorFactor = 2.0,

@@ -131,8 +131,8 @@ def tune(
         dtype: of the tensors; None takes what the target says, float32 where it says nothing.
         provider: the onnxruntime execution provider, ``"cpu"`` and ``"cuda"`` for short. threads: of onnxruntime's
             intra-op pool; None for its default.
-        budget: seconds for everything, shared among the layers. What it has no time for is listed as skipped; calling
-            again goes on from there.
+        budget: seconds of measuring, shared among the layers; reading or tracing the target comes before. What there
+            is no time for is listed as skipped; calling again goes on from there.
         max_error_factor, max_workspace: limits on what is measured, as in `build_model`. They apply again when the
             cache is used.
         cache: the file; None for CONVGRAD_TUNING_CACHE, or the user's cache folder.
@@ -167,8 +167,9 @@ def tune(
     known = {record.key: record for record in store.load(path)}
     results: list[TunedGradient] = []
     skipped: list[SkippedGradient] = []
+    first: float | None = None  # when the first measurement began: each call makes one, so that calling again goes on
     for index, (layer, gradient) in enumerate(work):
-        left = budget - (time.monotonic() - started)
+        left = budget if first is None else budget - (time.monotonic() - first)
         share = max(_SHORTEST, min(_LONGEST, left / (len(work) - index)))
         mine = replace(settings, dtype=given or layer.dtype or "float32", seconds=share)
         record = None if again else _held(known, gradient, layer.geometry, mine)
@@ -179,6 +180,7 @@ def tune(
         if record is None:
             if progress is not None:
                 progress(index, len(work), f"{layer.name} {gradient}")
+            first = time.monotonic() if first is None else first
             try:
                 record = tune_gradient(gradient, layer.geometry, mine)
             except MemoryError as error:

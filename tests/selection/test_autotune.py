@@ -147,6 +147,14 @@ def test_the_budget_bounds_the_whole_run(own_cache: Path) -> None:
     assert len(cache.load(own_cache)) == len(report.gradients)
 
 
+def test_a_budget_shorter_than_the_trace_goes_on_from_call_to_call(own_cache: Path) -> None:
+    for measured in (1, 2, 3):
+        report = cg.tune(Net(), input_shape=(2, 3, 8, 8), budget=1e-3, threads=1)
+        assert len(report.gradients) == measured
+        assert [entry.reason for entry in report.skipped] == [None] * (8 - measured)
+        assert len(cache.load(own_cache)) == measured
+
+
 class Net(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
