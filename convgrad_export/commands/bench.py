@@ -37,7 +37,7 @@ def bench(
         typer.Option(envvar="CONVGRAD_ORT_TRAINING_PYTHON", help="A Python with onnxruntime-training, as a peer."),
     ] = None,
     memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory instead of time (Linux).")] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Result file.")] = Path("bench.json"),
+    output: Annotated[Path, options.output("Result file.")] = Path("bench.json"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an existing result file.")] = False,
     retry_disturbed: Annotated[
         bool, typer.Option("--retry-disturbed", help="With --resume, measure again what had no quiet round.")

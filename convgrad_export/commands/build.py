@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 def build(
     context: typer.Context,
     operator: Annotated[str, typer.Argument(help="conv1d_input ... conv3d_weight, or convolution_backward.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    output: Annotated[Path, options.output("File to write.")],
     input_shape: options.InputShape = None,
     weight_shape: options.WeightShape = None,
     layer: Annotated[

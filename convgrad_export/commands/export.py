@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 def export(
     context: typer.Context,
     module: Annotated[str, typer.Argument(help="package.module:Name, a torch.nn.Module or what makes one.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    output: Annotated[Path, options.output("File to write.")],
     input_shape: Annotated[str, typer.Option(help="Of the first argument: N,C,H,W.")] = "1,3,224,224",
     recipe: Annotated[
         str | None,

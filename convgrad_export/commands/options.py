@@ -7,11 +7,12 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import ConvGradError, GeometryError
+from ..errors import ConvGradError, GeometryError, OutputPathError
 
 InputShape = Annotated[str | None, typer.Option("--input-shape", help="N,C,I0[,I1[,I2]] of the forward call.")]
 WeightShape = Annotated[str | None, typer.Option("--weight-shape", help="M,C/groups,K0[,K1[,K2]].")]
@@ -28,7 +29,21 @@ MaxErrorFactor = Annotated[
 ]
 MAX_SEED = 2**63 - 1  # of numpy's, PyTorch's and onnxruntime's generators
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the random data.")]
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def _no_dash(path: Path) -> Path:
+    if str(path) == "-":  # other programs write to standard output then; here it would be a file of that name
+        raise OutputPathError(
+            "--output is '-', expected a name: files are replaced as a whole, not written to a stream"
+        )
+    return path
+
+
+def output(what: str) -> Any:
+    """``--output`` of a command; `what` is written there."""
+    return typer.Option("--output", "-o", help=what, callback=_no_dash)
 
 
 def words(text: str) -> tuple[str, ...]:

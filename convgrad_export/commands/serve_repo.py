@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def serve_repo(
     models: Annotated[list[Path], typer.Argument(help="Exported .onnx files.", metavar="MODEL...")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The repository: a folder, new or existing.")],
+    output: Annotated[Path, options.output("The repository: a folder, new or existing.")],
     name: Annotated[str | None, typer.Option(help="Of the model, for one file; by default the file's name.")] = None,
     backend: Annotated[
         str,

@@ -15,9 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for models, states and the plot.")] = Path(
-        "training"
-    ),
+    output: Annotated[Path, options.output("Folder for models, states and the plot.")] = Path("training"),
     module: Annotated[
         str | None, typer.Option(help="package.module:Name of your network; by default a CNN for 8x8 digits.")
     ] = None,

@@ -35,6 +35,23 @@ def test_build_writes_a_model_that_check_passes(tmp_path: Path, capsys: pytest.C
     assert all(0 <= check["worst"] <= 1 for check in report["checks"])
 
 
+def test_a_dash_is_no_file_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = (
+        ["build", "conv2d_weight", *SHAPES],
+        ["export", "torch.nn:ReLU"],
+        ["bench"],
+        ["train"],
+        ["serve-repo", "gradient.onnx"],
+    )
+    for command in commands:
+        assert main([*command, "-o", "-"]) == 2
+        assert "--output is '-', expected a name" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 def test_every_dtype_and_a_folder_are_checked(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for operator in ("conv2d_input", "convolution_backward"):
