@@ -6,14 +6,16 @@ Each subcommand lives in `commands`; heavy libraries are imported inside them, s
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 import typer
 
 from .commands import bench, build, check, export, lowerings, serve, serve_repo, train, tune
-from .errors import ConvGradError, raise_missing
+from .errors import ConvGradError, TuningWarning, raise_missing
 
 
 def _application() -> typer.Typer:
@@ -47,6 +49,25 @@ def _common_options(
     """Options before the subcommand."""
 
 
+@contextlib.contextmanager
+def _warnings_for_users() -> Iterator[None]:
+    """Print the package's own warnings as its errors: the line of Python that they are about is none of the user's."""
+    usual = warnings.formatwarning
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if issubclass(category, TuningWarning):
+            return f"convgrad: warning: {message}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     for stream in (sys.stdout, sys.stderr):
@@ -55,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = None if arguments is None else list(arguments)
         try:
-            result = _application()(args=given, prog_name="convgrad", standalone_mode=False)
+            with _warnings_for_users():
+                result = _application()(args=given, prog_name="convgrad", standalone_mode=False)
         except ImportError as error:
             raise_missing(error)
     except (ConvGradError, ImportError, OSError, MemoryError) as error:  # the last from what no check could foresee
