@@ -79,6 +79,7 @@ def convgrad_ort(
         ArgumentTypeError: an unknown mode or option. UnsupportedLoweringError: no lowering of that name.
     """
     from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.convert_frame import compile_lock
     from torch._functorch.partitioners import default_partition
 
     from .decompositions import onnx_decompositions
@@ -93,7 +94,8 @@ def convgrad_ort(
         raise ArgumentTypeError(f"options holds {sorted(settings)}, expected 'lowering' only")
 
     def compiler(graph: torch.fx.GraphModule, _inputs: Sequence[Any], returned: int | None = None) -> Compiled:
-        partition = OrtGraph(graph, lowering, returned=returned)
+        with compile_lock:  # each thread compiles the backward graph that it finds not compiled: Inductor does the same
+            partition = OrtGraph(graph, lowering, returned=returned)
 
         def run(arguments: list[Any]) -> list[Any]:
             return partition.run(arguments)

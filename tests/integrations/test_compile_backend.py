@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -212,6 +213,28 @@ def test_both_partitions_run_whole_on_onnxruntime(graphs):
     operators = {node.op_type for node in graphs[1].segments[0].model.graph.node}
     assert "Conv" in operators or "MatMul" in operators
     assert {item.domain for graph in graphs for item in graph.segments[0].model.opset_import} == {""}
+
+
+def test_threads_may_need_a_backward_graph_at_once(graphs):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    compiled, x = torch.compile(model, backend="convgrad_ort"), torch.randn(2, 3, 6, 6)
+    losses = [compiled(x).sum() for _ in range(4)]  # the backward graph is compiled by the first backward
+    start, found = threading.Barrier(4), []
+
+    def backward(loss):
+        start.wait()
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+
+    threads = [threading.Thread(target=backward, args=(loss,)) for loss in losses]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    assert len(found) == 4
+    for gradients_of_one in found:
+        torch.testing.assert_close(gradients_of_one, expected)
+    assert all(len(graph.segments) == len(graph._steps) == 1 for graph in graphs)  # nothing is left to PyTorch
 
 
 def test_inputs_and_results_are_not_copied(graphs, monkeypatch):
