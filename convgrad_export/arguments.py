@@ -17,6 +17,7 @@ from typing import Any
 from .errors import ArgumentTypeError, GeometryError
 
 LARGEST = 2**63 - 1  # ONNX stores 64-bit integers
+_FEW_THREADS, _PER_PROCESSOR = 256, 4  # that a pool may have on any machine, and for each processor of a large one
 
 
 def is_symbolic(value: Any) -> bool:
@@ -155,6 +156,24 @@ def check_threads(threads: Any) -> int | None:
     if isinstance(threads, numbers.Integral) and not isinstance(threads, bool) and 1 <= int(threads) < 2**31:
         return int(threads)
     raise ArgumentTypeError(f"threads is {threads!r}, expected a number of threads, at least 1, or None for several")
+
+
+def check_pool(threads: Any) -> int | None:
+    """`check_threads` of a pool that is about to be started.
+
+    Raises:
+        ArgumentTypeError: as `check_threads`, or more threads than onnxruntime starts in reasonable time, which grows
+            with the square of their number: a thousand on two processors take a minute.
+    """
+    count = check_threads(threads)
+    processors = os.cpu_count() or 1
+    most = max(_FEW_THREADS, _PER_PROCESSOR * processors)
+    if count is not None and count > most:
+        raise ArgumentTypeError(
+            f"threads is {count}, expected at most {most} on this machine of {processors} processors: more than "
+            f"there are processors make nothing faster, and None is onnxruntime's own choice"
+        )
+    return count
 
 
 def as_mask(value: Any, name: str = "output_mask") -> tuple[bool, bool, bool]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..arguments import as_int, as_number
+from ..arguments import as_int, as_number, check_pool
 from ..errors import BenchmarkError
 from ..reference import FORWARD
 from ..timing import FOREIGN_CORES
@@ -91,7 +91,9 @@ def run(
 
     Raises:
         BenchmarkError: the measuring process, or the peer's, cannot be started; peak memory of forward passes alone.
+        ArgumentTypeError: more threads than this machine runs.
     """
+    check_pool(max((item.threads for item in items), default=None))
     started = time.monotonic()
     outcome = Outcome()
     todo = []

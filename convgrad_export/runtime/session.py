@@ -11,7 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, overload
 
-from ..arguments import as_bool, check_threads
+from ..arguments import as_bool, check_pool
 from ..errors import ArgumentTypeError, ModelFileError
 from ..provider_names import CPU, CUDA
 from ..session_memory import free_early
@@ -63,7 +63,7 @@ class GradientSession:
     Raises:
         ModelFileError: missing, truncated, not an ONNX model, or with external data outside its folder.
         ProviderError: the first provider asked for is missing or could not start, or has no such option.
-        ArgumentTypeError: an argument of another kind, or no thread.
+        ArgumentTypeError: an argument of another kind, no thread, or far more of them than the machine has processors.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class GradientSession:
         ort = onnxruntime()
         source, parsed = model_source(model)
         wanted = resolve(providers)
-        check_threads(threads)
+        check_pool(threads)
         as_bool(blocked_layout, "blocked_layout")
         if session_options is not None and not isinstance(session_options, ort.SessionOptions):
             raise ArgumentTypeError(

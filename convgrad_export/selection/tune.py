@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import dtypes
-from ..arguments import as_bool, as_int, as_number, as_shape, check_error_factor, check_threads, check_workspace
+from ..arguments import as_bool, as_int, as_number, as_shape, check_error_factor, check_pool, check_workspace
 from ..errors import ArgumentTypeError, GeometryError, ProviderError
 from ..geometry import ConvGeometry
 from ..lowering import CPU, CUDA, as_provider
@@ -152,7 +152,7 @@ def tune(
         raise ArgumentTypeError(f"progress is {progress!r:.80}, expected a function, or None")
     settings = TuningSettings(
         provider=_provider(provider),
-        threads=check_threads(threads),
+        threads=check_pool(threads),
         max_error_factor=check_error_factor(max_error_factor),
         max_workspace=check_workspace(max_workspace),
         seed=as_int(seed, "seed", minimum=0),

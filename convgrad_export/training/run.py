@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ..arguments import as_number, check_threads
+from ..arguments import as_number, check_pool
 from ..errors import ArgumentTypeError
 from ..files import new_folder
 from ..integrations.onnx_export import export
@@ -130,7 +130,7 @@ def train(
         raise ArgumentTypeError(f"optimizer is {settings.optimizer!r}, expected one of: {', '.join(TORCH_OPTIMIZERS)}")
     # more than float32 holds, which is what a step takes, would be infinity there
     as_number(settings.learning_rate, "learning_rate", minimum=0, maximum=float(np.finfo(np.float32).max))
-    check_threads(settings.threads)
+    check_pool(settings.threads)
     make_optimizer = lambda parameters: TORCH_OPTIMIZERS[settings.optimizer](parameters, lr=settings.learning_rate)  # noqa: E731
     module = module.train()
     loss = resolve_loss(settings.loss)

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..arguments import as_bool, as_names, check_threads
+from ..arguments import as_bool, as_names, check_pool
 from ..errors import ArgumentTypeError, DTypeError, NonFiniteLossError, ProviderError
 from ..runtime import tensors
 from ..runtime.declared import Declared, NamedSizes
@@ -52,6 +52,7 @@ class TrainingSession:
     Raises:
         ModelFileError: no training step, or a checkpoint that is damaged or of another model.
         ProviderError: the first provider asked for cannot start, or has no such option.
+        ArgumentTypeError: an argument of another kind, no thread, or far more of them than the machine has processors.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class TrainingSession:
         blocked_layout: bool = True,
     ) -> None:
         self._ort = onnxruntime()
-        check_threads(threads)
+        check_pool(threads)
         as_bool(stop_on_non_finite, "stop_on_non_finite")
         as_bool(blocked_layout, "blocked_layout")
         in_place = None if in_place is None else as_bool(in_place, "in_place")

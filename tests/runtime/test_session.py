@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -166,6 +167,7 @@ def test_a_callers_session_options_stay_as_they_were(capfd: pytest.CaptureFixtur
         ({"threads": -1}, "threads is -1, expected a number"),
         ({"threads": 10**23}, "threads is 1000000"),
         ({"threads": True}, "threads is True, expected a number"),
+        ({"threads": 4 * max(64, os.cpu_count() or 1) + 1}, "expected at most .* on this machine of"),
         ({"session_options": 3}, r"session_options is a int, expected an onnxruntime\.SessionOptions"),
     ],
 )
