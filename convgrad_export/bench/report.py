@@ -75,8 +75,8 @@ def machine_line(results: Results) -> str:
     e = results.environment
     versions = ", ".join(f"{name} {version}" for name, version in e.get("versions", {}).items())
     peer = f", onnxruntime-training {e['ort_training']}" if e.get("ort_training") else ""
-    commits = ", ".join(results.commits)
-    return f"{e.get('cpu')}, {e.get('cores')} cores; Python {e.get('python')}, {versions}{peer}; commit {commits}."
+    commits = f"; commit {', '.join(results.commits)}" if results.commits else ""
+    return f"{e.get('cpu')}, {e.get('cores')} cores; Python {e.get('python')}, {versions}{peer}{commits}."
 
 
 def summary_table(found: Sequence[Group]) -> Table:

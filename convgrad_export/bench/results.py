@@ -46,8 +46,8 @@ class Results:
 
     @property
     def commits(self) -> list[str]:
-        """Versions of this package that records come from, in order of first use."""
-        return list(dict.fromkeys(str(record.get("commit")) for record in self.records.values()))
+        """Versions of this package that records come from, in order of first use; an installed package says none."""
+        return list(dict.fromkeys(commit for record in self.records.values() if (commit := record.get("commit"))))
 
 
 def load(path: str | os.PathLike[str]) -> Results:

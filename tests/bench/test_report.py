@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from convgrad_export.bench.report import markdown, tables, write_plots
+from convgrad_export.bench.report import machine_line, markdown, tables, write_plots
 from convgrad_export.bench.results import Results, load
 from convgrad_export.bench.summary import groups, networks_of, troubles
 from convgrad_export.errors import OutputExistsError
@@ -63,6 +63,14 @@ def test_wrong_results_are_reported() -> None:
     names = "weight.im2col, weight.winograd6"
     assert line == f"resnet18/layer1 weight, batch 8, 1 thread: {names} wrong: error 12 times its bound"
     assert line in markdown(results)
+
+
+def test_a_report_names_the_commits_that_there_are() -> None:
+    assert machine_line(Results({"cpu": "a processor", "cores": 2})) == "a processor, 2 cores; Python None, ."
+    installed = example()
+    for record in installed.records.values():
+        record["commit"] = None
+    assert machine_line(installed).endswith("onnxruntime 1.32.0.")
 
 
 def test_the_committed_pages_are_the_committed_measurements() -> None:
