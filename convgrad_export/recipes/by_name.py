@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,22 +30,32 @@ class RecipeOptions:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A module to export, its example arguments, and which of them have the batch as their first axis."""
+    """A module to export, with what a command needs to know of it.
+
+    Attributes:
+        module, args: to export with, by example. batched: which of the arguments have the batch as their first axis.
+        float64_bytes: what a run in float64 holds at once, at least; 0 where that is no more than the network's own.
+    """
 
     module: nn.Module
     args: tuple[Tensor, ...]
     batched: tuple[bool, ...]
+    float64_bytes: int = 0
 
 
-def _labels(network: nn.Module, x: Tensor) -> Tensor:
+def _run(network: nn.Module, x: Tensor) -> Any:
     try:
-        with torch.no_grad():
-            scores = network(x)
+        return network(x)
     except Exception as error:  # the user's own code can raise anything
         raise CaptureError(
             f"{type(network).__name__} cannot run on an input of shape {tuple(x.shape)}: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _labels(network: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scores = _run(network, x)
     if not isinstance(scores, Tensor) or scores.dim() != 2:
         raise ArgumentTypeError("the recipe needs a classifier: an output of shape (batch, classes)")
     return scores.argmax(1)
@@ -61,7 +72,25 @@ def _gradcam(network: nn.Module, x: Tensor, o: RecipeOptions) -> Prepared:
 
 
 def _integrated(network: nn.Module, x: Tensor, o: RecipeOptions) -> Prepared:
-    return Prepared(IntegratedGradients(network, o.target, o.steps), (x, torch.zeros_like(x)), (True, True))
+    module = IntegratedGradients(network, o.target, o.steps)
+    held = 8 * o.steps * _elements_held(network, x)  # all steps are one batch
+    return Prepared(module, (x, torch.zeros_like(x)), (True, True), held)
+
+
+def _elements_held(network: nn.Module, x: Tensor) -> int:
+    """How many numbers a forward keeps for its backward, beside the network's own."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    held: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if tensor.is_floating_point() and place not in own:
+            held[place] = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _run(network, x.detach().requires_grad_())
+    return sum(held.values())
 
 
 def _fgsm(network: nn.Module, x: Tensor, o: RecipeOptions) -> Prepared:

@@ -16,6 +16,7 @@ import convgrad_export as cg
 from convgrad_export.cli import main
 from convgrad_export.commands import export as command
 from convgrad_export.recipes.by_name import RECIPES
+from convgrad_export.selection import runner
 
 
 class Small(nn.Sequential):
@@ -153,14 +154,23 @@ def test_an_input_that_no_memory_holds_is_one_line(
         (["--recipe", "fgsm", "--target", "3"], "--target is given"),
         (["--recipe", "saliency", "--train-mode"], "--train-mode is given"),
         (["--recipe", "fgsm", "--input-shape", "1,7,8,8"], "Small cannot run on an input of shape (1, 7, 8, 8)"),
+        (
+            ["--recipe", "integrated-gradients", "--steps", "8000000"],
+            "--steps is 8000000, all of which are one batch: comparing it with float64 takes",
+        ),
         (["--input-shape", "2,16", "--dynamic", "batch,height"], "expected some of batch: the input has 2 dimensions"),
         (["--input-shape", "2,3,16", "--dynamic", "height"], "expected some of batch, width"),
     ],
 )
-def test_options_without_an_effect_are_refused(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_options_without_an_effect_or_beyond_the_machine_are_refused(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An ignored class would give another gradient than the one asked for."""
+    monkeypatch.setattr(runner, "available_bytes", lambda: 2**30)
     shape = [] if "--input-shape" in arguments else SHAPE
     assert main(["export", NAME, *arguments, *shape, "-o", str(tmp_path / "out.onnx")]) == 2
     assert message in capsys.readouterr().err

@@ -67,6 +67,12 @@ def test_integrated_gradients_add_up_to_the_change_of_the_score() -> None:
     torch.testing.assert_close(attribution.sum((1, 2, 3)), change, rtol=1e-3, atol=1e-5)
 
 
+def test_the_memory_of_integrated_gradients_is_known_before_a_run() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
+    prepared = prepare("integrated-gradients", network, torch.rand(1, 1, 8, 8), RecipeOptions(steps=100))
+    assert prepared.float64_bytes == 8 * 100 * (64 + 72)  # what the convolution reads, and what both others read
+
+
 def test_attacks_raise_the_loss_and_stay_in_their_bounds() -> None:
     network, x = classifier(), pictures()
     label = network(x).argmax(1)
@@ -268,7 +274,7 @@ def test_labels_are_one_class_for_each_picture(recipe: str, wrong, message: str)
 @pytest.mark.parametrize(("recipe", "name"), [("pgd", "original"), ("integrated-gradients", "baseline")])
 def test_what_lies_beside_the_pictures_has_their_shape(recipe: str, name: str) -> None:
     """Two originals for one picture gave two pictures."""
-    module, (x, _, *labels), _ = vars(prepare(recipe, classifier(), pictures(), RecipeOptions(steps=2))).values()
+    module, (x, _, *labels), *_ = vars(prepare(recipe, classifier(), pictures(), RecipeOptions(steps=2))).values()
     whole = module(x, torch.zeros_like(x), *labels)
     torch.testing.assert_close(module(x, torch.zeros(3, 1, 1), *labels), whole)
     for wrong in (torch.zeros(2, 3, 12, 14), torch.zeros(1, 3, 3, 12, 14), torch.zeros(3, 12, 1, 14, 1)):
