@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from onnx import TensorProto
 
 import convgrad_export.serving.templates as templates
@@ -32,6 +33,12 @@ class Tensor:
 
     def shape(self) -> tuple[int, ...]:
         return self.array.shape
+
+    @staticmethod
+    def from_dlpack(name: str, value: Any) -> Tensor:
+        tensor = torch.from_dlpack(value)
+        assert tensor.dtype == torch.bfloat16
+        return Tensor(name, tensor.float().numpy())
 
 
 @dataclass
@@ -141,6 +148,20 @@ def test_scalars_are_one_element_where_there_is_no_batch(tmp_path: Path) -> None
     assert response.error is None
     results = response.named()
     assert np.array_equal(results["y"], 3 * feeds["x"])
+    assert np.array_equal(results["total"], np.array([6], np.float32))
+    assert results["total"].shape == (1,)
+
+
+@pytest.mark.usefixtures("backend")
+def test_bfloat16_scalars_are_one_element_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = start(models.scalar_model(tmp_path / "m.onnx", TensorProto.BFLOAT16), max_batch_size=0)
+    feeds = {"x": torch.ones(2, 3).bfloat16(), "factor": torch.tensor([3.0]).bfloat16()}
+    triton = sys.modules["triton_python_backend_utils"]
+    monkeypatch.setattr(triton, "get_input_tensor_by_name", lambda request, name: request.feeds[name])
+    (response,) = served.execute([Request(feeds, ("y", "total"))])
+    assert response.error is None
+    results = response.named()
+    assert np.array_equal(results["y"], np.full((2, 3), 3, np.float32))
     assert np.array_equal(results["total"], np.array([6], np.float32))
     assert results["total"].shape == (1,)
 

@@ -296,6 +296,7 @@ def test_triton_gives_class_names_scalars_and_bfloat16(
     brain = ServingOptions(backend="python", threads=1, dynamic_batching=False)
     add_model(models.bfloat16_model(tmp_path / "brain.onnx"), root, brain)
     add_model(models.scalar_model(tmp_path / "scalar.onnx"), root, ServingOptions(backend="python", threads=1))
+    add_model(models.scalar_model(tmp_path / "brain_scalar.onnx", TensorProto.BFLOAT16), root, brain)
     with launch.running("triton", root, python=python, log=tmp_path / "log") as (address, _):
         client = Client("grpc", address)
         wanted = client.library.InferRequestedOutput("scores", class_count=2)
@@ -309,6 +310,13 @@ def test_triton_gives_class_names_scalars_and_bfloat16(
         scaled = client.infer("scalar", {"x": x, "factor": np.array([2], np.float32)})
         assert np.array_equal(scaled["y"], 2 * x)
         assert np.array_equal(scaled["total"], [24])
+        values = [client.library.InferInput(*tensor, "BF16") for tensor in (("x", x.shape), ("factor", [1]))]
+        for value, array in zip(values, (x, np.array([2], np.float32)), strict=True):
+            value.set_data_from_numpy(array)
+        result = client.client.infer("brain_scalar", values)
+        assert np.array_equal(result.as_numpy("y"), 2 * x)
+        assert np.array_equal(result.as_numpy("total"), [24])  # of the shape that the configuration says
+        assert result.as_numpy("total").shape == (1,)
         brain_input = client.library.InferInput("x", [1, 3], "BF16")
         brain_input.set_data_from_numpy(x[:1])
         result = client.client.infer("brain", [brain_input])

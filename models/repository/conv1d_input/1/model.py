@@ -5,6 +5,7 @@ Written by `convgrad serve-repo --backend python`. Needs numpy and onnxruntime i
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from typing import Any
@@ -96,12 +97,25 @@ class TritonPythonModel:
         values = []
         for name in self.inputs:
             tensor = triton.get_input_tensor_by_name(request, name)
-            values.append(onnxruntime.OrtValue.from_dlpack(tensor))
-            binding.bind_ortvalue_input(name, values[-1])
+            value = onnxruntime.OrtValue.from_dlpack(tensor)
+            values.append(value)
+            if name in self.scalars and not self.max_batch_size:  # one element, as in _run_alone
+                binding.bind_input(name, value.device_name(), 0, value.element_type(), [], value.data_ptr())
+            else:
+                binding.bind_ortvalue_input(name, value)
         for name in self.outputs:
             binding.bind_output(name)
         self.session.run_with_iobinding(binding)
         wanted = set(request.requested_output_names())
-        named = zip(self.outputs, binding.get_outputs(), strict=True)
+        named = zip(self.outputs, map(_at_least_1d, binding.get_outputs()), strict=True)
         tensors = [triton.Tensor.from_dlpack(name, value) for name, value in named if name in wanted]
         return triton.InferenceResponse(tensors)
+
+
+def _at_least_1d(value: Any) -> Any:
+    """np.atleast_1d of an OrtValue in the CPU's memory, of types that numpy lacks too."""
+    if value.shape():
+        return value
+    result = onnxruntime.OrtValue.ortvalue_from_shape_and_type([1], value.element_type())
+    ctypes.memmove(result.data_ptr(), value.data_ptr(), value.tensor_size_in_bytes())
+    return result
