@@ -104,6 +104,7 @@ class GradientSession:
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         self._inputs = {value.name: Declared.of(value, f"input {value.name}") for value in inputs}
         self._output_names = [value.name for value in outputs]
+        self._distinct = list(dict.fromkeys(self._output_names))  # a model may list one twice, a binding holds it once
         self._through_numpy = _BOUND_TYPES.isdisjoint(value.type for value in (*inputs, *outputs))
         self._cuda = None if stream is None else cuda_run.CudaRun(self._session, stream, settings)
         if self._requested != CPU and (report := self.placement()).left:
@@ -152,8 +153,7 @@ class GradientSession:
         if isinstance(inputs, Mapping):
             if input_feed is not None:
                 raise ArgumentTypeError("run got two mappings, expected the inputs once")
-            values = self._run(self._output_names, inputs)
-            return dict(zip(self._output_names, values, strict=True))
+            return dict(zip(self._distinct, self._run(self._distinct, inputs), strict=True))
         if input_feed is None:
             raise ArgumentTypeError(f"run got {inputs!r}, expected a mapping from input name to array")
         if isinstance(inputs, str) or not isinstance(inputs, Sequence | None):
@@ -166,7 +166,7 @@ class GradientSession:
         unknown = [name for name in names if name not in self._output_names]
         if unknown:
             raise ArgumentTypeError(f"run: unknown outputs {unknown}, the model has {self._output_names}")
-        once = list(dict.fromkeys(names))  # as a binding holds each output
+        once = list(dict.fromkeys(names))
         found = dict(zip(once, self._run(once, input_feed), strict=True))
         return [found[name] for name in names]
 

@@ -188,6 +188,18 @@ def test_output_names_are_a_list_and_none_of_them_are_all() -> None:
         session.run(None, [1])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_output_that_a_model_lists_twice_is_given_for_both(dtype: str) -> None:
+    model = cg.build_model("conv1d_weight", input_shape=(2, 3, 8), weight_shape=(4, 3, 3), dtype=dtype)
+    model.graph.output.append(model.graph.output[0])
+    session = cg.GradientSession(model)
+    given = {"input": np.ones((2, 3, 8), dtype), "grad_output": np.ones((2, 4, 6), dtype)}
+    assert list(session.run(given)) == ["grad_weight"]
+    first, second = session.run(None, given)
+    assert np.array_equal(first, second)
+    assert np.array_equal(first, np.full((4, 3, 3), 12, dtype))
+
+
 def test_a_provider_that_cannot_start_is_an_error_and_not_a_log_line() -> None:
     with pytest.raises(cg.ProviderError, match=r"could not start.*fell back to CPUExecutionProvider"):
         providers.check_active(providers.CUDA, [providers.CPU])
