@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from . import dtypes
 from .accuracy import compare, reference_and_bounds
@@ -75,6 +76,7 @@ def check_model(path: str | os.PathLike[str], *, seed: int = 0, batch: int = 2) 
         except MemoryError as error:
             raise ModelFileError(f"{path}: data of the sizes in its metadata cannot be made: {error}") from error
         results = _run(session, operands, geometry, dtype, path)
+        _check_declared(results, path)
         expected = reference_and_bounds(geometry, operands, dtype, compute_dtype(dtype))
         for gradient, name in lowerings.items():
             factor = LOWERINGS[name].error_factor if name in LOWERINGS else 1.0
@@ -149,6 +151,17 @@ def _run(
         if not is_onnxruntime_error(error):
             raise
         raise ModelFileError(f"{path} cannot be run: {error}") from error
+
+
+def _check_declared(results: Mapping[str, np.ndarray], path: Path) -> None:
+    """Refuse an output that is declared with another shape than it has, which onnxruntime only writes into its log."""
+    for value in onnx.load(path, load_external_data=False).graph.output:
+        tensor, got = value.type.tensor_type, results[value.name].shape
+        fixed = [size.HasField("dim_value") and size.dim_value >= 0 for size in tensor.shape.dim]
+        sizes = [size.dim_value if own else "?" for size, own in zip(tensor.shape.dim, fixed, strict=True)]
+        fits = len(sizes) == len(got) and all(want in ("?", size) for want, size in zip(sizes, got, strict=True))
+        if tensor.HasField("shape") and not fits:
+            raise ModelFileError(f"{path} declares {value.name} as {sizes}, and it has the shape {list(got)}")
 
 
 def _geometry(metadata: dict[str, str], session: GradientSession, batch: int, path: Path) -> ConvGeometry:

@@ -216,6 +216,20 @@ def test_check_refuses_a_model_of_ours_that_was_edited(
     assert str(path) in error
 
 
+def test_check_refuses_a_declared_size_that_the_result_does_not_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = cg.build_model("conv2d_weight", input_shape=(2, 4, 6, 6), weight_shape=(8, 4, 3, 3), padding=1)
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 7
+    path = tmp_path / "edited.onnx"
+    onnx.save(model, path)
+    assert main(["check", str(path)]) == 2
+    assert "declares grad_weight as [7, 4, 3, 3], and it has the shape [8, 4, 3, 3]" in capsys.readouterr().err
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    onnx.save(model, path)
+    assert main(["check", str(path)]) == 0
+
+
 def test_an_existing_file_is_kept_unless_overwriting_is_asked_for(tmp_path: Path, capsys) -> None:
     path = tmp_path / "gradient.onnx"
     path.write_text("mine")
