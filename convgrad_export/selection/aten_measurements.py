@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelFileError
-from ..files import write_atomically
+from ..files import make_folder, write_atomically
 from ..geometry import ConvGeometry
 
 MARGIN = 1.1  # a lowering has to be this much faster alone: in a whole graph it may cost what it saves in copies
@@ -91,12 +91,12 @@ def add(measurements: Iterable[AtenMeasurement], path: Path | None = None) -> Pa
     """Put measurements into a file, the user's by default; a later one of the same convolution replaces the earlier.
 
     Raises:
-        ModelFileError: the file is there and holds something else.
+        ModelFileError: the file is there and holds something else. OutputPathError: it cannot be written.
     """
     target = own_path() if path is None else path
-    merged = {item.key: item for item in (*(_read(target) if target.exists() else ()), *measurements)}
+    merged = {item.key: item for item in (*(_read(target) if _modified(target) else ()), *measurements)}
     document = {"format": _FORMAT, "version": _VERSION, "measurements": [asdict(m) for m in merged.values()]}
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     write_atomically(target, (json.dumps(document, indent=1) + "\n").encode(), overwrite=True)
     _load.cache_clear()
     return target
@@ -111,12 +111,16 @@ def _all() -> dict[str, AtenMeasurement]:
 
 
 @functools.lru_cache(maxsize=4)
-def _load(shipped: Path, own: Path, *_modified: float) -> dict[str, AtenMeasurement]:
-    return {item.key: item for path in (shipped, own) if path.exists() for item in _read(path)}
+def _load(shipped: Path, own: Path, *_times: int) -> dict[str, AtenMeasurement]:
+    return {item.key: item for path in (shipped, own) if _modified(path) for item in _read(path)}
 
 
-def _modified(path: Path) -> float:
-    return path.stat().st_mtime_ns if path.exists() else 0
+def _modified(path: Path) -> int:
+    """0 for no file, or one in a folder that this process may not look into: the home of another user, say."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _read(path: Path) -> list[AtenMeasurement]:
@@ -124,8 +128,13 @@ def _read(path: Path) -> list[AtenMeasurement]:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != _FORMAT or document["version"] != _VERSION:
             raise ValueError(f"format {document['format']!r} version {document['version']!r}")
-        return [AtenMeasurement(**entry) for entry in document["measurements"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return [_measurement(entry) for entry in document["measurements"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelFileError(
             f"{path} holds no measurements of ATen lowerings ({error}): remove it, or set {ENVIRONMENT_VARIABLE}"
         ) from error
+
+
+def _measurement(entry: Mapping[str, Any]) -> AtenMeasurement:
+    times = {str(name): float(time) for name, time in entry["lowering_ms"].items()}
+    return AtenMeasurement(**{**entry, "kernel_ms": float(entry["kernel_ms"]), "lowering_ms": times})

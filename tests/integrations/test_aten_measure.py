@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +77,34 @@ def test_later_measurements_replace_earlier_ones_and_change_the_digest(own_file:
     assert [path.name for path in own_file.parent.iterdir()] == [own_file.name]
 
 
-@pytest.mark.parametrize("text", ["{}", "[" * 100_000])
+def with_times(kernel_ms: object, lowering_ms: object) -> str:
+    entry = asdict(measurement(1.0, im2col=0.5)) | {"kernel_ms": kernel_ms, "lowering_ms": lowering_ms}
+    return json.dumps({"format": "convgrad aten measurements", "version": 1, "measurements": [entry]})
+
+
+def test_a_file_that_may_not_be_looked_at_is_none(own_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache folder of another user, in a container with that user's HOME."""
+    before, stat = records.digest(), Path.stat
+
+    def refuse(self: Path, **options: bool) -> os.stat_result:
+        if self == own_file:
+            raise PermissionError(13, "Permission denied", str(self))
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert records.digest() == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[" * 100_000,
+        with_times(None, {}),
+        with_times(1, ["weight.im2col"]),
+        with_times(1, {"weight.im2col": "a"}),
+    ],
+)
 def test_a_foreign_file_is_named(text: str) -> None:
     records.own_path().write_text(text)
     with pytest.raises(cg.ModelFileError, match=r"measurements.json holds no measurements.*CONVGRAD_ATEN_MEASUREMENTS"):
