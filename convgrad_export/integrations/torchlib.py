@@ -47,6 +47,7 @@ def registry() -> Any:
     result.register_op(aten.max_pool2d_with_indices.default, _max_pool_with_indices(2))
     result.register_op(aten.max_pool3d_with_indices.default, _max_pool_with_indices(3))
     result.register_op(aten.native_group_norm.default, _group_norm)
+    result.register_op(aten.diagonal.default, _diagonal)
     for target, function in random_translations.TABLE.items():
         result.register_op(target, function)
     for division in (aten.div.Tensor_mode, aten.div.Scalar_mode):
@@ -175,6 +176,24 @@ def _group_norm(
     mean = op.ReduceMean(grouped, axes, keepdims=1)  # as the variance takes it
     rstd = op.Reciprocal(op.Sqrt(op.Add(_variance(grouped, [2], 0), _number(x, eps))))
     return out, op.Squeeze(mean, axes), rstd
+
+
+def _diagonal(x: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
+    """The elements of a diagonal, read off the plane's rows laid end to end.
+
+    torch.onnx's translation adds up rows of the plane times zeros and ones: an infinity beside the diagonal (a mask's,
+    say) makes NaN of it.
+    """
+    rank = len(x.shape)
+    plane = [dim1 % rank, dim2 % rank]
+    planes = op.Transpose(x, perm=[axis for axis in range(rank) if axis not in plane] + plane)
+    rows, columns = op.Shape(planes, start=-2, end=-1), op.Shape(planes, start=-1)
+    flat = op.Reshape(planes, op.Concat(op.Shape(planes, end=-2), op.Mul(rows, columns), axis=0), allowzero=1)
+    numbers: list[Any] = [op.Constant(value_ints=[n]) for n in (-1, 0, 1, max(-offset, 0), max(offset, 0))]
+    last, zero, one, down, right = numbers
+    length = op.Max(op.Min(op.Sub(rows, down), op.Sub(columns, right)), zero)
+    start, step = op.Add(op.Mul(down, columns), right), op.Add(columns, one)
+    return op.Slice(flat, start, op.Add(start, op.Mul(length, step)), last, step)
 
 
 def _scalar_tensor(s: Any, dtype: int = 1, **_: Any) -> Any:

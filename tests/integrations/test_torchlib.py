@@ -39,3 +39,26 @@ def test_group_normalization_takes_an_empty_batch(affine: bool, shape: tuple[int
         module(x).pow(3).sum().backward()
         found = session.run({"input": x.detach()})
         torch.testing.assert_close(found["input.grad"], x.grad, rtol=1e-3, atol=1e-4)
+
+
+class Diagonal(nn.Module):
+    def __init__(self, *where: int) -> None:
+        super().__init__()
+        self.where = where
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x.diagonal(*self.where)
+
+
+@pytest.mark.parametrize("opset", [13, 18])
+@pytest.mark.parametrize("where", [(), (1, -1, -2), (-2, 0, 1), (9, 1, 2), (0, 2, 0)])
+def test_a_diagonal_reads_nothing_beside_it(where: tuple[int, ...], opset: int) -> None:
+    """torch.onnx's translation multiplies the rest by zeros, which made NaN of a mask of infinities."""
+    module, x = Diagonal(*where), torch.randn(3, 4, 5)
+    report = cg.export(module, (x,), dynamic_shapes=({1: "height"},), opset_version=opset)
+    session = cg.GradientSession(report.model)
+    for height in (4, 1, 6):
+        x = torch.randn(3, height, 5)
+        x[:, 0, 1], x[1, :, 0], x[-1, -1, -1] = torch.inf, -torch.inf, torch.nan
+        (found,) = session.run(None, {"x": x})
+        torch.testing.assert_close(found, module(x), equal_nan=True)
