@@ -48,6 +48,8 @@ def registry() -> Any:
     result.register_op(aten.max_pool3d_with_indices.default, _max_pool_with_indices(3))
     result.register_op(aten.native_group_norm.default, _group_norm)
     result.register_op(aten.diagonal.default, _diagonal)
+    result.register_op(aten.mean.default, _mean)
+    result.register_op(aten.mean.dim, _mean_along)
     for target, function in random_translations.TABLE.items():
         result.register_op(target, function)
     for division in (aten.div.Tensor_mode, aten.div.Scalar_mode):
@@ -85,6 +87,25 @@ def _reduce_prod(x: Any, dims: Sequence[int] | None = None, output_dtype: Any = 
     return op.ReduceProd(x, axes, keepdims=0)
 
 
+def _mean(x: Any, dtype: int | None = None) -> Any:
+    return _mean_along(x, None, dtype=dtype)
+
+
+def _mean_along(x: Any, dim: Sequence[int] | None, keepdim: bool = False, dtype: int | None = None) -> Any:
+    """In the type asked for, and NaN of no elements.
+
+    torch.onnx's translation converts the result, which is that of a division of integers then. onnxruntime's mean of no
+    elements is 0.
+    """
+    axes, empty = list(dim or range(len(x.shape))), 0 in x.shape
+    if dtype is not None and dtype > 0:
+        x = op.Cast(x, to=dtype)
+    if axes:
+        along: Any = op.Constant(value_ints=[int(axis) for axis in axes])
+        x = op.ReduceMean(x, along, keepdims=int(keepdim))
+    return op.Div(x, x) if empty else x
+
+
 def _variance(inp: Any, dims: Sequence[int] | None = None, correction: float = 1.0, *, output_dtype: Any = None) -> Any:
     """Over n elements, with the divisor n - correction, or 0 where that is negative, as in PyTorch."""
     axes = list(range(len(inp.shape))) if not dims else [int(d) for d in dims]
@@ -94,7 +115,7 @@ def _variance(inp: Any, dims: Sequence[int] | None = None, correction: float = 1
     centred = op.Sub(inp, op.ReduceMean(inp, along, keepdims=1))
     mean = op.ReduceMean(op.Mul(centred, centred), along, keepdims=0)
     if correction == 0:
-        return mean
+        return op.Div(mean, mean) if 0 in (inp.shape or ()) else mean  # a value from within a translation has no shape
     sizes = [inp.shape[axis] for axis in axes]
     if all(isinstance(size, int) for size in sizes):
         return op.Mul(mean, _number(inp, _share(math.prod(sizes), correction)))

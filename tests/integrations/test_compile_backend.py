@@ -598,3 +598,21 @@ def test_ort_gives_zero_for_what_comes_from_outside_times_a_slope_of_zero():
     y = torch.compile(torch.relu, backend=convgrad_ort)(x)
     (gradient,) = torch.autograd.grad(y, x, torch.tensor([float("inf"), float("nan"), 3.0]))
     assert gradient.tolist() == [0.0, 0.0, 3.0]
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom:UserWarning")
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.mean(),
+        lambda x: x.mean(0),
+        lambda x: x.mean(1),
+        lambda x: x.std(0, unbiased=False),
+        lambda x: F.l1_loss(x, 2 * x),
+    ],
+    ids=["mean", "mean over rows", "mean of no rows", "std", "loss"],
+)
+def test_ort_has_no_mean_of_nothing(function):
+    """onnxruntime's is 0, a loss that looks perfect."""
+    x = torch.zeros(0, 5)
+    torch.testing.assert_close(torch.compile(function, backend="convgrad_ort")(x), function(x), equal_nan=True)

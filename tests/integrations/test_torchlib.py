@@ -62,3 +62,24 @@ def test_a_diagonal_reads_nothing_beside_it(where: tuple[int, ...], opset: int) 
         x[:, 0, 1], x[1, :, 0], x[-1, -1, -1] = torch.inf, -torch.inf, torch.nan
         (found,) = session.run(None, {"x": x})
         torch.testing.assert_close(found, module(x), equal_nan=True)
+
+
+class Mean(nn.Module):
+    def __init__(self, *dims: int, keepdim: bool = False) -> None:
+        super().__init__()
+        self.dims, self.keepdim = dims, keepdim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.dims:
+            return x.mean(dtype=torch.float32)
+        return x.mean(self.dims, keepdim=self.keepdim, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("module", [Mean(), Mean(1), Mean(-1, 0, keepdim=True)])
+def test_a_mean_of_integers_in_another_type_is_no_integer(module: nn.Module) -> None:
+    """torch.onnx's translation converts the integer that the mean of integers is in ONNX."""
+    x = torch.tensor([[1, 2, 4], [7, 8, 10]])
+    report = cg.export(module, (x,), dynamic_shapes=({0: "batch"},))
+    for batch in (x, x[:1], x.repeat(3, 1)):
+        (found,) = cg.GradientSession(report.model).run(None, {"x": batch})
+        torch.testing.assert_close(found, module(batch))
