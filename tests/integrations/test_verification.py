@@ -259,6 +259,16 @@ CASTING: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], nn.Module, Tenso
         nn.Conv2d(3, 3, 3).double(),
         image().double(),
     ),
+    "float32 inputs of float64": (
+        lambda layer, x: layer(((x - x.mean()) / x.std()).softmax(1).double()),
+        nn.Conv2d(3, 3, 3).double(),
+        image(),
+    ),
+    "integers of float64": (
+        lambda layer, x: layer((x / 255).exp().softmax(1).double()),
+        nn.Linear(3, 3).double(),
+        torch.arange(300).reshape(100, 3),
+    ),
 }
 
 
@@ -273,6 +283,21 @@ def test_modules_that_cast_are_compared_with_float64(case: str) -> None:
     ):
         assert report.errors
         assert not report.notes
+
+
+@pytest.mark.parametrize(
+    "widen",
+    [
+        Tensor.double,
+        lambda x: torch.cat([functional.pad(x, (1, 1)), x.flip(-1)], -1).transpose(2, 3).double(),
+        lambda x: x.double() * torch.where(x > 0, 0.3, 0.1),
+    ],
+    ids=["cast", "moved", "picked"],
+)
+def test_float32_inputs_that_are_not_computed_with_are_held_to_float64(widen: Callable[[Tensor], Tensor]) -> None:
+    module = Around(lambda layer, x: layer(widen(x)), nn.Conv2d(3, 3, 3).double())
+    report = cg.export_training_step(module, lambda out: out.square().mean(), "sgd", (image(),))
+    assert max(error.bound for error in report.errors.values()) < 1e-10
 
 
 def test_a_module_that_refuses_float64_is_compared_in_its_own_types() -> None:
