@@ -224,6 +224,7 @@ _PROMOTING = {
     *("eq", "ne", "lt", "le", "gt", "ge", "where", "lerp", "addcmul", "addcdiv", "clamp", "clamp_min", "clamp_max"),
     *("sqrt", "rsqrt", "exp", "log", "log2", "log1p", "expm1", "sin", "cos", "tan", "tanh", "sigmoid", "reciprocal"),
     *("erf", "square", "hypot", "xlogy", "logaddexp", "asin", "acos", "atan", "sinh", "cosh", "mean", "logit"),
+    "mse_loss",
 }
 
 

@@ -106,6 +106,12 @@ def test_targets_stay_in_the_range_that_a_loss_asks_for(make: Callable[[Tensor],
     assert not gradients.notes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_targets_of_another_type_than_the_output(dtype: torch.dtype) -> None:
+    data = [(x, (5 * torch.randn(6, 5, generator=GENERATOR)).to(dtype)) for x, _ in batches(3)]
+    assert_same_training(small_network(), "mse", functional.mse_loss, lambda p: torch.optim.SGD(p, lr=0.1), data)
+
+
 def test_label_smoothing() -> None:
     assert_same_training(
         small_network(),
