@@ -194,9 +194,12 @@ class OnnxModule(nn.Module):
             place, _, leaf = where.rpartition(".")
             values[name] = getattr(self.get_submodule(place), leaf)
         for node in self._graph.node:
-            attributes = {"opset": self._opset} | {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            attributes = {"opset": self._opset, "outputs": len(node.output)}
+            attributes |= {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             arguments = [values[name] for name in node.input]
-            values[node.output[0]] = self._node(node, attributes, arguments)
+            result = self._node(node, attributes, arguments)
+            parts = result if node.op_type == "Split" else [result]
+            values.update(zip(node.output, parts, strict=False))  # of the other operators the first output
         return {name: values[name] for name in self._outputs}
 
     def _node(self, node: Any, a: Attributes, inputs: list[Any]) -> Any:
@@ -232,13 +235,13 @@ def _example(value: Any, size: int) -> Tensor:
 
 
 def _check_values(graph: Any) -> None:
-    """Refuse a graph that reads more of a node than its first output (a mask, new statistics).
+    """Refuse a graph that reads more of a node than its first output (a mask, new statistics), parts of a Split aside.
 
     Raises:
         UnsupportedOperatorError: with the values' names.
     """
     made = {"", *(value.name for value in graph.input), *(tensor.name for tensor in graph.initializer)}
-    made |= {node.output[0] for node in graph.node}
+    made |= {name for node in graph.node for name in (node.output if node.op_type == "Split" else node.output[:1])}
     read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
     if read - made:
         raise UnsupportedOperatorError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -181,6 +182,81 @@ def _unsqueeze(node: str, a: Attributes, x: Any, axes: Tensor | None = None) -> 
     return x
 
 
+def _slice(
+    node: str, a: Attributes, x: Any, starts: Any = None, ends: Any = None, axes: Any = None, steps: Any = None
+) -> Any:
+    first, last = (_sizes(a[name] if given is None else given) for name, given in (("starts", starts), ("ends", ends)))
+    axes = a.get("axes") if axes is None else axes  # attributes below opset 10
+    chosen = list(range(len(first))) if axes is None else _integers(axes)
+    step = [1] * len(first) if steps is None else _integers(steps)
+    if any(n < 1 for n in step):
+        raise UnsupportedOperatorError(f"{node}: Slice from the end to the beginning is not supported")
+    parts = [slice(None)] * (1 if isinstance(x, list) else x.ndim)
+    for axis, *limits in zip(chosen, first, last, step, strict=True):
+        parts[axis] = slice(*limits)
+    return x[parts[0]] if isinstance(x, list) else x[tuple(parts)]
+
+
+def _split(node: str, a: Attributes, x: Tensor, sizes: Any = None) -> list[Tensor]:
+    axis = a.get("axis", 0)
+    given = a.get("split") if sizes is None else sizes  # an attribute below opset 13
+    if given is not None:
+        return list(x.split(_sizes(given), axis))
+    count = a.get("num_outputs", a["outputs"])
+    part = (x.shape[axis] + count - 1) // count  # the last one may be smaller
+    return list(x.split([*[part] * (count - 1), x.shape[axis] - part * (count - 1)], axis))
+
+
+def _cast(node: str, a: Attributes, x: Any) -> Any:
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(a["to"]))
+    if isinstance(x, list):  # sizes: symbolic ones stay what they are
+        return [torch.sym_float(n) if dtype.kind == "f" else n for n in x]
+    return x.astype(dtype) if isinstance(x, np.ndarray) else x.to(torch.from_numpy(np.zeros(0, dtype)).dtype)
+
+
+def _arithmetic(function: Callable[[Any, Any], Any], of_numbers: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Of tensors, or of sizes, which stay lists of numbers."""
+
+    def combined(node: str, a: Attributes, x: Any, y: Any) -> Any:
+        if not isinstance(x, Tensor) and not isinstance(y, Tensor):
+            if not isinstance(x, list) and not isinstance(y, list):
+                return np.asarray(of_numbers(x, y))
+            left, right = _sizes(x), _sizes(y)
+            count = max(len(left), len(right))
+            left, right = (side * count if len(side) == 1 else side for side in (left, right))
+            return [of_numbers(m, n) for m, n in zip(left, right, strict=True)]
+        x, y = (_operand(node, value) for value in (x, y))
+        return function(x, y)
+
+    return combined
+
+
+def _operand(node: str, value: Any) -> Any:
+    """What meets a tensor: a tensor, or a size as the number that it is."""
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise UnsupportedOperatorError(f"{node}: a tensor and a list of sizes are not supported together")
+        return value[0]
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def _sizes(value: Any) -> list[Any]:
+    """A list of sizes as it is, constants as numbers."""
+    return value if isinstance(value, list) else np.asarray(value).reshape(-1).tolist()
+
+
+def _divided(x: Any, y: Any) -> Any:
+    """Of integers the quotient without its remainder, as in ONNX; sizes are not negative."""
+    if isinstance(x, np.ndarray) and x.dtype.kind not in "iu":
+        return x / y
+    return x / y if isinstance(x, (float, torch.SymFloat)) or isinstance(y, (float, torch.SymFloat)) else x // y
+
+
+def _quotient(x: Any, y: Any) -> Tensor:
+    whole = not any(v.is_floating_point() if isinstance(v, Tensor) else isinstance(v, float) for v in (x, y))
+    return torch.div(x, y, rounding_mode="trunc" if whole else None)
+
+
 def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda node, a, *inputs: function(*inputs)
 
@@ -206,16 +282,19 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Softmax": _softmax(torch.softmax),
     "LogSoftmax": _softmax(torch.log_softmax),
     "Clip": _clip,
-    "Add": _plain(torch.add),
-    "Sub": _plain(torch.sub),
-    "Mul": _plain(torch.mul),
-    "Div": _plain(torch.div),
+    "Add": _arithmetic(operator.add, operator.add),
+    "Sub": _arithmetic(operator.sub, operator.sub),
+    "Mul": _arithmetic(operator.mul, operator.mul),
+    "Div": _arithmetic(_quotient, _divided),
     "Pow": _plain(torch.pow),
     "Sqrt": _plain(torch.sqrt),
     "Neg": _plain(torch.neg),
     "Exp": _plain(torch.exp),
     "Identity": _plain(lambda x: x),
+    "Cast": _cast,
     "Concat": _concat,
+    "Split": _split,
+    "Slice": _slice,
     "Shape": _shape,
     "Gather": _gather,
     "Reshape": _reshape,
@@ -227,4 +306,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
 }
 
 # These take sizes and axes as Python numbers, and constants as arrays.
-TAKES_SIZES = ("Reshape", "Squeeze", "Unsqueeze", "ReduceMean", "Gather", "Concat", "Clip")
+TAKES_SIZES = (
+    *("Reshape", "Squeeze", "Unsqueeze", "ReduceMean", "Gather", "Concat", "Clip", "Slice", "Split", "Cast"),
+    *("Add", "Sub", "Mul", "Div"),
+)

@@ -410,7 +410,10 @@ def in_training_form(module: nn.Module, *args: torch.Tensor, dynamic: dict[int, 
 
 
 class Viewed(nn.Module):
-    """A Linear over three dimensions, whose weight torch.onnx transposes in the graph, and sizes made of numbers."""
+    """A Linear over three dimensions, whose weight torch.onnx transposes in the graph, and sizes made of numbers.
+
+    The channels are shuffled as in ShuffleNet: parts whose borders the graph computes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -419,6 +422,8 @@ class Viewed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = functional.max_pool2d(self.norm(self.convolution(x)), 2)
+        first, second = x.chunk(2, 1)
+        x = torch.cat([second, first], 1).view(x.size(0), 2, x.size(1) // 2, x.size(2), -1).transpose(1, 2).flatten(1)
         return self.outer(self.inner(x.view(x.size(0), 4, -1)).view(x.size(0), -1))
 
 

@@ -50,6 +50,47 @@ MODELS: dict[str, onnx.ModelProto] = {
     "no axis to reduce": scaled(node("ReduceMean", ["h"], ["y"], noop_with_empty_axes=1), opset=18),
     "every axis reduced": scaled(node("ReduceMean", ["h"], ["y"], keepdims=0)),
     "flatten at 2": scaled(node("Flatten", ["h"], ["y"], axis=2), shape=(2, 3, 4)),
+    "slice": scaled(
+        node("Slice", ["h", "first", "last", "axes", "steps"], ["y"]),
+        first=np.int64([1, -3]),
+        last=np.int64([2**63 - 1, -1]),
+        axes=np.int64([-1, 1]),
+        steps=np.int64([2, 1]),
+        shape=(2, 4, 5),
+    ),
+    "slice by attributes": scaled(node("Slice", ["h"], ["y"], starts=[0, 1], ends=[1, 9]), shape=(2, 3), opset=9),
+    "split by sizes": scaled(
+        node("Split", ["h", "sizes"], ["a", "y", "c"], axis=-1), sizes=np.int64([1, 3, 2]), shape=(2, 6)
+    ),
+    "split by attribute": scaled(node("Split", ["h"], ["a", "y"], axis=1, split=[1, 2]), opset=11),
+    "split evenly": scaled(node("Split", ["h"], ["a", "y"]), shape=(4, 3)),
+    "split by number": scaled(node("Split", ["h"], ["a", "y"], axis=1, num_outputs=2), opset=18),
+    "cast": scaled(
+        node("Cast", ["h"], ["i"], to=TensorProto.INT64),
+        node("Div", ["i", "two"], ["j"]),
+        node("Cast", ["j"], ["y"], to=TensorProto.FLOAT),
+        two=np.int64([2]),
+        shape=(20, 3),
+    ),
+    "half of a size": scaled(
+        node("Shape", ["h"], ["s"]),
+        node("Gather", ["s", "one"], ["n"]),
+        node("Add", ["n", "one"], ["o"]),
+        node("Div", ["o", "two"], ["half"]),
+        node("Slice", ["h", "one", "half", "one"], ["y"]),
+        one=np.int64([1]),
+        two=np.int64([2]),
+        shape=(2, 6),
+    ),
+    "divided by a size": scaled(
+        node("Shape", ["h"], ["s"]),
+        node("Gather", ["s", "one"], ["n"]),
+        node("Cast", ["n"], ["f"], to=TensorProto.FLOAT),
+        node("Div", ["h", "f"], ["g"]),
+        node("Mul", ["g", "root"], ["y"]),
+        one=np.int64([1]),
+        root=np.float32([0.3]),
+    ),
     "flatten at 0": scaled(node("Flatten", ["h"], ["y"], axis=0), shape=(2, 3, 4)),
 }
 
@@ -74,9 +115,13 @@ def test_the_module_computes_what_onnxruntime_does(name: str) -> None:
         ),
         (scaled(node("Dropout", ["h"], ["d", "mask"]), node("Identity", ["mask"], ["y"])), "reads mask"),
         (scaled(node("Identity", ["h"], ["y"]), opset=6), "of opset 6, expected 7 or later"),
+        (
+            scaled(node("Slice", ["h", "a", "b", "a", "a"], ["y"]), a=np.int64([-1]), b=np.int64([-9])),
+            "Slice: Slice from the end",
+        ),
         (scaled(node("Constant", [], ["s"], value_string="a"), node("Mul", ["h", "s"], ["y"])), "no dense numbers"),
     ],
-    ids=range(5),
+    ids=range(6),
 )
 def test_models_of_other_kinds_are_refused(proto: onnx.ModelProto, message: str) -> None:
     with pytest.raises(cg.UnsupportedOperatorError, match=message):
