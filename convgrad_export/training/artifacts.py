@@ -110,7 +110,8 @@ def generate_artifacts(
     Raises:
         ArgumentTypeError: an option without a meaning here (`ort_format`, `custom_op_library`, `nominal_checkpoint`), a
             name the model does not have or may not have (``step``, ``loss``), or a torch module without `args`.
-        UnsupportedOperatorError: an operator of the ONNX model that is not known, with its name.
+        UnsupportedOperatorError: an operator of the ONNX model that is not known, with its name; or the model has lost
+            parameters of the module that it was exported from, and `requires_grad` does not say what to train.
         VerificationError: a model disagrees with PyTorch; nothing was written.
     """
     for name, value in (
@@ -136,6 +137,8 @@ def generate_artifacts(
     untrained_loss_parameters(resolved, optimizer, module)
     frozen = frozen_names(module, requires_grad, frozen_params)
     parameters = trainable_parameters(module, frozen)
+    if isinstance(module, OnnxModule) and requires_grad is None:
+        module.refuse_dropped(parameters)
     chosen = None if optimizer is None else resolve_optimizer(resolve_optimizer_type(optimizer), parameters)
     shapes = dynamic_shapes if dynamic_shapes is not None else default_shapes(module, batch, resolved)
     models: dict[str, onnx.ModelProto] = {}

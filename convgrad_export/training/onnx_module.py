@@ -7,7 +7,7 @@ the caller wants to train; the statistics of BatchNormalization are buffers, eve
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ArgumentTypeError, ConvGradError, ModelFileError, UnsupportedOperatorError
+from .dropped_parameters import refuse_dropped
 from .onnx_operators import OPERATORS, TAKES_SIZES, Attributes, constant
 
 _STATISTICS = ("BatchNormalization",)
@@ -131,6 +132,14 @@ class OnnxModule(nn.Module):
     def initializers(self) -> set[str]:
         """Names of the graph's weights, statistics and constants."""
         return {*self._where, *self._constants}
+
+    def refuse_dropped(self, trained: Collection[str]) -> None:
+        """Refuse a graph without some parameters of the layers that are trained.
+
+        Raises:
+            UnsupportedOperatorError: as `dropped_parameters.refuse_dropped`.
+        """
+        refuse_dropped(self._graph, [name for name, where in self._where.items() if where in trained])
 
     def example_inputs(self) -> tuple[Tensor, ...]:
         """Random inputs of the declared shapes; for open sizes a batch of 2, and else the first that the graph takes.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,10 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 import convgrad_export as cg
+from convgrad_export.training import artifacts
 from convgrad_export.training.onnx_module import OnnxModule
 
 RANDOM = np.random.default_rng(0)
@@ -171,3 +175,32 @@ def test_biases_that_an_exporter_merged_are_refused(split: bool) -> None:
     for reader in once.graph.node:  # the same layer twice
         reader.input[:] = ["a" if name == "b" else name for name in reader.input]
     OnnxModule(once)
+
+
+class Folded(nn.Module):
+    """Of which torch.onnx's newer exporter drops a zero bias, folds a BatchNorm, and transposes a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2)
+        self.second, self.scores = nn.Conv2d(2, 3, 3), nn.Linear(4, 5)
+        nn.init.normal_(self.norm.bias)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scores(self.second(self.norm(self.first(x)).relu()).flatten(2))
+
+
+def test_parameters_that_an_exporter_dropped_are_named(tmp_path: Path) -> None:
+    program = torch.onnx.export(Folded().eval(), (torch.randn(2, 1, 6, 6),), dynamo=True, verbose=False)
+    assert program is not None
+    proto = program.model_proto
+    write = functools.partial(artifacts.generate_artifacts, proto, loss="mse", artifact_directory=tmp_path)
+    message = r"has no norm\.weight, norm\.bias, second\.bias, which the module has.*name it in requires_grad"
+    with pytest.raises(cg.UnsupportedOperatorError, match=message):
+        write()
+    with pytest.raises(cg.UnsupportedOperatorError, match=r"has no second\.bias, which"):
+        write(frozen_params=["first.weight", "first.weight_bias"])
+    assert not list(tmp_path.iterdir())
+    write(frozen_params=["first.weight", "first.weight_bias", "second.weight"])
+    write(requires_grad=["first.weight", "second.weight"])
