@@ -1,8 +1,10 @@
 """Convolutions whose second derivative leaves dynamic sizes open, for a second trace where PyTorch's fixed one.
 
 PyTorch's own, `_convolution_double_backward`, reads sizes as Python numbers where a weight is differentiated twice or
-the convolution has groups. The gradients are bilinear: with cotangents V of grad_input, U of grad_weight and b of
-grad_bias,
+the convolution has groups. Elsewhere it takes a cotangent for a weight, which has the batch for channels: the slowest
+form of a weight's gradient, and for a dynamic batch one that float64, for which onnxruntime has no kernel, lacks.
+
+The gradients are bilinear: with cotangents V of grad_input, U of grad_weight and b of grad_bias,
 
     d/d grad_output = conv(V, weight) + conv(input, U) + b
     d/d weight      = grad_weight(V, grad_output)
@@ -149,6 +151,19 @@ def _transposed(rank: int) -> Callable[..., Tensor]:
 
     return transposed
 
+
+def has_open_weights(graph_module: torch.fx.GraphModule) -> bool:
+    """Whether a convolution's weight has a dynamic size, or one of its gradients' weights."""
+    for node in graph_module.graph.nodes:
+        if (place := _WEIGHT.get(node.target)) is not None:
+            weight = node.args[place].meta["val"]
+            if any(isinstance(size, torch.SymInt) for size in weight.shape):
+                return True
+    return False
+
+
+# Where the weight stands among the arguments.
+_WEIGHT = {aten.convolution.default: 1, aten.convolution_backward.default: 2}
 
 CONVOLUTIONS: Mapping[Any, Callable[..., Tensor]] = {
     functional.conv1d: _convolution(1),

@@ -42,6 +42,7 @@ from convgrad_export.errors import (
 )
 from convgrad_export.integrations.compiled_modules import as_written
 from convgrad_export.integrations.concatenated_statistics import concatenated_statistics
+from convgrad_export.integrations.convolutions_in_steps import has_open_weights
 from convgrad_export.integrations.differentiable import DifferentiableReplacements
 from convgrad_export.integrations.fake_inputs import (
     TracedSizes,
@@ -111,12 +112,17 @@ def trace_function(
         if isinstance(error, CaptureError) and _OPEN_SIZES not in str(error):
             raise
         first = error
-    if replacements.fused and (isinstance(first, ConvGradError) or narrowed_by_autograd(first.shape_env)):
+    if replacements.fused and (isinstance(first, ConvGradError) or _is_narrow(first)):
         with contextlib.suppress(ConvGradError):
             return _traced(function, inputs, decompositions, DifferentiableReplacements(in_steps=True))
     if isinstance(first, ConvGradError):
         raise first
     return first
+
+
+def _is_narrow(program: CapturedProgram) -> bool:
+    """Whether a derivative of PyTorch's own holds for some sizes only, or on some runtimes."""
+    return narrowed_by_autograd(program.shape_env) or has_open_weights(program.graph_module)
 
 
 def _traced(

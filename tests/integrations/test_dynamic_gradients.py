@@ -141,6 +141,15 @@ def test_a_strided_gradient_penalty_takes_heights_with_another_remainder() -> No
     assert [size["h"] for size in report.verified_sizes] == [9, 10]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_penalty_takes_any_batch(dtype: torch.dtype) -> None:
+    """PyTorch's second derivative took a cotangent for a weight with the batch as its channels."""
+    penalty = Penalty(nn.Conv2d(4, 4, 2, stride=2)).to(dtype)
+    x = image(2, 3, 9, 8).to(dtype)
+    report = cg.export_gradient(penalty, (x,), wrt="parameters", dynamic_shapes={"input": {0: "n"}})
+    assert [size["n"] for size in report.verified_sizes] == [2, 3]
+
+
 def test_norms_stay_fused_where_nothing_needs_their_second_derivative() -> None:
     report = exported(nn.BatchNorm2d(4), image(2, 4, 9, 8), {0: "n"})
     assert report.operators["BatchNormalization"] == 2
