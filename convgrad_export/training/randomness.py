@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ..errors import ArgumentTypeError, DTypeError, GeometryError, UnsupportedOperatorError
+from ..errors import ArgumentTypeError, DTypeError, GeometryError
 from ..integrations.decompositions import rrelu_slope
 from ..integrations.packed import RECURRENT, PackedSequences, is_missing, unchecked_sizes
-from . import attention
+from . import attention, random_functions
 
-Replacement = Callable[..., Any]
+Replacement = random_functions.Replacement
 _P = 2**31 - 1
 _MULTIPLIER = 48271
 _DRAW_MULTIPLIER = 69621  # from the same paper
@@ -122,6 +122,31 @@ class SeededRandomness(TorchFunctionMode):
         if kept < _BITS:
             numbers = torch.div(numbers, 2 ** (_BITS - kept), rounding_mode="floor")
         return numbers.to(dtype) * 2.0**-kept
+
+    def normal(self, shape: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        """The next two draws as normally distributed numbers (Box and Muller, Ann. Math. Stat. 29, 1958).
+
+        Raises:
+            DTypeError: no floating-point dtype.
+        """
+        if dtype not in _SIGNIFICANT:
+            raise DTypeError(f"normally distributed numbers were asked for in {dtype}, expected a floating-point dtype")
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        radius = (-2.0 * torch.log(1.0 - self.uniform(shape, wide))).sqrt()  # of (0, 1]
+        return (radius * torch.cos(2.0 * math.pi * self.uniform(shape, wide))).to(dtype)
+
+    def integers(self, shape: Sequence[Any], low: Any, high: Any) -> Tensor:
+        """The next draw as int64 numbers from `low` on, below `high`.
+
+        Raises:
+            ArgumentTypeError: none or more numbers than the draws tell apart.
+        """
+        span = high - low
+        if isinstance(span, int) and not 1 <= span <= 2**_BITS:
+            raise ArgumentTypeError(
+                f"random integers were asked for from {low} to below {high}, expected 1 to 2**{_BITS} numbers"
+            )
+        return torch.div(self.bits(shape) * span, 2**_BITS, rounding_mode="floor") + low
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -268,75 +293,6 @@ def _multi_head_attention(mode: SeededRandomness, *args: Any, **kwargs: Any) -> 
         return attention.multi_head_attention_forward(*args, **kwargs)
 
 
-def _refuse(function: str, **given: Any) -> None:
-    """Refuse options that ask for other numbers than the seed's, or for another place.
-
-    Raises:
-        UnsupportedOperatorError: one of `given` is set.
-    """
-    if refused := [f"{name}={value!r}" for name, value in given.items() if value is not None and value is not False]:
-        raise UnsupportedOperatorError(
-            f"{function} was called with {', '.join(refused)} in the forward of a training step, which draws from its "
-            "seed input into new tensors on the CPU: leave the argument out"
-        )
-
-
-def _check_place(function: str, layout: Any, device: Any, pin_memory: Any) -> None:
-    elsewhere = device if device is not None and torch.device(device).type != "cpu" else None
-    _refuse(function, layout=layout if layout is not torch.strided else None, device=elsewhere, pin_memory=pin_memory)
-
-
-def _bernoulli_(mode: SeededRandomness, tensor: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
-    _refuse("Tensor.bernoulli_", generator=generator)
-    tensor.copy_(mode.keep(tensor, tensor.shape, p))
-    return tensor
-
-
-def _bernoulli(
-    mode: SeededRandomness, input: Tensor, p: Any = None, *, generator: Any = None, out: Any = None
-) -> Tensor:
-    _refuse("torch.bernoulli", generator=generator, out=out)
-    return mode.keep(input, input.shape, input if p is None else p)
-
-
-def _rand_like(
-    mode: SeededRandomness,
-    input: Tensor,
-    *,
-    dtype: torch.dtype | None = None,
-    layout: Any = None,
-    device: Any = None,
-    requires_grad: bool = False,
-    pin_memory: bool = False,
-    memory_format: Any = None,
-) -> Tensor:
-    # The order in memory changes no value; ONNX has one order only.
-    _check_place("torch.rand_like", layout, device, pin_memory)
-    drawn = mode.uniform(input.shape, dtype or input.dtype)
-    return drawn.requires_grad_() if requires_grad else drawn
-
-
-def _rand(
-    mode: SeededRandomness,
-    *sizes: Any,
-    size: Sequence[Any] | None = None,
-    generator: Any = None,
-    names: Any = None,
-    out: Any = None,
-    dtype: torch.dtype | None = None,
-    layout: Any = None,
-    device: Any = None,
-    requires_grad: bool = False,
-    pin_memory: bool = False,
-) -> Tensor:
-    _refuse("torch.rand", generator=generator, names=names, out=out)
-    _check_place("torch.rand", layout, device, pin_memory)
-    if size is None:
-        size = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-    drawn = mode.uniform(size, dtype or torch.get_default_dtype())
-    return drawn.requires_grad_() if requires_grad else drawn
-
-
 def _rrelu(
     mode: SeededRandomness,
     input: Tensor,
@@ -361,7 +317,7 @@ def _plain_rrelu(
     *,
     inplace: bool = False,
 ) -> Tensor:
-    _refuse("torch.rrelu", generator=generator)
+    random_functions.refuse("torch.rrelu", generator=generator)
     return _rrelu(mode, input, lower, upper, training, inplace)
 
 
@@ -381,11 +337,7 @@ _REPLACEMENTS: Mapping[Any, Replacement] = {
     torch._pad_packed_sequence: lambda mode, *args: mode.packed.pad(*args),
     functional.scaled_dot_product_attention: _scaled_dot_product_attention,
     functional.multi_head_attention_forward: _multi_head_attention,
-    torch.Tensor.bernoulli_: _bernoulli_,
-    torch.bernoulli: _bernoulli,
-    torch.Tensor.bernoulli: _bernoulli,
-    torch.rand_like: _rand_like,
-    torch.rand: _rand,
+    **random_functions.REPLACEMENTS,
     functional.rrelu: _rrelu,
     torch.rrelu: _plain_rrelu,
     torch.rrelu_: functools.partial(_plain_rrelu, inplace=True),

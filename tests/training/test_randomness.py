@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,36 @@ def test_seeds_steps_and_draws_are_uncorrelated(other: SeededRandomness) -> None
     assert abs(np.corrcoef(a, b)[0, 1]) < 0.02
     assert abs(np.corrcoef(a, c)[0, 1]) < 0.02
     assert (a == b).mean() < 1e-3
+
+
+def test_normal_numbers_are_distributed_so() -> None:
+    count = 200_000
+    with mode(5):
+        drawn, other = torch.randn(count, dtype=torch.float64), torch.randn(count, dtype=torch.float64)
+    places = (torch.arange(count) + 0.5) / count
+    # Kolmogorov and Smirnov: beyond 1.95 with probability below 1e-3
+    assert (torch.special.ndtr(drawn.sort()[0]) - places).abs().max() * math.sqrt(count) < 1.95
+    for product in (drawn * other, drawn[1:] * drawn[:-1]):
+        assert abs(product.mean().item()) < 4 / math.sqrt(count)
+
+
+def test_integers_permutations_and_exponential_numbers() -> None:
+    with mode():
+        counts = torch.randint(-2, 5, (70_000,)).unique(return_counts=True)
+        assert counts[0].tolist() == list(range(-2, 5))
+        assert (counts[1] - 10_000).abs().max() < 500
+        assert [torch.randint(3, (4,)).shape, torch.randint(1, high=3, size=(4,)).shape] == [(4,), (4,)]
+        assert torch.randint_like(torch.zeros(3), 7).dtype == torch.float32
+        order = torch.randperm(1000)
+        assert order.sort()[0].tolist() == list(range(1000)) != order.tolist()
+        times = torch.empty(100_000).exponential_(2.0)
+        assert times.min() > 0
+        assert abs(times.mean().item() - 0.5) < 0.01
+        limits = torch.empty(10_000).uniform_(-1, 3)
+        assert (limits.min() >= -1, limits.max() < 3, abs(limits.mean().item() - 1) < 0.05) == (True, True, True)
+        assert torch.empty(100).uniform_(**{"from": 2, "to": 3}).min() >= 2
+        assert torch.normal(torch.zeros(2, 1), torch.ones(3)).shape == (2, 3)
+        assert abs(torch.normal(4.0, 2.0, (10_000,)).mean().item() - 4) < 0.1
 
 
 def test_dropout_keeps_the_mean_and_scales() -> None:
@@ -85,6 +116,38 @@ def test_the_exported_step_draws_what_pytorch_draws() -> None:
         loss = session.step(*batch)["loss"]
         with SeededRandomness(torch.tensor(5), torch.tensor(step)), torch.no_grad():
             assert functional.mse_loss(module(batch[0]), batch[1]).item() == pytest.approx(loss, rel=1e-5)
+
+
+class Diffusion(nn.Module):
+    """Noise of a drawn strength, a mixture with other samples, and a latent variable, all from the seed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.mean, self.scores = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(5, 3), nn.Linear(3, 5)
+        self.strength = nn.Embedding(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        time = torch.randint(0, 10, (x.shape[0],))
+        mixed = x + 0.5 * x[torch.randperm(x.shape[0])] * torch.empty(()).uniform_(0.2, 0.8)
+        noise = torch.randn_like(mixed) * 0.1 + torch.randn(x.shape[0], 1, 1, 1, dtype=x.dtype)
+        hidden = (self.conv(mixed + noise) + self.strength(time)[:, :, None, None]).tanh()
+        mean = self.mean(hidden)
+        latent = mean + torch.empty_like(mean).normal_() * torch.distributions.Normal(mean, 1.0).rsample()
+        return self.scores(functional.gumbel_softmax(latent, hard=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_and_times_are_drawn_from_the_seed(dtype: torch.dtype) -> None:
+    module, rtol = Diffusion().to(dtype), 1e-5 if dtype == torch.float32 else 1e-10
+    batch = (torch.randn(3, 2, 4, 5, dtype=dtype), torch.randn(3, 4, 4, 5, dtype=dtype))
+    report = cg.export_training_step(module, "mse", "sgd", batch, dynamic_shapes={"x": {0: "n"}, "target": {0: "n"}})
+    assert len(report.verified_sizes) == 2
+    session = cg.TrainingSession(report.model, report.state, learning_rate=0.0, seed=5)
+    losses = [session.step(*batch)["loss"] for _ in range(3)]
+    assert len(set(map(float, losses))) == 3
+    for step, loss in enumerate(losses):
+        with SeededRandomness(torch.tensor(5), torch.tensor(step)), torch.no_grad():
+            assert functional.mse_loss(module(batch[0]), batch[1]).item() == pytest.approx(float(loss), rel=rtol)
 
 
 class Applied(nn.Module):
@@ -383,6 +446,11 @@ def test_half_dtypes_draw_numbers_below_one(dtype: torch.dtype) -> None:
         (lambda x: functional.dropout(x, -0.5), cg.ArgumentTypeError, "p is -0.5"),
         (lambda x: functional.dropout1d(x, 0.5), cg.GeometryError, "dropout1d: input has 1 dim"),
         (lambda x: torch.rand_like(x, nothing=1), TypeError, "nothing"),
+        (lambda x: torch.randn(2, generator=torch.Generator()), cg.UnsupportedOperatorError, "randn.*generator="),
+        (lambda x: torch.randn(2, dtype=torch.int64), cg.DTypeError, "normally.*int64"),
+        (lambda x: x.normal_(generator=torch.Generator()), cg.UnsupportedOperatorError, "normal_.*generator"),
+        (lambda x: torch.randint(2**30, (2,)), cg.ArgumentTypeError, r"from 0 to below 1073741824, expected 1 to"),
+        (lambda x: torch.randint(3, 3, (2,)), cg.ArgumentTypeError, "from 3 to below 3"),
     ],
 )
 def test_what_a_seed_cannot_give_is_refused(call: Callable[[Tensor], Any], error: type, message: str) -> None:
