@@ -70,11 +70,12 @@ class RandomRounding(TorchDispatchMode):
 
     def _drawn(self, count: int) -> torch.Tensor:
         """Factors around 1 from one long sequence, at a random place: drawing anew would take most of the time."""
-        if self._factors.numel() < count + _PLACES:
-            fresh = torch.rand(count + _PLACES, generator=self._generator, dtype=torch.float32).double()
-            self._factors = fresh.mul_(2).sub_(1).mul_(self._amount).add_(1)
-        start = int(torch.randint(_PLACES, (), generator=self._generator))
-        return self._factors[start : start + count]
+        with torch._C.DisableTorchFunction():  # a training step's random numbers are a mode's, in backward passes too
+            if self._factors.numel() < count + _PLACES:
+                fresh = torch.rand(count + _PLACES, generator=self._generator, dtype=torch.float32).double()
+                self._factors = fresh.mul_(2).sub_(1).mul_(self._amount).add_(1)
+            start = int(torch.randint(_PLACES, (), generator=self._generator))
+            return self._factors[start : start + count]
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
