@@ -19,6 +19,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
   (`exact_decompositions.py`).
 - amax and amin without axes: the translation asks for some.
 - sum, cumsum: ONNX adds up neither booleans nor small integers. max along an axis: ArgMax takes no booleans.
+- linalg_matrix_exp, linalg_householder_product: no translation (`linear_algebra.py`).
 - as_strided_scatter, diagonal_scatter, unfold_backward, median, hypot, copysign, rrelu, the product of Bilinear: no
   translation.
 - erfc, erfcx: no digit is right for large arguments (`error_functions.py`).
@@ -51,6 +52,7 @@ from convgrad_export.integrations import (
     exact_decompositions,
     float64_decompositions,
     interpolation,
+    linear_algebra,
     max_pooling_decompositions,
     normalization_decompositions,
     pooling_decompositions,
@@ -402,6 +404,7 @@ OWN: Table = {
     **error_functions.TABLE,
     **exact_decompositions.TABLE,
     **interpolation.TABLE,
+    **linear_algebra.TABLE,
     **normalization_decompositions.TABLE,
     **pooling_decompositions.TABLE,
     **max_pooling_decompositions.TABLE,
