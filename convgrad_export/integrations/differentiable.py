@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from .computed_numbers import OF_COMPUTED, takes_computed
 from .convolutions_in_steps import CONVOLUTIONS
 from .grid_sampling import affine_grid, affine_grid_generator, grid_sample, grid_sampler
 from .interpolation import interpolate
@@ -148,6 +149,8 @@ _IN_STEPS: Mapping[Any, Callable[..., Any]] = {**NORMS, **CONVOLUTIONS}
 class DifferentiableReplacements(TorchFunctionMode):
     """While active, calls of the functions above run their replacement, as do norms in forward-mode derivatives.
 
+    So do those that take a number which the forward computes (`computed_numbers.py`).
+
     Args:
         in_steps: Convolutions, batch and instance norms, too, whose second derivatives would fix a size: see
             `convolutions_in_steps.py` and `norms_in_steps.py`.
@@ -169,4 +172,6 @@ class DifferentiableReplacements(TorchFunctionMode):
             func = _IN_STEPS[func] if self._in_steps else func
         if forward:
             func = FORWARD_NORMS.get(func, func)
+        if func in OF_COMPUTED and takes_computed(*args, *(kwargs or {}).values()):
+            func = OF_COMPUTED[func]
         return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))

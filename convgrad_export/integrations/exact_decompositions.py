@@ -85,8 +85,16 @@ def remainder(x: Tensor, y: Tensor | float) -> Tensor:
     """From fmod, which is exact; x - floor(x / y) * y is off by the rounding of x, and not below y for large ones."""
     if not x.dtype.is_floating_point or (isinstance(y, Tensor) and y.dtype != x.dtype):
         return NotImplemented
+    if isinstance(y, torch.SymFloat):  # computed by the forward: of no sign yet
+        y = torch.scalar_tensor(y, dtype=x.dtype, device=x.device)
     rest = torch.fmod(x, y)
     return torch.where((rest != 0) & ((rest < 0) != (y < 0)), rest + y, rest)
+
+
+def power(x: Tensor, y: Tensor) -> Tensor:
+    """ONNX gives the result the type of the base."""
+    common = torch.result_type(x, y)
+    return NotImplemented if x.dtype == common else torch.pow(x.to(common), y)
 
 
 def signbit(x: Tensor) -> Tensor:
@@ -126,6 +134,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.logcumsumexp.default: logcumsumexp,
     aten.remainder.Tensor: remainder,
     aten.remainder.Scalar: remainder,
+    aten.pow.Tensor_Tensor: power,
     aten.signbit.default: signbit,
     aten.copysign.Tensor: copysign,
     aten.copysign.Scalar: copysign,

@@ -52,9 +52,13 @@ def scalars_to_tensors(graph: torch.fx.Graph) -> None:
         if not any(symbolic):
             continue
         tensors = [a.meta["val"] for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
-        like = next((tensor for tensor in tensors if tensor.dtype != torch.bool), None)
-        if like is None or (not like.dtype.is_floating_point and any(_is_float(a) for a in node.args)):
-            continue  # the result has another type than the tensor
+        like = next((tensor for tensor in tensors if tensor.dtype != torch.bool), node.meta["val"])
+        if not like.dtype.is_floating_point and any(_is_float(a) for a in node.args):
+            like = node.meta["val"]  # the result has another type than the tensor
+            if not like.dtype.is_floating_point:
+                continue
+            with graph.inserting_before(node):
+                node.args = tuple(_in_type(graph, a, like) for a in node.args)
         if node.target is aten.clamp.default:  # both limits of one kind
             symbolic = [found or isinstance(a, (int, float)) for a, found in zip(node.args, symbolic, strict=True)]
         with graph.inserting_before(node):
@@ -66,6 +70,15 @@ def scalars_to_tensors(graph: torch.fx.Graph) -> None:
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, torch.fx.Node) and isinstance(value.meta.get("val"), torch.SymFloat)
+
+
+def _in_type(graph: torch.fx.Graph, value: Any, like: torch.Tensor) -> Any:
+    """A tensor in the type of `like`; what is none as it is."""
+    if not isinstance(value, torch.fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):
+        return value
+    result = graph.call_function(aten._to_copy.default, (value,), {"dtype": like.dtype})
+    result.meta["val"] = value.meta["val"].new_empty(value.meta["val"].shape, dtype=like.dtype)
+    return result
 
 
 def _tensor(graph: torch.fx.Graph, value: Any, like: torch.Tensor) -> torch.fx.Node:

@@ -245,7 +245,8 @@ def _record(
         if type(error).__name__ == "GuardOnDataDependentSymNode":
             raise CaptureError(
                 f"{where}: the forward takes a Python decision on a tensor's values, and a graph would hold one of its "
-                "branches only. Compute both and choose with torch.where, or move the decision out of the forward."
+                "branches only. Compute both and choose with torch.where, or move the decision out of the forward. "
+                "(Functions of PyTorch's decide on a number from item() too: compute with the tensor there.)"
             ) from error
         if isinstance(error, (DynamicOutputShapeException, UnsupportedOperatorException)):
             raise UnsupportedOperatorError(
