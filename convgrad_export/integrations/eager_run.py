@@ -5,6 +5,9 @@ module that casts (`images.float() / 255`), makes a float32 tensor (`torch.arang
 that is no parameter would bring float32 back in, and most operators refuse two types at once. `WidenedCasts` reads
 every such type as the wider one while the function runs.
 
+PyTorch's backward kernel of batch norms is wrong for some layouts of its operands; here it never sees them
+(`CanonicalLayouts`).
+
 A module that does not run in float64 all the same (it asserts its input's type, or reads a float32 bit by bit) is run
 in its own types, and the run says so.
 """
@@ -62,6 +65,21 @@ class WidenedCasts(TorchDispatchMode):
         if isinstance(leaf, torch.Tensor) and leaf.dtype in self._wider:
             return leaf.to(self._wider[leaf.dtype])
         return leaf
+
+
+class CanonicalLayouts(TorchDispatchMode):
+    """While active, the backward kernel of batch norms gets its operands in rows, whatever strides they came with.
+
+    torch 2.13's takes the gradient's memory for that of the input's layout, or the other way round, where the one is
+    channels last and the other is not: of one sample that is flattened and transposed behind the norm, say.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.native_batch_norm_backward.default:
+            args = (*(operand.clone(memory_format=torch.contiguous_format) for operand in args[:2]), *args[2:])
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -140,7 +158,7 @@ def _run(
         values[spec.name] = moved.requires_grad_(spec.value.requires_grad)
     casts = contextlib.nullcontext() if dtype is None else WidenedCasts(dtype)
     default = dtype or torch.get_default_dtype()
-    with as_written(), computing_in(default, onednn=False), torch.enable_grad(), casts:
+    with as_written(), computing_in(default, onednn=False), torch.enable_grad(), casts, CanonicalLayouts():
         outputs = program.function(values)
     return {output.spec.name: output.tensor.detach() for output in outputs}
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..integrations.eager_run import WidenedCasts, computing_in
+from ..integrations.eager_run import CanonicalLayouts, WidenedCasts, computing_in
 from .backward import gradients
 from .losses import Loss
 from .randomness import SeededRandomness
@@ -68,7 +68,7 @@ def train_with_pytorch(
             target = target.to(dtype) if target.is_floating_point() else target
             optimizer.zero_grad()
             wide = WidenedCasts(dtype) if dtype == torch.float64 else contextlib.nullcontext()
-            with SeededRandomness(torch.tensor(seed), torch.tensor(step)), wide:
+            with SeededRandomness(torch.tensor(seed), torch.tensor(step)), wide, CanonicalLayouts():
                 value = loss.call(own(*inputs), target)
                 # in here for parts that are computed again, and not by value.backward(), which leaves the mode
                 found = gradients(value, parameters)

@@ -316,6 +316,23 @@ def test_a_module_that_refuses_float64_is_compared_in_its_own_types() -> None:
         verification.compare(Answers(program, wrong), program, {"x": image()})
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_one_normalized_sample_that_is_transposed_is_compared_with_its_right_gradient(train: bool) -> None:
+    """torch 2.13's kernel takes the gradient for channels last, or for rows, when the input is the other one."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(6).train(train)
+    nn.init.uniform_(norm.weight, 0.5, 2.0)
+    module = Around(lambda norm, x: norm(x).flatten(2).mT.tanh() * torch.arange(6), norm)
+    x = torch.randn(1, 6, 4, 5)
+    report = cg.export_gradient(module, (x,))
+    (actual,) = cg.GradientSession(report.model).run(["x.grad"], {"x": x})
+    exact = x.double().requires_grad_()
+    variance, mean = torch.var_mean(exact, (0, 2, 3), correction=0, keepdim=True) if train else (torch.ones(1), 0.0)
+    normalized = (exact - mean) * norm.weight.reshape(6, 1, 1) / (variance + norm.eps).sqrt()
+    (expected,) = torch.autograd.grad((normalized.tanh() * torch.arange(6).reshape(6, 1, 1)).sum(), exact)
+    torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-5)
+
+
 def test_a_module_that_fails_on_fresh_values_is_refused_with_its_message() -> None:
     calls: list[None] = []
 
