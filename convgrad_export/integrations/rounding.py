@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _PLACES = 4096
+# Of the last place, by which results are moved that are in a coarser type than the amount.
+_UNITS = 4.0
 _COPIES = (torch.ops.aten.clone.default, torch.ops.aten.lift_fresh_copy.default)
 # Kernels that subtract means inside, where no rounding would be seen: a sum of what they return cancels.
 _TAKEN_APART = get_decompositions([
@@ -32,6 +34,7 @@ class RandomRounding(TorchDispatchMode):
     """While active, operators' floating-point results are moved by up to `amount` of themselves, element by element.
 
     Elements that `storage` holds exactly stay: zeros, indices, positions on a grid, and whatever else does not round.
+    What a float64 module computes in float32 (a timestep's embedding) moves by float32's rounding instead.
 
     Args:
         amount: relative, several units of the last place of the arithmetic that is imitated.
@@ -63,9 +66,14 @@ class RandomRounding(TorchDispatchMode):
         return result
 
     def _round(self, tensor: torch.Tensor) -> None:
-        factors = self._drawn(tensor.numel()).to(tensor.dtype).view(tensor.shape)
+        factors = self._drawn(tensor.numel())
+        coarser = torch.finfo(tensor.dtype).eps / self._amount
+        if coarser > 1.0:
+            factors = (factors - 1.0) * (_UNITS * coarser) + 1.0
+        factors = factors.to(tensor.dtype).view(tensor.shape)
         if self._storage is not None:
-            factors = factors.masked_fill(tensor.to(self._storage) == tensor, 1.0)
+            exact = tensor.to(self._storage) == tensor if coarser <= 1.0 else _is_short(tensor)
+            factors = factors.masked_fill(exact, 1.0)
         tensor.mul_(factors)  # not added to: an infinity, of a mask, say, stays one
 
     def _drawn(self, count: int) -> torch.Tensor:
@@ -76,6 +84,11 @@ class RandomRounding(TorchDispatchMode):
                 self._factors = fresh.mul_(2).sub_(1).mul_(self._amount).add_(1)
             start = int(torch.randint(_PLACES, (), generator=self._generator))
             return self._factors[start : start + count]
+
+
+def _is_short(tensor: torch.Tensor) -> torch.Tensor:
+    """Where a number is whole, or of so few digits that no operator has rounded it."""
+    return (tensor == tensor.round()) | (tensor.to(torch.bfloat16) == tensor)
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:

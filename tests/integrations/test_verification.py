@@ -254,6 +254,11 @@ CASTING: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], nn.Module, Tenso
         nn.Conv2d(3, 3, 3),
         image(2, 3, 6, 6),
     ),
+    "timesteps of float64": (
+        lambda layer, t: layer((t[:, None].float() * torch.exp(-torch.arange(64) / 8)).sin().double()),
+        nn.Linear(64, 3).double(),
+        torch.tensor([700, 40]),
+    ),
     "float32 inside float64": (
         lambda layer, x: layer(x.float().double()),
         nn.Conv2d(3, 3, 3).double(),
