@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from .computed_numbers import OF_COMPUTED, takes_computed
 from .convolutions_in_steps import CONVOLUTIONS
+from .embedding_bags import embedding_bag
 from .grid_sampling import affine_grid, affine_grid_generator, grid_sample, grid_sampler
 from .interpolation import interpolate
 from .norms_in_steps import FORWARD_NORMS, NORMS
@@ -139,6 +140,7 @@ _REPLACEMENTS: Mapping[Any, Callable[..., Tensor]] = {
     torch.nn.functional.multilabel_margin_loss: multilabel_margin_loss,
     torch.nn.functional.interpolate: interpolate,
     torch.nn.functional.embedding: embedding,
+    torch.nn.functional.embedding_bag: embedding_bag,
     torch.max_pool1d: max_pool1d,
     torch.nn.functional.max_pool1d: max_pool1d,
 }

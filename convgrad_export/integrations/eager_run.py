@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from convgrad_export.errors import ConvGradError, VerificationError
 from convgrad_export.integrations.compiled_modules import as_written
-from convgrad_export.integrations.program import CapturedProgram
+from convgrad_export.integrations.fresh_inputs import in_order
+from convgrad_export.integrations.program import CapturedProgram, GraphInput
 
 _BITS = (torch.ops.aten.view.dtype,)  # another type for the same bytes: no cast
 
@@ -131,6 +132,20 @@ def run_eagerly(
     if note not in program.notes:
         program.notes.append(note)
     return EagerRun(outputs, refusal)
+
+
+def taken(
+    program: CapturedProgram, users: Sequence[GraphInput], fresh: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Drawn inputs, or the same in an order that the example's have, where PyTorch refuses them otherwise."""
+    ordered = in_order(users, fresh)
+    if not ordered:
+        return fresh
+    try:
+        run_eagerly(program, fresh, torch.float64)
+    except VerificationError:
+        return fresh | ordered
+    return fresh
 
 
 def eager(

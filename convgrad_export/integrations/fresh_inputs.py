@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -38,6 +38,28 @@ def fresh_input(spec: GraphInput, shape: Sequence[int], random: np.random.Genera
         noise = torch.from_numpy(np.asarray(random.uniform(0.0, 1.0, tuple(shape)))).to(example.dtype)
         drawn = drawn * (1 - 0.1 * noise) if bool(values[0]) else drawn + noise
     return drawn
+
+
+def in_order(users: Sequence[GraphInput], fresh: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Drawn integers in ascending order, from the example's first to its last one, where the example's are.
+
+    They may be places where parts begin: the offsets of an `EmbeddingBag`, whose first one has to be 0.
+
+    Returns:
+        Those inputs alone that had to be changed for it, by name.
+    """
+    changed = {}
+    for spec in users:
+        example, drawn = spec.value.detach(), fresh[spec.name]
+        if example.dtype not in (torch.int32, torch.int64) or example.dim() != 1 or not drawn.numel():
+            continue
+        if example.numel() < 2 or not bool((example.diff() >= 0).all()):
+            continue
+        ordered = drawn.sort()[0]
+        ordered[-1], ordered[0] = example[-1], example[0]
+        if not torch.equal(ordered, drawn):
+            changed[spec.name] = ordered
+    return changed
 
 
 def _drawn(values: torch.Tensor, count: int, random: np.random.Generator) -> torch.Tensor:

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from convgrad_export.errors import VerificationError
-from convgrad_export.integrations.eager_run import EagerRun, eager, is_double, run_eagerly
+from convgrad_export.integrations.eager_run import EagerRun, eager, is_double, run_eagerly, taken
 from convgrad_export.integrations.fresh_inputs import fresh_input
 from convgrad_export.integrations.not_numbers import (
     REDRAWS,
@@ -169,7 +169,7 @@ def verify(runner: Any, program: CapturedProgram, *, samples: int = 3) -> Verifi
     for number in range(samples + REDRAWS):
         if number >= samples and not undecided(program, errors):
             break
-        fresh = {spec.name: fresh_input(spec, spec.value.shape, random) for spec in users}
+        fresh = taken(program, users, {spec.name: fresh_input(spec, spec.value.shape, random) for spec in users})
         errors = merged(errors, compare(runner, program, fresh))
     require_numbers(program, errors)
     return other_sizes(program, users, random, functools.partial(compare, runner, program), errors)

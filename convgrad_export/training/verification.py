@@ -26,7 +26,7 @@ import onnx_ir as ir
 import torch
 
 from ..errors import VerificationError
-from ..integrations.eager_run import EagerRun, eager, perturbed, run_eagerly
+from ..integrations.eager_run import EagerRun, eager, perturbed, run_eagerly, taken
 from ..integrations.fresh_inputs import fresh_input
 from ..integrations.not_numbers import REDRAWS, agreeing, require_numbers, says_nothing, undecided, without
 from ..integrations.other_sizes import Verification, other_sizes
@@ -96,6 +96,7 @@ def verify_step(
             values = torch.from_numpy(random.standard_normal(tuple(state[name].shape)))
             current[name] = values.to(state[name].dtype)
         inputs = {spec.name: fresh_input(spec, spec.value.shape, random) for spec in batch} | others(number)
+        inputs = taken(_with_values(program, current), batch, inputs)
         actual = _run(runner, program, inputs, current, what)
         errors = merged(errors, _compare(program, inputs, current, actual, what))
         updated = {n.removesuffix(UPDATED): np.array(value) for n, value in actual.items() if n.endswith(UPDATED)}
