@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from convgrad_export.errors import DynamicShapeError
+
 from .computed_numbers import OF_COMPUTED, takes_computed
 from .convolutions_in_steps import CONVOLUTIONS
 from .embedding_bags import embedding_bag
 from .grid_sampling import affine_grid, affine_grid_generator, grid_sample, grid_sampler
 from .interpolation import interpolate
 from .norms_in_steps import FORWARD_NORMS, NORMS
+from .places import present_place
 
 
 def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
@@ -129,12 +132,28 @@ def embedding(
     return torch.nn.functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
 
 
-_REPLACEMENTS: Mapping[Any, Callable[..., Tensor]] = {
+def length(input: Tensor) -> int:
+    """Python makes a number of what `len` returns, and of the dynamic size with it.
+
+    Raises:
+        DynamicShapeError: the first dimension is dynamic.
+    """
+    if input.dim() and isinstance(input.shape[0], torch.SymInt):
+        raise DynamicShapeError(
+            f"{present_place()}: len() of a tensor whose first dimension is dynamic (list() calls it, too) makes a "
+            "fixed number of it, the example's. Write x.shape[0] or x.size(0) instead of len(x), or declare the "
+            "dimension static"
+        )
+    return len(input)
+
+
+_REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     torch.grid_sampler: grid_sampler,
     torch.nn.functional.grid_sample: grid_sample,
     torch.affine_grid_generator: affine_grid_generator,
     torch.nn.functional.affine_grid: affine_grid,
     torch.cdist: cdist,
+    Tensor.__len__: length,
     torch.nn.functional.gaussian_nll_loss: gaussian_nll_loss,
     torch.nn.functional.multi_margin_loss: multi_margin_loss,
     torch.nn.functional.multilabel_margin_loss: multilabel_margin_loss,

@@ -114,8 +114,8 @@ def check_dynamic(
                 raise DynamicShapeError(
                     f"dimension {axis} of {spec.name!r} was declared dynamic ({label!r}), but the forward only works "
                     f"for size {expression}{f': it is fixed {place}' if place else ''}. Declare it static, or "
-                    "remove what fixes it: int() of a size, torch.func.vmap over the dimension, a recurrent layer that "
-                    "runs along it, an operator that PyTorch traces for fixed sizes only"
+                    "remove what fixes it: int() or range() of a size, a loop over the tensor, torch.func.vmap over "
+                    "the dimension, a recurrent layer along it, an operator that PyTorch traces for fixed sizes only"
                 )
             dimensions.setdefault(label, expression)
     return dimensions

@@ -189,6 +189,14 @@ def test_what_fixes_a_size_is_named(module: nn.Module, place: str) -> None:
         cg.export_gradient(module, (image(2, 3, 6, 6),), dynamic_shapes=({0: "n"},))
 
 
+def test_a_length_is_named_with_what_to_write_instead() -> None:
+    module = nn.Sequential(nn.ReLU(), Apply(lambda x: x.sum() / len(x)))
+    args, place = (image(2, 3, 6, 6),), r"at .*gradients.py:\d+, in .*in module '1'"
+    with pytest.raises(cg.DynamicShapeError, match=rf"{place}: len\(\) of a tensor .*Write x\.shape\[0\]"):
+        cg.export(module, args, dynamic_shapes=({0: "n"},))
+    assert cg.export(module, args, dynamic_shapes=({2: "h"},)).verified
+
+
 STATISTICS: dict[str, tuple[Callable[[Tensor], Tensor], dict[int, str]]] = {
     "std-height": (lambda x: x.std((2, 3)), {2: "h"}),
     "std-biased": (lambda x: x.std((2, 3), correction=0), {2: "h", 3: "w"}),
