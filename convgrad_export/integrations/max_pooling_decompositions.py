@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
 from convgrad_export.integrations.activation_decompositions import masked
 from convgrad_export.integrations.pooling_decompositions import along_axis, is_empty, per_axis
 
 aten = torch.ops.aten
+
+_COPIES = (aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default)
 
 
 def _scatter_to_indices(grad: Tensor, x: Tensor, indices: Tensor, rank: int) -> Tensor:
@@ -52,6 +56,8 @@ def max_pool2d_backward(
     side_by_side = kernel == strides and not any(pads) and dilations == [1, 1] and not ceil_mode
     if not side_by_side or x.dim() != 4 or x.dtype != torch.float32 or math.prod(kernel) == 1 or is_empty(x):
         return _scatter_to_indices(grad, x, indices, 2)
+    if not _are_of(indices, x):
+        return _scatter_to_indices(grad, x, indices, 2)
     covered = [grad.shape[axis] * kernel[axis] for axis in (-2, -1)]
     highest = aten.max_pool2d_with_indices(x, kernel_size, stride, padding, dilation, ceil_mode)[0]
     inside = x.narrow(-2, 0, covered[0]).narrow(-1, 0, covered[1])
@@ -66,6 +72,31 @@ def max_pool2d_backward(
     if all(isinstance(size, int) and size == 0 for size in missing):
         return result
     return aten.constant_pad_nd(result, [0, missing[1], 0, missing[0]], 0.0)
+
+
+def _are_of(indices: Tensor, x: Tensor) -> bool:
+    """Whether traced positions are those of the maxima of `x` itself.
+
+    The tangent of a gradient (`torch.func.jvp` of `grad`) stands in the place of `x`, with the positions of another.
+    """
+    mode = get_proxy_mode()
+    if mode is None:
+        return False
+    slots: list[Any] = [get_proxy_slot(tensor, mode.tracer, None) for tensor in (indices, x)]
+    if any(slot is None for slot in slots):
+        return False
+    positions, pooled = (_origin(slot.proxy.node) for slot in slots)
+    pooling = positions.args[0] if positions.target is operator.getitem else None
+    if not isinstance(pooling, torch.fx.Node) or pooling.target is not aten.max_pool2d_with_indices.default:
+        return False
+    return isinstance(pooling.args[0], torch.fx.Node) and _origin(pooling.args[0]) is pooled
+
+
+def _origin(node: torch.fx.Node) -> torch.fx.Node:
+    """What a node is a copy of."""
+    while node.target in _COPIES and isinstance(node.args[0], torch.fx.Node):
+        node = node.args[0]
+    return node
 
 
 def max_pool3d_backward(

@@ -28,6 +28,17 @@ class Tangent(nn.Module):
             return value, tangent
 
 
+class Direction(nn.Module):
+    """A function of a network, a place and a direction."""
+
+    def __init__(self, net: nn.Module, function: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.function = net, function
+
+    def forward(self, x: Tensor, direction: Tensor) -> Tensor:
+        return self.function(self.net, x, direction)
+
+
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "batch": lambda: nn.BatchNorm2d(8, track_running_stats=False),
     "running": lambda: nn.BatchNorm2d(8).eval(),
@@ -52,6 +63,21 @@ def test_norms_inside_a_network(name: str, dual: bool) -> None:
     found = cg.GradientSession(report.model).run({"x": args[0], "direction": args[1]})
     for result, expected in zip(found.values(), module.double()(*(a.double() for a in args)), strict=True):
         torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+FORWARD: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+    "jvp": lambda net, x, v: torch.func.jvp(net, (x,), (v,))[1],
+    "jvp of grad": lambda net, x, v: torch.func.jvp(torch.func.grad(lambda y: net(y).square().sum()), (x,), (v,))[1],
+}
+
+
+def test_the_tangent_of_a_max_poolings_gradient_goes_to_the_recorded_positions() -> None:
+    """In windows side by side it went to the maxima of the direction: that stands where the input was."""
+    module = Direction(nn.MaxPool2d(2), FORWARD["jvp of grad"])
+    args = torch.randn(2, 3, 5, 6), torch.randn(2, 3, 5, 6)
+    report = cg.export(module, args, verify=False)
+    (found,) = cg.GradientSession(report.model).run(None, {"x": args[0], "direction": args[1]})
+    torch.testing.assert_close(found, module(*args))
 
 
 @pytest.mark.parametrize(
