@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.fx.experimental._config
 from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch import eager_transforms
 from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
@@ -80,12 +81,13 @@ _OPEN_SIZES = "with symbolic sizes/strides"
 
 
 def _zeros(size: Any, *, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None) -> Any:
-    if forward_ad._current_level >= 0:  # where tangents are told from other tensors by it
-        return NotImplemented
+    if forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING:
+        return NotImplemented  # dual numbers: where they meet a number, PyTorch would read the zero's value
     return torch.zeros(size, dtype=dtype, device=device)
 
 
-# In the first pass: autograd's zeros without memory (the derivative of a sign) are on the device meta in a trace.
+# In the first pass: autograd's zeros without memory (the derivative of a sign, the tangent of a parameter) are on the
+# device meta in a trace, and a sum with one makes numbers of the other's dynamic sizes.
 _ZEROS: Decompositions = {torch.ops.aten._efficientzerotensor.default: _zeros}
 
 

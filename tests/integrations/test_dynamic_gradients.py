@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 import convgrad_export as cg
@@ -170,7 +171,10 @@ class Tangent(nn.Module):
         self.net = nn.Sequential(nn.ReLU(), nn.Linear(6, 4))
 
     def forward(self, input: Tensor) -> Tensor:
-        return torch.func.jvp(self.net, (input,), (input.cos(),))[1]
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(self.net(forward_ad.make_dual(input, input.cos()))).tangent
+            assert tangent is not None
+            return tangent
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,21 @@ FORWARD: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("name", FORWARD)
+def test_a_dynamic_batch(name: str) -> None:
+    """The tangent of a parameter is a zero without memory, a sum with which made a number of the batch."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8).eval()
+    nn.init.normal_(norm.weight)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.MaxPool2d(2), nn.SiLU(), nn.Flatten(), nn.Linear(72, 4))
+    module, shapes = Direction(net, FORWARD[name]), {"x": {0: "n"}, "direction": {0: "n"}}
+    report = cg.export(module, (torch.randn(2, 3, 8, 9), torch.randn(2, 3, 8, 9)), dynamic_shapes=shapes)
+    args = torch.randn(5, 3, 8, 9), torch.randn(5, 3, 8, 9)
+    (found,) = cg.GradientSession(report.model).run(None, {"x": args[0], "direction": args[1]})
+    expected = module.double()(*(a.double() for a in args))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_tangent_of_a_max_poolings_gradient_goes_to_the_recorded_positions() -> None:
     """In windows side by side it went to the maxima of the direction: that stands where the input was."""
     module = Direction(nn.MaxPool2d(2), FORWARD["jvp of grad"])
