@@ -119,13 +119,16 @@ def _adaptive_max_pool_backward(rank: int) -> Callable[[Tensor, Tensor, Tensor],
     return backward
 
 
-def _adaptive_windows(size: int, outputs: int, device: torch.device) -> Tensor:
+def _adaptive_windows(size: Any, outputs: int, device: torch.device) -> Tensor:
     """(outputs, longest): the positions of each window, filled up with its last one, which changes no maximum.
 
-    By arithmetic, as AOTAutograd takes no graph in which torch.tensor made a constant.
+    By arithmetic, as AOTAutograd takes no graph in which torch.tensor made a constant. Of a dynamic size, the longest
+    that a window can be is taken.
     """
-    bounds = [((o * size) // outputs, -((-(o + 1) * size) // outputs)) for o in range(outputs)]
-    longest = max(stop - start for start, stop in bounds)
+    if isinstance(size, int):
+        longest = max(-((-(o + 1) * size) // outputs) - (o * size) // outputs for o in range(outputs))
+    else:
+        longest = (size + outputs - 1) // outputs + 1
     rows = torch.arange(outputs, device=device).unsqueeze(1)
     start = (rows * size) // outputs
     stop = ((rows + 1) * size + outputs - 1) // outputs
@@ -133,11 +136,9 @@ def _adaptive_windows(size: int, outputs: int, device: torch.device) -> Tensor:
 
 
 def adaptive_max_pool(x: Tensor, output_size: list[int]) -> tuple[Tensor, Tensor]:
-    """adaptive_max_pool2d and 3d: values and indices into the flattened spatial axes. Sizes must be known."""
+    """adaptive_max_pool2d and 3d: values and indices into the flattened spatial axes."""
     rank = len(output_size)
     sizes = x.shape[x.dim() - rank :]
-    if not all(isinstance(size, int) for size in sizes):
-        return NotImplemented
     plans = [_adaptive_windows(size, outputs, x.device) for size, outputs in zip(sizes, output_size, strict=True)]
     # Flattened position of every window element: (*outputs, *longest)
     position = torch.zeros([1] * (2 * rank), dtype=torch.int64, device=x.device)

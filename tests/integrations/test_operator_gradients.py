@@ -307,7 +307,7 @@ def test_tensor_functions(name: str) -> None:
 FULLY_DYNAMIC = [
     *(case for case in CONVOLUTION if case[1] == IMAGE and "reflect" not in case[0]),
     *(case for case in NORMALIZATION if case[0] in ("batch_norm2d", "batch_norm2d-eval", "group_norm")),
-    *(case for case in POOLING if case[1] == IMAGE and "adaptive_max" not in case[0]),
+    *(case for case in POOLING if case[1] == IMAGE),
     *(case for case in PADDING_AND_SAMPLING if case[0] in ("replication_pad2d", "reflection_pad2d", "nearest")),
     *(
         case
