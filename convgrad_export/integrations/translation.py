@@ -188,7 +188,27 @@ def _describe_failed(graph: torch.fx.Graph, error: Exception, cause: BaseExcepti
             "Compute the real and the imaginary part apart (torch.view_as_real), or with real operators (a "
             "convolution with the rows of a DFT matrix)."
         )
+    if "Unsupported attribute type" in text and (computed := _computed_numbers(node)):
+        return (
+            f"{place} takes a number that depends on a dynamic size or on a tensor's values ({', '.join(computed)}), "
+            "where ONNX has an attribute, which is a constant. Declare the dimension static, or compute with operators "
+            "that take a tensor there."
+        )
     return f"{place} has no ONNX translation for its arguments here: {text}."
+
+
+def _computed_numbers(node: torch.fx.Node) -> list[str]:
+    """The names of arguments, or of what they hold, that are numbers which the graph computes."""
+    schema: Any = getattr(node.target, "_schema", None)
+    named = [*zip([a.name for a in schema.arguments], node.args, strict=False), *node.kwargs.items()] if schema else []
+
+    def is_computed(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return any(is_computed(item) for item in value)
+        kinds = (torch.SymInt, torch.SymFloat)
+        return isinstance(value, torch.fx.Node) and isinstance(value.meta.get("val"), kinds)
+
+    return [name for name, value in named if is_computed(value)]
 
 
 def _root_cause(error: BaseException) -> BaseException:

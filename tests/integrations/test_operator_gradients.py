@@ -533,6 +533,14 @@ def test_arguments_without_translation_are_refused_by_operator_and_module() -> N
         cg.export(module, (torch.randn(4, 4),))
 
 
+def test_a_dynamic_size_as_a_number_of_groups_is_refused_by_argument() -> None:
+    kernel = torch.randn(1, 1, 3, 3)
+    module = Apply(lambda x: functional.conv2d(x, kernel.expand(x.shape[1], -1, -1, -1), groups=x.shape[1]))
+    message = r"aten\.convolution\.default, .* takes a number that depends on a dynamic size .*\(groups\)"
+    with pytest.raises(UnsupportedOperatorError, match=message):
+        cg.export(module, (data(*IMAGE),), dynamic_shapes={"input": {1: "channels"}})
+
+
 def test_an_operator_that_needs_its_data_is_refused_by_name_and_line() -> None:
     class Spoken(nn.Module):
         def forward(self, x: Tensor, target: Tensor, lengths: Tensor, sizes: Tensor) -> Tensor:
