@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from convgrad_export.arguments import check_error_factor, check_flags, check_table, check_threads
+from convgrad_export.arguments import as_int, check_error_factor, check_flags, check_table, check_threads
 from convgrad_export.errors import ArgumentTypeError
 from convgrad_export.integrations import saving
 from convgrad_export.integrations.arguments import wrt_names
@@ -273,7 +273,12 @@ def _check(settings: _Settings, decompositions: Any) -> None:
         verify=settings.verify,
         overwrite=settings.overwrite,
         progress=settings.progress is not None and settings.progress,
+        external_data=settings.external_data is not None and settings.external_data,
     )
+    if as_int(settings.external_data_above, "external_data_above") < 0:
+        raise ArgumentTypeError(
+            f"external_data_above is {settings.external_data_above}, expected a number of bytes, 0 or above"
+        )
     check_table(settings.custom_translation_table, "custom_translation_table")
     check_table(decompositions, "decompositions")
     check_opset(settings.opset_version)
