@@ -15,13 +15,13 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - full, scalar_tensor, clamp, hardtanh, arange, addcmul, addcdiv, addmv, addbmm, sinc: the translation rounds
   a float64 value to float32.
 - mv, addmv: onnxruntime is wrong for a transposed matrix times a vector.
-- log1p, expm1, logaddexp, logaddexp2, logcumsumexp, remainder: right for a part of the arguments
+- log1p, expm1, logaddexp, logaddexp2, logcumsumexp, remainder, pow: right for a part of the arguments
   (`exact_decompositions.py`).
 - amax and amin without axes: the translation asks for some.
 - sum, cumsum: ONNX adds up neither booleans nor small integers. max along an axis: ArgMax takes no booleans.
 - linalg_matrix_exp, linalg_householder_product: no translation (`linear_algebra.py`).
-- as_strided_scatter, diagonal_scatter, unfold_backward, median, hypot, copysign, rrelu, the product of Bilinear: no
-  translation.
+- as_strided_scatter, diagonal_scatter, unfold_backward, median, hypot, fmax, fmin, copysign, rrelu, the product of
+  Bilinear: no translation.
 - erfc, erfcx: no digit is right for large arguments (`error_functions.py`).
 - scatter_reduce: the translation of "mean" overwrites.
 - im2col and col2im: no empty batch, float32 only, no picture without a batch axis (`column_decompositions.py`).

@@ -97,6 +97,14 @@ def power(x: Tensor, y: Tensor) -> Tensor:
     return NotImplemented if x.dtype == common else torch.pow(x.to(common), y)
 
 
+def _of_numbers(operator: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def extreme(x: Tensor, y: Tensor) -> Tensor:
+        """The larger or the smaller one, or that which is a number; ONNX's Max and Min give NaN."""
+        return torch.where(x != x, y, torch.where(y != y, x, operator(x, y)))
+
+    return extreme
+
+
 def signbit(x: Tensor) -> Tensor:
     """Negative zeros count."""
     negative = x < 0
@@ -135,6 +143,8 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.remainder.Tensor: remainder,
     aten.remainder.Scalar: remainder,
     aten.pow.Tensor_Tensor: power,
+    aten.fmax.default: _of_numbers(torch.maximum),
+    aten.fmin.default: _of_numbers(torch.minimum),
     aten.signbit.default: signbit,
     aten.copysign.Tensor: copysign,
     aten.copysign.Scalar: copysign,

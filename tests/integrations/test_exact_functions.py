@@ -15,7 +15,7 @@ from convgrad_export.integrations.compile_backend import convgrad_ort
 
 from .gradient_modules import Apply
 
-INF = math.inf
+INF, NAN = math.inf, math.nan
 TINY = [1e-9, -1e-9, 1e-5, 0.0, -0.3, 0.7, 20.0, INF]
 WIDE = [-200.0, 0.0, 200.0, -INF, INF]
 LARGE = [2**31 - 2, 2**53 + 1, -7, 50331650, 0]
@@ -29,6 +29,14 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
     "logcumsumexp": (lambda x: torch.logcumsumexp(x, 0), [-200.0, -150.0, 0.0, 5.0, 200.0, 3.0]),
     "remainder": (lambda x: torch.remainder(x, 0.75) + torch.remainder(x, -3.0), [1e6, -1e6, 1e15, -50.5, 0.0]),
     "hypot": (lambda x: torch.hypot(x, x.flip(0)), [INF, 3.0, 0.0, 0.0, 4.0, -INF]),
+    "fmax": (
+        lambda x: torch.fmax(x, x.flip(0)) - torch.fmin(x * 2, x.flip(0)),
+        [NAN, 3.0, 0.0, NAN, 4.0, -1.0, NAN, 2.0],
+    ),
+    "fmax-gradient": (
+        lambda x: torch.func.grad(lambda v: (torch.fmax(v, 1 - v) + 2 * torch.fmin(v, v.flip(0))).nansum())(x),
+        [0.5, 3.0, 0.0, 2.0, 4.0, -1.0],
+    ),
     "asinh": (torch.asinh, [1e-9, -2.0, 1e9, -1e30, INF, -INF]),
     "acosh": (lambda x: torch.acosh(x + 1), [0.0, 1.0, 1e9, 1e30, INF]),
     "erfc": (torch.erfc, [*NORMAL, INF, -INF]),
