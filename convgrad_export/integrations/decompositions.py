@@ -27,6 +27,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - im2col and col2im: no empty batch, float32 only, no picture without a batch axis (`column_decompositions.py`).
 - squeeze of given dimensions: ONNX refuses one of another size than 1, which PyTorch leaves.
 - index_put with indices that broadcast over a dynamic size: the translation takes the larger size, 1 of 1 and 0.
+- index, index_put by int32: the translation makes an invalid model.
 - split into parts of a dynamic size: a sequence, on which onnxscript's optimizer and opsets below 18 fail.
 - convolution in float64: onnxruntime's CPU provider has no kernel.
 - pooling, padding and weight_norm backward: no translation, or none for every size.
@@ -255,15 +256,32 @@ def trilinear(
     return product.sum(sumdim) if sumdim else product
 
 
+def index(x: Tensor, indices: list[Tensor | None]) -> Tensor:
+    """ONNX gathers by int64 alone."""
+    wide = _in_int64(indices)
+    found: Tensor = NotImplemented if wide is indices else aten.index.Tensor(x, wide)
+    return found
+
+
 def index_put(x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
-    """The indices in one shape, where dynamic ones differ."""
-    shapes = [index.shape for index in indices if index is not None]
-    if any(index is not None and not _is_integer(index) for index in indices) or _surely_equal(shapes):
-        return NotImplemented
-    common = torch.broadcast_shapes(*shapes)
-    expanded = [None if index is None else index.expand(common) for index in indices]
-    result: Tensor = aten.index_put.default(x, expanded, values, accumulate)
+    """By int64, and the indices in one shape, where dynamic ones differ."""
+    wide = _in_int64(indices)
+    shapes = [index.shape for index in wide if index is not None]
+    if any(index is not None and not _is_integer(index) for index in wide) or _surely_equal(shapes):
+        if wide is indices:
+            return NotImplemented
+    else:
+        common = torch.broadcast_shapes(*shapes)
+        wide = [None if index is None else index.expand(common) for index in wide]
+    result: Tensor = aten.index_put.default(x, wide, values, accumulate)
     return result
+
+
+def _in_int64(indices: list[Tensor | None]) -> list[Tensor | None]:
+    """The list itself where there is no int32 in it."""
+    if all(index is None or index.dtype != torch.int32 for index in indices):
+        return indices
+    return [None if index is None else index.to(torch.int64) if _is_integer(index) else index for index in indices]
 
 
 def _is_integer(x: Tensor) -> bool:
@@ -393,6 +411,8 @@ OWN: Table = {
     aten._trilinear.default: trilinear,
     aten.squeeze.dim: squeeze_dim,
     aten.squeeze.dims: squeeze_dims,
+    aten.index.Tensor: index,
+    aten._unsafe_index.Tensor: index,
     aten.index_put.default: index_put,
     aten._unsafe_index_put.default: index_put,
     aten.split.Tensor: split,

@@ -173,7 +173,11 @@ ACTIVATION: list[Case] = [
     ("RReLU-eval", IMAGE, lambda: nn.RReLU().eval()),
     ("Threshold", IMAGE, lambda: nn.Threshold(0.5, 0.2)),
 ]
+_ROWS, _COLUMNS = torch.tensor([0, 1, 1]), torch.tensor([2, 3, 3], dtype=torch.int32)
 TENSOR_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "index-int32": lambda x: x[:, _COLUMNS] * x[:, _ROWS[:, None], _COLUMNS].sum(2, keepdim=True),
+    "index_put-int32": lambda x: torch.index_put(x * 1, (_ROWS, _COLUMNS), x[0, :3], accumulate=True),
+    "index_select-int32": lambda x: x.index_select(1, _COLUMNS),
     "copy-broadcast": lambda x: torch.zeros(2, 4, 9, 8, dtype=x.dtype).copy_(x[:1]) * x,
     "in-place-slice": lambda x: _assigned(x),
     "as_strided": lambda x: torch.as_strided(x.contiguous(), (3, 4), (20, 2), 5) * 2,
