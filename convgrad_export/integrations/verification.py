@@ -64,8 +64,6 @@ _WHOLE_RUNS = 4
 # The two amounts are that many times apart, and what vanishes with the smaller one shrinks at least this much.
 _FARTHER, _FARTHER_DOUBLE, _VANISHED = 2.0**-24, 2.0**12, 2.0**-5
 
-_MOVING = {"clone", "cat", "constant_pad_nd", "flip", "gather", "index", "index_select", "roll", "where"}
-
 
 @dataclass(frozen=True)
 class Precision:
@@ -107,7 +105,7 @@ def precision_of(program: CapturedProgram) -> Precision:
     """By the parameters' type, or the inputs' where there are none: `DOUBLE` if all are float64, the coarsest half.
 
     What the forward casts to counts as well: a float32 module under autocast is as exact as bfloat16 is, and a float64
-    one that computes a part in float32 (of float32 inputs, of integers) as exact as that.
+    one that computes a part in float32 as exact as that.
     """
     floats = [spec for spec in program.inputs if spec.value.is_floating_point()]
     computed = _computed_in(program)
@@ -119,32 +117,16 @@ def precision_of(program: CapturedProgram) -> Precision:
 
 
 def _computed_in(program: CapturedProgram) -> set[torch.dtype]:
-    """Floating-point types that the graph narrows a value to, or computes in something that depends on an input.
-
-    What it makes of Python numbers alone is the same number in the export, and so is an element that a condition picks.
-    """
-    found, varying = set(), set[torch.fx.Node]()
+    """Floating-point types that the graph narrows a value to."""
+    found = set()
     for node in program.graph_module.graph.nodes:
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.dtype == torch.bool:
+        if node.target is not torch.ops.aten._to_copy.default or not isinstance(value, torch.Tensor):
             continue
-        sources = [source for source in node.all_input_nodes if source in varying]
-        if node.op == "placeholder" or sources:
-            varying.add(node)
-        if not sources or not value.is_floating_point():
-            continue
-        if node.target is not torch.ops.aten._to_copy.default:
-            if not _moves_only(node):
-                found.add(value.dtype)
-        elif (given := sources[0].meta["val"].dtype).is_floating_point and given.itemsize > value.dtype.itemsize:
+        source = node.args[0].meta.get("val")
+        if source is not None and source.is_floating_point() and source.dtype.itemsize > value.dtype.itemsize:
             found.add(value.dtype)
     return found
-
-
-def _moves_only(node: torch.fx.Node) -> bool:
-    """Whether the elements are those of the arguments."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and (target.is_view or target._opname in _MOVING)
 
 
 def in_own_types(precision: Precision) -> Precision:
