@@ -17,7 +17,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - mv, addmv: onnxruntime is wrong for a transposed matrix times a vector.
 - log1p, expm1, logaddexp, logaddexp2, logcumsumexp, remainder, pow: right for a part of the arguments
   (`exact_decompositions.py`).
-- amax and amin without axes: the translation asks for some.
+- amax and amin without axes: the translation asks for some. eq to ge of booleans and a number: made a boolean.
 - sum, cumsum: ONNX adds up neither booleans nor small integers. max along an axis: ArgMax takes no booleans.
 - linalg_matrix_exp, linalg_householder_product: no translation (`linear_algebra.py`).
 - as_strided_scatter, diagonal_scatter, unfold_backward, median, hypot, fmax, fmin, copysign, rrelu, the product of

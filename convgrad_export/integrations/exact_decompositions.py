@@ -133,7 +133,19 @@ def scatter_reduce(
     return total / count if x.dtype.is_floating_point else torch.floor_divide(total, count)
 
 
+def _compared(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def of_booleans(x: Tensor, other: float) -> Tensor:
+        """The translation makes a boolean of the number: True == 2 would hold."""
+        whole = x.dtype == torch.bool and not isinstance(other, (bool, torch.SymBool, float, torch.SymFloat))
+        return operator(x.to(torch.int64), other) if whole else NotImplemented
+
+    return of_booleans
+
+
+_COMPARISONS = (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge)
+
 TABLE: dict[Any, Callable[..., Any]] = {
+    **{comparison.Scalar: _compared(comparison.Scalar) for comparison in _COMPARISONS},
     aten.log1p.default: log1p,
     aten.expm1.default: expm1,
     aten.special_expm1.default: expm1,

@@ -181,3 +181,13 @@ def test_the_compile_backend_leaves_results_of_another_type_to_pytorch() -> None
     found = torch.compile(lambda x: x.any(), backend=convgrad_ort)(x)
     assert found.dtype == torch.uint8
     assert found == 1
+
+
+@pytest.mark.parametrize("number", [2, 1, 0, -1, 0.5, True])
+def test_booleans_are_compared_with_numbers_as_integers(number: float) -> None:
+    def compared(x: Tensor) -> Tensor:
+        return torch.stack([x == number, x != number, x < number, x <= number, x > number, x >= number])
+
+    x = torch.tensor([True, False])
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(compared, backend=convgrad_ort)(x), compared(x))
