@@ -118,9 +118,8 @@ class _Join:
         for first, *others in groups.values():
             if others:
                 names = [nodes[i].output[0].removesuffix(UPDATED) for i in (first, *others)]
-                joined = FlatTensor(
-                    f"{names[0]}.joined", "int64", (len(names),), {n: (k, ()) for k, n in enumerate(names)}
-                )
+                places = {name: (k, ()) for k, name in enumerate(names)}
+                joined = FlatTensor(self._name(names[0]), "int64", (len(names),), places)
                 self._put(joined, names)
                 _rename(nodes[first], {names[0]: joined.name, names[0] + UPDATED: joined.name + UPDATED})
                 removed.update(others)
@@ -187,6 +186,12 @@ class _Join:
         name = next(iter(self.flat[name].parts)) if name in self.flat else name
         return "parameter" if name in self.trained else name.rpartition(".")[2]
 
+    def _name(self, first: str) -> str:
+        name = f"{first}.joined"
+        while name in self.types:
+            name += "_"
+        return name
+
     def _merge(self, group: Sequence[tuple[Update, dict[str, str]]]) -> set[int]:
         """Let one update of the group take all; the ids of the others' nodes."""
         starts = list(itertools.accumulate((_lines(math.prod(u.shape)) for u, _ in group), initial=0))
@@ -200,7 +205,7 @@ class _Join:
                 whole = self.flat.pop(name, None)
                 places = whole.parts if whole else {name: (0, self.shapes[name])}
                 parts.update((part, (start + at, size)) for part, (at, size) in places.items())
-            joined = FlatTensor(f"{own[role]}.joined", _DTYPES[self.types[own[role]]], shape, parts)
+            joined = FlatTensor(self._name(own[role]), _DTYPES[self.types[own[role]]], shape, parts)
             names[own[role]] = joined.name
             if role != _GRADIENT:
                 names[own[role] + UPDATED] = joined.name + UPDATED

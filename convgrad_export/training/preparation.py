@@ -63,7 +63,8 @@ def prepare(
         put_blocked_layout(model, threads)
     phases = None if in_place is False else _cut(model)
     if phases is not None:
-        sizes.update(dict.fromkeys((name for tensor in phases.flat for name in tensor.parts), 0))
+        outputs = {value.name for value in phases.gradients.graph.output}
+        sizes.update(dict.fromkeys((name for tensor in phases.flat for name in tensor.parts if name in outputs), 0))
     first = model if phases is None else phases.gradients
     put_execution_order(first.graph)
     if phases is not None:

@@ -60,11 +60,14 @@ def trained(report: cg.TrainingStepReport, in_place: bool, dtype: torch.dtype = 
     return result
 
 
-def assert_same_bits(first: cg.TrainingSession, second: cg.TrainingSession) -> None:
-    assert first.losses == second.losses  # type: ignore[attr-defined]
+def assert_same_bits(first: cg.TrainingSession, second: cg.TrainingSession, clipped: bool = False) -> None:
+    """All bits; clipped by the norm but for rounding, for onnxruntime moves a Transpose behind a square, or not."""
+    limit = 16 * float(np.finfo(first.state()["0.weight"].dtype).eps) if clipped else 0.0
+    for mine, others in zip(first.losses, second.losses, strict=True):  # type: ignore[attr-defined]
+        assert mine == pytest.approx(others, rel=limit, abs=0.0)
     other = second.state()
     for name, value in first.state().items():
-        np.testing.assert_array_equal(value, other[name], err_msg=name)
+        np.testing.assert_allclose(value, other[name], rtol=limit, atol=limit, err_msg=name)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -72,7 +75,7 @@ def test_two_phases_and_small_chunks_give_the_bits_of_one(name: str, monkeypatch
     optimizer, options = OPTIMIZERS[name]
     report = exported(optimizer, **options)
     whole = trained(report, in_place=False)
-    assert_same_bits(whole, trained(report, in_place=True))
+    assert_same_bits(whole, trained(report, in_place=True), name == "clipped")
     monkeypatch.setattr(preparation, "flatten_updates", lambda phases, *_: phases)  # test_flat_updates.py
     chunked: list[dict[str, tuple[int, ...]]] = []
 
@@ -82,7 +85,7 @@ def test_two_phases_and_small_chunks_give_the_bits_of_one(name: str, monkeypatch
         return chunked[-1]
 
     monkeypatch.setattr(opening, "chunk_updates", small_chunks)
-    assert_same_bits(whole, trained(report, in_place=True))
+    assert_same_bits(whole, trained(report, in_place=True), name == "clipped")
     if name in MOMENTS:  # the convolutions' weights, the linear layer's, and all that belongs to them
         (views,) = chunked
         assert {f"{layer}.weight{moment}" for layer in (0, 3, 5, 7) for moment in MOMENTS[name]} <= set(views)
