@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .graph_nodes import VIEWS, reads
+from .graph_nodes import VIEWS, reads, shown_by_views
 
 
 @dataclass
@@ -40,7 +40,7 @@ class GraphLives:
     def of(cls, graph: Any, sizes: Mapping[str, int]) -> GraphLives:
         found = cls(list(graph.node))
         maker: dict[str, int] = {}
-        shown = found.shown
+        shown = found.shown = shown_by_views(found.nodes)
         found.kept = {value.name for value in graph.output}
         for i, node in enumerate(found.nodes):
             inputs = [name for name in reads(node) if name in maker]
@@ -54,7 +54,6 @@ class GraphLives:
             made = [name for name in node.output if name]
             maker.update(dict.fromkeys(made, i))
             if node.op_type in VIEWS:
-                shown[made[0]] = shown.get(node.input[0], node.input[0])
                 if made[0] in found.kept:
                     found.kept.add(shown[made[0]])
                 made = []  # that of an input takes no memory either

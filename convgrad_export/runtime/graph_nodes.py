@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")  # the output is the input's memory
@@ -22,6 +22,29 @@ def reads(node: Any) -> Iterator[str]:
     for graph in subgraphs(node):
         for inner in graph.node:
             yield from reads(inner)
+
+
+def shown_by_views(nodes: Iterable[Any]) -> dict[str, str]:
+    """By the output of each node that makes a view, the tensor that it shows, which is no view itself."""
+    shown: dict[str, str] = {}
+    for node in nodes:
+        if node.op_type in VIEWS:
+            shown[node.output[0]] = shown.get(node.input[0], node.input[0])
+    return shown
+
+
+def rename(node: Any, names: Mapping[str, str]) -> None:
+    """Give a node's inputs and outputs other names, those that have one."""
+    for values in (node.input, node.output):
+        for i, name in enumerate(values):
+            values[i] = names.get(name, name)
+
+
+def copied(node: Any) -> Any:
+    """A NodeProto of its own; one that is taken out of a graph is gone with it."""
+    copy = type(node)()
+    copy.CopyFrom(node)
+    return copy
 
 
 def put_nodes(graph: Any, nodes: Iterable[Any], outputs: Collection[str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .graph_lives import GraphLives
-from .graph_nodes import VIEWS, used_nodes
+from .graph_nodes import VIEWS, copied, rename, used_nodes
 
 _SMALLEST = 1 << 20  # bytes of a tensor
 _TRANSFORMS = ("FusedMatMul", "MatMul", "Transpose", "Gather")
@@ -78,10 +78,9 @@ def put_again(graph: Any, lives: GraphLives, order: Sequence[int], again: Mappin
         for j in uses:
             for source in dict.fromkeys(_views_of(lives, name, lives.nodes[j])):
                 _copy(source, name, producer, renamed, new)
-            for k, source in enumerate(lives.nodes[j].input):
-                lives.nodes[j].input[k] = renamed.get(source, source)
+            rename(lives.nodes[j], renamed)
     nodes = [node for i in order for node in (*added.get(i, ()), lives.nodes[i])]
-    kept = [_copied(node) for node in used_nodes(nodes, {value.name for value in graph.output})]
+    kept = [copied(node) for node in used_nodes(nodes, {value.name for value in graph.output})]
     graph.ClearField("node")
     graph.node.extend(kept)
 
@@ -90,16 +89,10 @@ def _copy(source: str, name: str, producer: Mapping[str, Any], renamed: dict[str
     """Add the nodes that make a tensor, or a view of it, under other names."""
     if source in renamed:
         return
-    node = _copied(producer[source])
+    node = copied(producer[source])
     if source != name:
         _copy(node.input[0], name, producer, renamed, new)
         node.input[0] = renamed[node.input[0]]
     renamed[source] = source + _SUFFIX
     node.name, node.output[0] = node.name and node.name + _SUFFIX, renamed[source]
     new.append(node)
-
-
-def _copied(node: Any) -> Any:
-    copy = type(node)()
-    copy.CopyFrom(node)
-    return copy

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..runtime import graph_nodes
-from ..runtime.graph_nodes import subgraphs
+from ..runtime.graph_nodes import copied, rename, subgraphs
 
 ELEMENTWISE = frozenset({
     "Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Clip", "Max", "Min", "Cast", "Pow", "Abs", "Sign", "Where", "Identity"
@@ -139,12 +139,8 @@ def _move_into_scan(
     moved = {name for node in nodes for name in node.output}
     body = []
     for node in nodes:
-        copy = type(node)()
-        copy.CopyFrom(node)
-        for names in (copy.input, copy.output):
-            for i, name in enumerate(names):
-                names[i] = renamed.get(name, name)
-        body.append(copy)
+        body.append(copied(node))
+        rename(body[-1], renamed)
     infos = {name: helper.make_tensor_value_info(renamed[name], types[name], shape) for name in renamed}
     update = helper.make_graph(body, "update", [infos[name] for name in inputs], [infos[name] for name in outputs])
     scan = helper.make_node(

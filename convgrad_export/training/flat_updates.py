@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..runtime.graph_nodes import VIEWS, put_nodes, reads, used_nodes
+from ..runtime.graph_nodes import VIEWS, put_nodes, reads, rename, shown_by_views, used_nodes
 from ..tensor_names import UPDATED
 from .chunks import CHUNK, Update, fixed_shapes, updates_of
 from .flat_memory import FlatTensor
@@ -94,7 +94,7 @@ class _Join:
                 continue
             removed.update((i, *slices))
             for j in {producer[new], *readers[new]} - removed:
-                _rename(nodes[j], {new: whole + UPDATED})
+                rename(nodes[j], {new: whole + UPDATED})
             producer[whole + UPDATED], readers[whole + UPDATED] = producer[new], readers[new]
             places = {n: (start, self.shapes[n]) for n, start in zip(parts, starts, strict=False)}
             self._put(FlatTensor(whole, _DTYPES[self.types[parts[0]]], (starts[-1],), places), parts)
@@ -121,17 +121,14 @@ class _Join:
                 places = {name: (k, ()) for k, name in enumerate(names)}
                 joined = FlatTensor(self._name(names[0]), "int64", (len(names),), places)
                 self._put(joined, names)
-                _rename(nodes[first], {names[0]: joined.name, names[0] + UPDATED: joined.name + UPDATED})
+                rename(nodes[first], {names[0]: joined.name, names[0] + UPDATED: joined.name + UPDATED})
                 removed.update(others)
         if removed:
             self._keep(node for i, node in enumerate(nodes) if i not in removed)
 
     def alike(self, small: int) -> None:
         """Join the state, and the gradients, of parameters for which the graph computes the same."""
-        shown: dict[str, str] = {}
-        for node in self.phases.gradients.graph.node:
-            if node.op_type in VIEWS:
-                shown[node.output[0]] = shown.get(node.input[0], node.input[0])
+        shown = shown_by_views(self.phases.gradients.graph.node)
         formulas = Formulas(self.graph, self.shapes, self.types, shown)
         groups: dict[Any, list[tuple[Update, dict[str, str]]]] = defaultdict(list)
         for update in updates_of(self.graph, self.shapes, 2):
@@ -211,7 +208,7 @@ class _Join:
                 names[own[role] + UPDATED] = joined.name + UPDATED
             self._put(joined, members)
         for node in kept.nodes:
-            _rename(node, names)
+            rename(node, names)
         return {id(node) for update, _ in group if update is not kept for node in update.nodes}
 
     def _put(self, joined: FlatTensor, members: Collection[str]) -> None:
@@ -265,12 +262,6 @@ def _sliced(slices: Sequence[Any], starts: Sequence[int], bounds: Mapping[str, i
         if node.op_type != "Slice" or numbers not in ([start, end], [start, end, 0], [start, end, 0, 1]):
             return None
     return sources.pop() if len(sources) == 1 else None
-
-
-def _rename(node: Any, names: Mapping[str, str]) -> None:
-    for values in (node.input, node.output):
-        for i, name in enumerate(values):
-            values[i] = names.get(name, name)
 
 
 def _give_sources(graph: Any, names: Collection[str], shapes: Mapping[str, Shape]) -> dict[str, str]:
