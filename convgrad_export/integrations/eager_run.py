@@ -80,14 +80,9 @@ class CanonicalLayouts(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten.native_batch_norm_backward.default:
             args = (*(operand.clone(memory_format=torch.contiguous_format) for operand in args[:2]), *args[2:])
-        # TorchScript's interpreter hands over its numbers where the operator is declared for tensors
-        places = zip(args, func._schema.arguments[: len(args)], strict=True)
-        args = tuple(
-            torch.tensor(value)
-            if isinstance(value, (int, float)) and isinstance(place.type, torch.TensorType)
-            else value
-            for value, place in places
-        )
+        if func is torch.ops.aten.equal.default:
+            # Tensors that are numbers to TorchScript's interpreter come as Python's, which other operators take.
+            args = tuple(torch.as_tensor(operand) for operand in args)
         return func(*args, **(kwargs or {}))
 
 
