@@ -35,6 +35,30 @@ def _check_place(function: str, layout: Any, device: Any, pin_memory: Any) -> No
     refuse(function, layout=layout if layout is not torch.strided else None, device=elsewhere, pin_memory=pin_memory)
 
 
+def _creating(function: str, differentiable: bool = True) -> Callable[[Replacement], Replacement]:
+    """What all functions that make a tensor take alike: where it is to lie, and whether it is a leaf of autograd's."""
+
+    def decorated(draw: Replacement) -> Replacement:
+        def created(
+            mode: SeededRandomness,
+            *args: Any,
+            layout: Any = None,
+            device: Any = None,
+            requires_grad: bool = False,
+            pin_memory: bool = False,
+            **options: Any,
+        ) -> Tensor:
+            if not differentiable:
+                refuse(function, requires_grad=requires_grad)
+            _check_place(function, layout, device, pin_memory)
+            result: Tensor = draw(mode, *args, **options)
+            return result.requires_grad_() if requires_grad else result
+
+        return created
+
+    return decorated
+
+
 def _bernoulli_(mode: SeededRandomness, tensor: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor:
     refuse("Tensor.bernoulli_", generator=generator)
     tensor.copy_(mode.keep(tensor, tensor.shape, p))
@@ -51,21 +75,12 @@ def _bernoulli(
 def _like(name: str, draw: Draw) -> Replacement:
     """`torch.rand_like` or `torch.randn_like`."""
 
+    @_creating(name)
     def drawn_like(
-        mode: SeededRandomness,
-        input: Tensor,
-        *,
-        dtype: torch.dtype | None = None,
-        layout: Any = None,
-        device: Any = None,
-        requires_grad: bool = False,
-        pin_memory: bool = False,
-        memory_format: Any = None,
+        mode: SeededRandomness, input: Tensor, *, dtype: torch.dtype | None = None, memory_format: Any = None
     ) -> Tensor:
         # The order in memory changes no value; ONNX has one order only.
-        _check_place(name, layout, device, pin_memory)
-        drawn = draw(mode, input.shape, dtype or input.dtype)
-        return drawn.requires_grad_() if requires_grad else drawn
+        return draw(mode, input.shape, dtype or input.dtype)
 
     return drawn_like
 
@@ -73,6 +88,7 @@ def _like(name: str, draw: Draw) -> Replacement:
 def _new(name: str, draw: Draw) -> Replacement:
     """`torch.rand` or `torch.randn`."""
 
+    @_creating(name)
     def drawn(
         mode: SeededRandomness,
         *sizes: Any,
@@ -81,17 +97,11 @@ def _new(name: str, draw: Draw) -> Replacement:
         names: Any = None,
         out: Any = None,
         dtype: torch.dtype | None = None,
-        layout: Any = None,
-        device: Any = None,
-        requires_grad: bool = False,
-        pin_memory: bool = False,
     ) -> Tensor:
         refuse(name, generator=generator, names=names, out=out)
-        _check_place(name, layout, device, pin_memory)
         if size is None:
             size = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-        result = draw(mode, size, dtype or torch.get_default_dtype())
-        return result.requires_grad_() if requires_grad else result
+        return draw(mode, size, dtype or torch.get_default_dtype())
 
     return drawn
 
@@ -144,6 +154,7 @@ def _gumbel_softmax(
     return chosen - soft.detach() + soft
 
 
+@_creating("torch.normal")
 def _normal_of(
     mode: SeededRandomness,
     mean: Any = 0.0,
@@ -153,21 +164,16 @@ def _normal_of(
     generator: Any = None,
     out: Any = None,
     dtype: torch.dtype | None = None,
-    layout: Any = None,
-    device: Any = None,
-    requires_grad: bool = False,
-    pin_memory: bool = False,
 ) -> Tensor:
     """`torch.normal`, of numbers and a size or of tensors."""
     refuse("torch.normal", generator=generator, out=out)
-    _check_place("torch.normal", layout, device, pin_memory)
     tensors = [value for value in (mean, std) if isinstance(value, Tensor)]
     shape = torch.broadcast_shapes(*(value.shape for value in tensors)) if tensors else size
     kind = tensors[0].dtype if tensors else dtype or torch.get_default_dtype()
-    drawn = (mode.normal(shape or (), kind) * std + mean).detach()  # PyTorch's has no gradient either
-    return drawn.requires_grad_() if requires_grad else drawn
+    return (mode.normal(shape or (), kind) * std + mean).detach()  # PyTorch's has no gradient either
 
 
+@_creating("torch.randint", differentiable=False)
 def _integers(
     mode: SeededRandomness,
     *numbers: Any,
@@ -177,14 +183,9 @@ def _integers(
     generator: Any = None,
     out: Any = None,
     dtype: torch.dtype | None = None,
-    layout: Any = None,
-    device: Any = None,
-    requires_grad: bool = False,
-    pin_memory: bool = False,
 ) -> Tensor:
     """`torch.randint`, (high, size) or (low, high, size)."""
-    refuse("torch.randint", generator=generator, out=out, requires_grad=requires_grad)
-    _check_place("torch.randint", layout, device, pin_memory)
+    refuse("torch.randint", generator=generator, out=out)
     given = list(numbers)
     if given and isinstance(given[-1], (tuple, list)):
         size = given.pop()
@@ -199,20 +200,15 @@ def _integers_like(
     mode: SeededRandomness,
     input: Tensor,
     *numbers: Any,
-    low: Any = None,
-    high: Any = None,
     dtype: torch.dtype | None = None,
-    layout: Any = None,
-    device: Any = None,
-    requires_grad: bool = False,
-    pin_memory: bool = False,
     memory_format: Any = None,
+    **options: Any,
 ) -> Tensor:
-    options: dict[str, Any] = {"layout": layout, "device": device, "requires_grad": requires_grad}
-    options |= {"low": low, "high": high, "pin_memory": pin_memory, "dtype": dtype or input.dtype}
-    return _integers(mode, *numbers, size=input.shape, **options)
+    result: Tensor = _integers(mode, *numbers, size=input.shape, dtype=dtype or input.dtype, **options)
+    return result
 
 
+@_creating("torch.randperm", differentiable=False)
 def _permutation(
     mode: SeededRandomness,
     n: Any,
@@ -220,14 +216,9 @@ def _permutation(
     generator: Any = None,
     out: Any = None,
     dtype: torch.dtype | None = None,
-    layout: Any = None,
-    device: Any = None,
-    requires_grad: bool = False,
-    pin_memory: bool = False,
 ) -> Tensor:
     """The order of as many numbers, none of which equals another."""
-    refuse("torch.randperm", generator=generator, out=out, requires_grad=requires_grad)
-    _check_place("torch.randperm", layout, device, pin_memory)
+    refuse("torch.randperm", generator=generator, out=out)
     numbers = mode.bits((n,)) * n + torch.arange(n)
     return torch.sort(numbers)[1].to(dtype or torch.int64)
 
