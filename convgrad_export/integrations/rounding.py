@@ -9,6 +9,7 @@ but for rounding, and its rounding has the size of what cancels).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,12 +29,37 @@ _TAKEN_APART = get_decompositions([
     torch.ops.aten._softmax_backward_data,
     torch.ops.aten._log_softmax_backward_data,
 ])  # fmt: skip
+# Operators whose results are elements of an operand, or their magnitudes, which no runtime rounds anew. What compares
+# the two (the gradient of a maximum, a mask of the largest ones) finds none that equals a result that moved, and makes
+# NaN of that.
+_aten = torch.ops.aten
+_PICKING = {
+    *(_aten.amax, _aten.amin, _aten.aminmax, _aten.max, _aten.min, _aten.median, _aten.nanmedian, _aten.mode),
+    *(_aten.cummax, _aten.cummin, _aten.kthvalue, _aten.topk, _aten.sort),
+    *(_aten.gather, _aten.index, _aten.index_select, _aten.take, _aten.abs, _aten.neg),
+}
+# These do where an argument has one of the values: the largest magnitude, the extreme of what falls on a place.
+_PICKING_WHERE = {
+    _aten.linalg_vector_norm: ("ord", (math.inf, -math.inf)),
+    **dict.fromkeys((_aten.scatter_reduce, _aten.scatter_reduce_), ("reduce", ("amax", "amin"))),
+}
+
+
+def _picks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+    """Whether the operator's results are elements of its operands."""
+    operator = getattr(func, "overloadpacket", None)
+    if operator not in _PICKING_WHERE:
+        return operator in _PICKING
+    name, values = _PICKING_WHERE[operator]
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | (kwargs or {})
+    return given.get(name) in values
 
 
 class RandomRounding(TorchDispatchMode):
     """While active, operators' floating-point results are moved by up to `amount` of themselves, element by element.
 
     Elements that `storage` holds exactly stay: zeros, indices, positions on a grid, and whatever else does not round.
+    So do those that an operator picks from its operands (a maximum, a sort).
     What a float64 module computes in float32 (a timestep's embedding) moves by float32's rounding instead.
 
     Args:
@@ -58,8 +84,8 @@ class RandomRounding(TorchDispatchMode):
                 return _TAKEN_APART[func](*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         aliases = [r.alias_info for r in func._schema.returns] if isinstance(func, torch._ops.OpOverload) else []
-        copied = self._storage is None and func in _COPIES
-        if not copied and all(alias is None or alias.is_write for alias in aliases):  # a view holds no new values
+        kept = _picks(func, args, kwargs) or (self._storage is None and func in _COPIES)
+        if not kept and all(alias is None or alias.is_write for alias in aliases):  # a view holds no new values
             for tensor in pytree.tree_leaves(result):
                 if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and _has_memory(tensor):
                     self._round(tensor)
