@@ -126,6 +126,8 @@ def resolve_loss(loss: Any, label_smoothing: float = 0.0) -> Loss:
     if not callable(loss):
         raise ArgumentTypeError(f"loss is a {type(loss).__name__}, expected a name, a loss module or a function")
     called = loss.forward if isinstance(loss, torch.nn.Module) else loss
+    if getattr(called, "__func__", None) is torch.nn.Module.forward:
+        called = loss  # a module whose __call__ is its own needs no forward (timm's JsdCrossEntropy)
     try:
         parameters = list(inspect.signature(called).parameters.values())
     except (TypeError, ValueError):
@@ -134,5 +136,6 @@ def resolve_loss(loss: Any, label_smoothing: float = 0.0) -> Loss:
         p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     if not required:
-        raise ArgumentTypeError(f"loss {getattr(loss, '__name__', loss)} takes no output, expected (output, *targets)")
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise ArgumentTypeError(f"loss {name} takes no output, expected (output, *targets)")
     return Loss(loss, tuple(p.name for p in required[1:]))

@@ -143,6 +143,19 @@ def test_a_function_of_several_targets() -> None:
     assert loss == pytest.approx(weighted(module(x), target, weight).item(), rel=1e-12)
 
 
+class Called(nn.Module):
+    """A loss with a `__call__` instead of a forward, as timm's JsdCrossEntropy is written."""
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return functional.kl_div(output.log_softmax(1), target, reduction="batchmean")
+
+
+def test_a_loss_module_that_is_called_without_a_forward() -> None:
+    """Its forward is nn.Module's, which takes anything: the loss was said to take no output."""
+    data = with_targets("probabilities")
+    assert_same_training(small_network(), Called(), Called(), lambda p: torch.optim.SGD(p, lr=0.1), data)
+
+
 @pytest.mark.parametrize(
     ("loss", "options", "message"),
     [
@@ -153,6 +166,7 @@ def test_a_function_of_several_targets() -> None:
         (nn.CrossEntropyLoss(), {"label_smoothing": 0.1}, "has its own"),
         (nn.MSELoss(reduction="none"), {}, "one element"),
         (lambda: 0, {}, "takes no output"),
+        (nn.Module(), {}, "loss Module takes no output"),
         (nn.MSELoss, {}, "the class MSELoss, expected an instance"),
     ],
     ids=short,
