@@ -114,10 +114,12 @@ def _variance(inp: Any, dims: Sequence[int] | None = None, correction: float = 1
     along: Any = op.Constant(value_ints=axes)
     centred = op.Sub(inp, op.ReduceMean(inp, along, keepdims=1))
     mean = op.ReduceMean(op.Mul(centred, centred), along, keepdims=0)
-    if correction == 0:
-        return op.Div(mean, mean) if 0 in (inp.shape or ()) else mean  # a value from within a translation has no shape
+    if inp.shape is None:  # a value from within a translation, which takes no correction
+        return mean
     sizes = [inp.shape[axis] for axis in axes]
     if all(isinstance(size, int) for size in sizes):
+        if correction == 0:
+            return op.Div(mean, mean) if 0 in inp.shape else mean
         return op.Mul(mean, _number(inp, _share(math.prod(sizes), correction)))
     count = op.CastLike(op.ReduceProd(op.Gather(op.Shape(inp), along), keepdims=0), inp)
     return op.Mul(mean, op.Div(count, op.Max(op.Sub(count, _number(inp, correction)), _number(inp, 0.0))))

@@ -25,6 +25,7 @@ from convgrad_export.integrations.convolution_translation import (
     LoweringChoice,
     convolution_translation,
 )
+from convgrad_export.integrations.empty_means import nan_of_no_elements
 from convgrad_export.integrations.finishing import BASE_OPSET, CONSTANT, MIN_OPSET, copied
 from convgrad_export.integrations.float64_constants import keep_in_float64
 from convgrad_export.integrations.half_widening import compare_extremes_in_float32, lacks_float16, widen_half
@@ -116,6 +117,7 @@ def translate(
     graph = program.graph_module.graph
     for node in [n for n in graph.nodes if n.target in _ASSERTIONS]:
         graph.erase_node(node)
+    nan_of_no_elements(graph)
     scalars_to_tensors(graph)
     compare_extremes_in_float32(program.graph_module)
     widen_half(program.graph_module, lacks_float16)
