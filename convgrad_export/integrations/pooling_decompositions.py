@@ -231,6 +231,20 @@ def _adaptive_avg_pool_backward(rank: int) -> Callable[[Tensor, Tensor], Tensor]
     return backward
 
 
+def _border_pad(operator: Any) -> Callable[[Tensor, list[int]], Tensor]:
+    def padded(x: Tensor, padding: list[int]) -> Tensor:
+        """Cropped behind the padding, which may be of what is cropped; ONNX crops first."""
+        if all(isinstance(amount, int) and amount >= 0 for amount in padding):
+            return NotImplemented
+        x = operator(x, [max(amount, 0) for amount in padding])
+        for index, (lo, hi) in enumerate(zip(padding[::2], padding[1::2], strict=True)):
+            axis = x.dim() - 1 - index
+            x = x.narrow(axis, max(-lo, 0), x.shape[axis] + min(lo, 0) + min(hi, 0))
+        return x
+
+    return padded
+
+
 def _replication_pad_backward(rank: int) -> Callable[[Tensor, Tensor, list[int]], Tensor]:
     def backward(grad: Tensor, x: Tensor, padding: list[int]) -> Tensor:
         for axis in range(rank):
@@ -268,6 +282,12 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten._adaptive_avg_pool3d.default: adaptive_avg_pool,
     aten._adaptive_avg_pool2d_backward.default: _adaptive_avg_pool_backward(2),
     aten._adaptive_avg_pool3d_backward.default: _adaptive_avg_pool_backward(3),
+    aten.reflection_pad1d.default: _border_pad(aten.reflection_pad1d),
+    aten.reflection_pad2d.default: _border_pad(aten.reflection_pad2d),
+    aten.reflection_pad3d.default: _border_pad(aten.reflection_pad3d),
+    aten.replication_pad1d.default: _border_pad(aten.replication_pad1d),
+    aten.replication_pad2d.default: _border_pad(aten.replication_pad2d),
+    aten.replication_pad3d.default: _border_pad(aten.replication_pad3d),
     aten.replication_pad1d_backward.default: _replication_pad_backward(1),
     aten.replication_pad2d_backward.default: _replication_pad_backward(2),
     aten.replication_pad3d_backward.default: _replication_pad_backward(3),

@@ -100,6 +100,12 @@ PADDING_AND_SAMPLING: list[Case] = [
     ("reflection_pad1d", SIGNAL, lambda: nn.ReflectionPad1d((2, 1))),
     ("reflection_pad2d", IMAGE, lambda: nn.ReflectionPad2d((2, 1, 0, 3))),
     ("reflection_pad3d", VOLUME, lambda: nn.ReflectionPad3d((2, 1, 0, 3, 1, 1))),
+    ("replication_pad1d-of-cropped", SIGNAL, lambda: nn.ReplicationPad1d((2, -18))),
+    ("replication_pad2d-of-cropped", IMAGE, lambda: nn.ReplicationPad2d((-8, 3, 1, -9))),
+    ("replication_pad3d-of-cropped", VOLUME, lambda: nn.ReplicationPad3d((-8, 2, -1, -1, 2, -7))),
+    ("reflection_pad1d-of-cropped", SIGNAL, lambda: nn.ReflectionPad1d((-15, 16))),
+    ("reflection_pad2d-of-cropped", IMAGE, lambda: nn.ReflectionPad2d((7, -6, -7, 5))),
+    ("reflection_pad3d-of-cropped", VOLUME, lambda: nn.ReflectionPad3d((4, -6, -1, -2, -5, 6))),
     ("zero_pad2d-negative", IMAGE, lambda: nn.ZeroPad2d((2, -1, 0, 3))),
     ("circular_pad2d", IMAGE, lambda: nn.CircularPad2d((2, 1, 0, 3))),
     ("nearest", IMAGE, lambda: nn.Upsample(scale_factor=2)),
@@ -313,6 +319,11 @@ FULLY_DYNAMIC = [
     *(case for case in NORMALIZATION if case[0] in ("batch_norm2d", "batch_norm2d-eval", "group_norm")),
     *(case for case in POOLING if case[1] == IMAGE),
     *(case for case in PADDING_AND_SAMPLING if case[0] in ("replication_pad2d", "reflection_pad2d", "nearest")),
+    *(
+        case
+        for case in PADDING_AND_SAMPLING
+        if case[0] in ("replication_pad2d-negative", "reflection_pad2d-of-cropped")
+    ),
     *(
         case
         for case in PADDING_AND_SAMPLING
