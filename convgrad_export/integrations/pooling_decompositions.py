@@ -103,6 +103,9 @@ def avg_pool(
     rank = 3 if len(kernel_size) == 3 or x.dim() == 5 else 2
     kernel = per_axis(kernel_size, rank)
     strides, pads = per_axis(stride, rank) if stride else kernel, per_axis(padding or [0], rank)
+    if not x.dtype.is_floating_point:
+        windows = list(zip(kernel, strides, pads, strict=True))
+        return _avg_pool_of_integers(x, windows, ceil_mode, count_include_pad, divisor_override)
     behind = ceil_mode and any(p or s > k for k, s, p in zip(kernel, strides, pads, strict=True))
     if divisor_override is None and x.dtype != torch.float64 and not behind:
         return NotImplemented
@@ -127,6 +130,24 @@ def avg_pool(
         else:
             factor *= count
     return mean * (factor / divisor_override)
+
+
+def _avg_pool_of_integers(
+    x: Tensor, windows: list[tuple[int, int, int]], ceil_mode: bool, include_pad: bool, divisor: int | None
+) -> Tensor:
+    """Sums, and their quotients rounded towards zero; ONNX averages no integers.
+
+    Args:
+        windows: Kernel size, stride and padding of each axis.
+    """
+    counts: Any = 1
+    for spatial, window in enumerate(windows, -len(windows)):
+        size = x.shape[spatial]
+        matrix, outputs = _window_matrix(size, *window, ceil_mode, x)
+        count = _window_counts(size, outputs, *window, include_pad, ceil_mode, x)
+        counts = counts * (along_axis(count, spatial, len(windows)) if isinstance(count, Tensor) else count)
+        x = apply_along(x, matrix, spatial)
+    return torch.div(x, counts if divisor is None else divisor, rounding_mode="trunc")
 
 
 def _window_matrix(size: Any, k: int, s: int, p: int, ceil_mode: bool, like: Tensor) -> tuple[Tensor, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import convgrad_export as cg
 from convgrad_export.integrations.compile_backend import convgrad_ort
@@ -191,3 +192,27 @@ def test_booleans_are_compared_with_numbers_as_integers(number: float) -> None:
     x = torch.tensor([True, False])
     torch._dynamo.reset()
     assert torch.equal(torch.compile(compared, backend=convgrad_ort)(x), compared(x))
+
+
+@pytest.mark.parametrize(
+    "pooled",
+    [
+        lambda x: functional.avg_pool1d(x[0], 2),
+        lambda x: functional.avg_pool2d(x, (3, 2), 2, (1, 0), divisor_override=4),
+        lambda x: functional.avg_pool2d(x, 3, 2, 1, ceil_mode=True, count_include_pad=False),
+        lambda x: functional.avg_pool2d(x, 2, 3, 1, ceil_mode=True),
+        lambda x: functional.avg_pool3d(x, 2),
+    ],
+)
+def test_integers_are_averaged_as_integers(pooled: Callable[[Tensor], Tensor]) -> None:
+    """Rounded towards zero, and not as float32."""
+    x = torch.randint(-50, 50, (2, 3, 6, 7), generator=torch.Generator().manual_seed(0))
+    module = Apply(lambda factor: pooled(x) * factor)
+    report = cg.export(module, (torch.ones(1, dtype=torch.int64),))
+    found = cg.GradientSession(report.model).run({"input": torch.tensor([3])})["output"]
+    assert found.dtype == torch.int64
+    assert torch.equal(found, pooled(x) * 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(pooled, backend=convgrad_ort)(x)
+    assert compiled.dtype == torch.int64
+    assert torch.equal(compiled, pooled(x))
