@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .norms_in_steps import FORWARD_NORMS
+
 
 def takes_computed(*arguments: Any) -> bool:
     """Whether one of a call's arguments is such a number."""
@@ -34,6 +36,25 @@ def add(input: Tensor, other: Any, *, alpha: Any = 1) -> Tensor:
 
 def subtract(input: Tensor, other: Any, *, alpha: Any = 1) -> Tensor:
     return torch.sub(input, other * alpha)
+
+
+def reverse_subtract(input: Tensor, other: Any, *, alpha: Any = 1) -> Tensor:
+    return torch.rsub(input * alpha, other)
+
+
+def index_add(input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Tensor:
+    return torch.index_add(input, dim, index, source * alpha)
+
+
+def scatter(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
+    return torch.scatter(input, dim, index, _as_tensor(value, input).expand(index.shape))
+
+
+def _sum_with(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    def weighted(input: Tensor, first: Tensor, second: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+        return input * beta + product(first, second) * alpha
+
+    return weighted
 
 
 def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: Any = 1) -> Tensor:
@@ -69,6 +90,67 @@ def softplus(input: Tensor, beta: Any = 1, threshold: Any = 20) -> Tensor:
     limit = torch.full_like(input, threshold)
     scaled = input * beta
     return torch.where(scaled > limit, input, torch.log1p(torch.exp(torch.minimum(scaled, limit))) / beta)
+
+
+def celu(input: Tensor, alpha: Any = 1.0) -> Tensor:
+    return torch.where(input > 0, input, torch.expm1(input.clamp(max=0) / alpha) * alpha)
+
+
+def hardtanh(input: Tensor, min_val: Any = -1.0, max_val: Any = 1.0) -> Tensor:
+    """The derivative at the bounds is 0, that of clamp 1."""
+    low, high = (_as_tensor(value, input) for value in (min_val, max_val))
+    return torch.where(input <= low, low, torch.where(input >= high, high, input))
+
+
+def softshrink(input: Tensor, lambd: Any = 0.5) -> Tensor:
+    return torch.where(input.abs() <= _as_tensor(lambd, input), 0.0, input - input.sign() * lambd)
+
+
+def logit(input: Tensor, eps: Any = None) -> Tensor:
+    return torch.logit(input.clamp(eps, 1 - eps))
+
+
+def x_log1p_y(input: Any, other: Any) -> Tensor:
+    return torch.special.xlog1py(_as_tensor(input, other), _as_tensor(other, input))
+
+
+def pad(input: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> Tensor:
+    inside = functional.pad(torch.ones_like(input), pad)
+    return torch.where(inside > 0, functional.pad(input, pad), _as_tensor(value, input))
+
+
+def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: Any = None) -> Tensor:
+    normal = input * torch.rsqrt(input.square().mean(list(range(-len(normalized_shape), 0)), keepdim=True) + eps)
+    return normal if weight is None else normal * weight
+
+
+def huber_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", delta: Any = 1.0, weight: Tensor | None = None
+) -> Tensor:
+    distance = (input - target).abs()
+    loss = torch.where(
+        distance <= _as_tensor(delta, input), distance * distance * 0.5, (distance - delta * 0.5) * delta
+    )
+    return _reduced(loss if weight is None else loss * weight, reduction)
+
+
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: Any = 1.0,
+) -> Tensor:
+    if size_average is not None or reduce is not None:
+        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
+    distance = (input - target).abs()
+    below = distance < _as_tensor(beta, input)
+    return _reduced(torch.where(below, distance * distance * 0.5 / beta, distance - beta * 0.5), reduction)
+
+
+def _reduced(loss: Tensor, reduction: str) -> Tensor:
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 
 def attention(
@@ -119,14 +201,38 @@ _OPERATORS: Mapping[str, Callable[..., Tensor]] = {
     "add": add,
     "sub": subtract,
     "subtract": subtract,
+    "addmm": _sum_with(torch.mm),
+    "addmv": _sum_with(torch.mv),
+    "addr": _sum_with(torch.outer),
+    "baddbmm": _sum_with(torch.bmm),
+    "addbmm": _sum_with(lambda first, second: torch.bmm(first, second).sum(0)),
+    "index_add": index_add,
+    "scatter": scatter,
+    "logit": logit,
     "addcmul": addcmul,
     "addcdiv": addcdiv,
     "lerp": lerp,
     "pow": power,
 }
-_ACTIVATIONS: Mapping[str, Callable[..., Tensor]] = {"leaky_relu": leaky_relu, "elu": elu}
+_ACTIVATIONS: Mapping[str, Callable[..., Tensor]] = {
+    "leaky_relu": leaky_relu,
+    "elu": elu,
+    "celu": celu,
+    "hardtanh": hardtanh,
+}
 OF_COMPUTED: Mapping[Any, Callable[..., Tensor]] = {
     **dict(_all_forms()),
+    **FORWARD_NORMS,
+    functional.rms_norm: rms_norm,
+    torch.rms_norm: rms_norm,
+    torch.celu: celu,
+    torch.celu_: _in_place(celu),
+    torch.rsub: reverse_subtract,
+    torch.special.xlog1py: x_log1p_y,
+    functional.softshrink: softshrink,
+    functional.pad: pad,
+    functional.huber_loss: huber_loss,
+    functional.smooth_l1_loss: smooth_l1_loss,
     Tensor.__pow__: power,
     Tensor.__ipow__: _in_place(power),
     Tensor.__rpow__: power_of_number,

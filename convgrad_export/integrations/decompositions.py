@@ -28,6 +28,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - squeeze of given dimensions: ONNX refuses one of another size than 1, which PyTorch leaves.
 - index_put with indices that broadcast over a dynamic size: the translation takes the larger size, 1 of 1 and 0.
 - index, index_put by int32: the translation makes an invalid model.
+- roll by a dynamic size: the translation has attributes.
 - split into parts of a dynamic size: a sequence, on which onnxscript's optimizer and opsets below 18 fail.
 - convolution in float64: onnxruntime's CPU provider has no kernel.
 - pooling, padding and weight_norm backward: no translation, or none for every size.
@@ -231,6 +232,19 @@ def _is_one(x: Tensor, dim: int) -> bool:
     return x.dim() > 0 and isinstance(size := x.shape[dim], int) and size == 1
 
 
+def roll(x: Tensor, shifts: list[int], dims: list[int] = []) -> Tensor:  # noqa: B006
+    """By positions, where a shift is a dynamic size; the translation takes numbers alone."""
+    if all(isinstance(shift, int) for shift in shifts):
+        return NotImplemented
+    if not dims:
+        return roll(x.reshape([-1]), shifts, [0]).reshape(x.shape)
+    for shift, dim in zip(shifts, dims, strict=True):
+        positions = torch.arange(x.shape[dim], device=x.device)
+        size = torch.ones_like(positions).sum().clamp(min=1)  # no division by 0 where there is nothing
+        x = x.index_select(dim, torch.remainder(positions - shift, size))
+    return x
+
+
 def traced_convolution(*arguments: Any) -> Tensor:
     """The convolution of a module from `torch.jit.trace`, which records four options of cuDNN's behind its nine."""
     result: Tensor = aten.convolution(*arguments[:9])
@@ -415,6 +429,7 @@ OWN: Table = {
     aten._unsafe_index.Tensor: index,
     aten.index_put.default: index_put,
     aten._unsafe_index_put.default: index_put,
+    aten.roll.default: roll,
     aten.split.Tensor: split,
     aten.unsafe_split.Tensor: split,
     aten.split_with_sizes.default: split_with_sizes,

@@ -24,6 +24,31 @@ OF_A_NUMBER: dict[str, Callable[[Tensor, float], Tensor]] = {
     "add": lambda x, v: torch.add(x, x * x, alpha=v) - (x * 2).sub_(x * x, alpha=1 - v),
     "power": lambda x, v: (1 + x * x) ** v + (1 + x * x).pow_(v) * v**x,
     "attention": lambda x, v: functional.scaled_dot_product_attention(x, x, x, is_causal=True, scale=v),
+    "celu": lambda x, v: functional.celu(x, v) + torch.celu(x * 2, v) + functional.celu(x - 1, v, inplace=True),
+    "hardtanh": lambda x, v: functional.hardtanh(x * 2, -v, v) * x + functional.hardtanh(x + 1, 0, v, inplace=True),
+    "softshrink": lambda x, v: functional.softshrink(x * 2, v) * x,
+    "logit": lambda x, v: torch.logit(x.sigmoid(), v * 0.1) + (x.sigmoid() * 1).logit_(v * 0.2),
+    "xlog1py": lambda x, v: torch.special.xlog1py(v, x * x) + torch.special.xlog1py(x, v),
+    "pad": lambda x, v: (
+        functional.pad(x, (1, -2, 2, 0), value=v) * functional.pad(x * x, (1, -2, 2, 0), "constant", -v)
+    ),
+    "products": lambda x, v: (
+        torch.addmm(x[0], x[0, :, :3], x[1], alpha=v, beta=1 - v)
+        + (x[1] * x[0]).addmm_(x[0, :, :3], x[1], alpha=v)
+        + torch.addmv(x[0, 0], x[0].t(), x[0, :, 0], beta=v)
+        + torch.addr(x[0], x[0, :, 0], x[0, 0], alpha=v, beta=-v)
+    ),
+    "batched-products": lambda x, v: (
+        torch.baddbmm(x, x[:, :, :3], x, alpha=v, beta=1 - v) + x[0].addbmm(x[:, :, :3], x, alpha=v)
+    ),
+    "rsub": lambda x, v: torch.rsub(x, x * x, alpha=v),
+    "index_add": lambda x, v: x.index_add(2, POSITIONS[:2], (x * x)[:, :, :2], alpha=v) * (x * 2),
+    "scatter": lambda x, v: x.scatter(2, POSITIONS[:2].expand(x.shape[0], 3, 2), v) * x,
+    "huber": lambda x, v: functional.huber_loss(x * 2, x.detach(), delta=v) + x,
+    "smooth_l1": lambda x, v: functional.smooth_l1_loss(x * 2, x.detach(), beta=v) + x,
+    "layer_norm": lambda x, v: functional.layer_norm(x, (3, 5), eps=v) + functional.rms_norm(x, (5,), x[0, 0], v),
+    "group_norm": lambda x, v: functional.group_norm(x, 3, eps=v),
+    "batch_norm": lambda x, v: functional.batch_norm(x, None, None, training=True, eps=v),
     "remainder": lambda x, v: x % v + torch.remainder(x, -v),
     "integers": lambda x, v: x * (POSITIONS * v + POSITIONS / v + (v - POSITIONS) + POSITIONS**v + (x > 0) * v),
 }
@@ -36,6 +61,8 @@ def test_operators_of_a_computed_number(name: str, dtype: torch.dtype) -> None:
     module = Apply(lambda x: OF_A_NUMBER[name](x, x.square().mean().item()))
     x, fresh = (torch.randn(n, 3, 5, generator=torch.Generator().manual_seed(n), dtype=dtype) for n in (2, 4))
     tolerance = 2e-5 if dtype == torch.float32 else 1e-12
+    if name == "celu":
+        tolerance = max(tolerance, 1e-7)  # PyTorch's gradient is off by the rounding of 1 / alpha to float32
     compare_gradients(module, (x,), dynamic_shapes={"input": {0: "batch"}}, fresh=(fresh,), tolerance=tolerance)
 
 
@@ -43,3 +70,18 @@ def test_operators_of_a_computed_number(name: str, dtype: torch.dtype) -> None:
 def test_powers_of_integers(power: Tensor) -> None:
     """ONNX's Pow gives the type of the base, which made an invalid model."""
     compare_gradients(Apply(lambda x: x * (POSITIONS + 1) ** power.to(x.dtype)), (torch.randn(2, 5),))
+
+
+@pytest.mark.parametrize(
+    "rolled",
+    [
+        lambda x: x.roll(x.shape[0] // 2, 0) * x,
+        lambda x: x.roll((1 - x.shape[0], 2), (0, 1)) * x,
+        lambda x: x.roll(2 * x.shape[0] + 1) * x,
+        lambda x: torch.fft.fftshift(x) * x,
+    ],
+)
+@pytest.mark.parametrize("size", [0, 1, 4, 7])
+def test_rolls_by_a_dynamic_size(rolled: Callable[[Tensor], Tensor], size: int) -> None:
+    fresh = torch.randn(size, 5, generator=torch.Generator().manual_seed(size))
+    compare_gradients(Apply(rolled), (torch.randn(3, 5),), dynamic_shapes={"input": {0: "batch"}}, fresh=(fresh,))
