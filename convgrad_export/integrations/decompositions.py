@@ -20,7 +20,8 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - amax and amin without axes: the translation asks for some. eq to ge of booleans and a number: made a boolean.
 - sum, cumsum: ONNX adds up neither booleans nor small integers. max along an axis: ArgMax takes no booleans.
 - linalg_matrix_exp, linalg_householder_product: no translation (`linear_algebra.py`).
-- as_strided_scatter, diagonal_scatter, unfold_backward, median, hypot, fmax, fmin, copysign, rrelu, the product of
+- medians, k-th values, running extremes, searches: none (`order_statistics.py`).
+- as_strided_scatter, diagonal_scatter, unfold_backward, hypot, fmax, fmin, copysign, rrelu, the product of
   Bilinear: no translation.
 - erfc, erfcx: no digit is right for large arguments (`error_functions.py`).
 - scatter_reduce: the translation of "mean" overwrites.
@@ -57,6 +58,7 @@ from convgrad_export.integrations import (
     linear_algebra,
     max_pooling_decompositions,
     normalization_decompositions,
+    order_statistics,
     pooling_decompositions,
     softmax_decompositions,
     torchlib,
@@ -159,20 +161,6 @@ def hypotenuse(x: Tensor, y: Tensor) -> Tensor:
     larger, smaller = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
     ratio = torch.where(larger == smaller, 1.0, smaller / larger)  # of two infinities and of two zeros, too
     return larger * (1 + ratio * ratio).sqrt()
-
-
-def median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-    """Values and positions of the lower median, from a sort."""
-    if x.dim() == 0:
-        return x.clone(), torch.zeros([], dtype=torch.int64, device=x.device)
-    values, positions = torch.sort(x, dim=dim)
-    middle = (x.shape[dim] - 1) // 2
-    values, positions = values.narrow(dim, middle, 1), positions.narrow(dim, middle, 1)
-    return (values, positions) if keepdim else (values.squeeze(dim), positions.squeeze(dim))
-
-
-def median_of_all(x: Tensor) -> Tensor:
-    return median(x.reshape([-1]), 0)[0]
 
 
 def diagonal_scatter(x: Tensor, source: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
@@ -416,8 +404,6 @@ OWN: Table = {
     aten.cumsum.default: cumulative_sum,
     aten.max.dim: maximum_along,
     aten.hypot.default: hypotenuse,
-    aten.median.dim: median,
-    aten.median.default: median_of_all,
     aten.diagonal_backward.default: diagonal_backward,
     aten.diagonal_scatter.default: diagonal_scatter,
     aten.unfold_backward.default: unfold_backward,
@@ -441,6 +427,7 @@ OWN: Table = {
     **interpolation.TABLE,
     **linear_algebra.TABLE,
     **normalization_decompositions.TABLE,
+    **order_statistics.TABLE,
     **pooling_decompositions.TABLE,
     **max_pooling_decompositions.TABLE,
     **softmax_decompositions.TABLE,
