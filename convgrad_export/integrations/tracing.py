@@ -81,8 +81,8 @@ _OPEN_SIZES = "with symbolic sizes/strides"
 
 
 def _zeros(size: Any, *, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None) -> Any:
-    if forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING:
-        return NotImplemented  # dual numbers: where they meet a number, PyTorch would read the zero's value
+    if not size and forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING:
+        return NotImplemented  # the tangent of a number that meets dual ones: PyTorch would read its value
     return torch.zeros(size, dtype=dtype, device=device)
 
 

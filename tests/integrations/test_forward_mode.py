@@ -65,7 +65,13 @@ def test_norms_inside_a_network(name: str, dual: bool) -> None:
         torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def _dual(net: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(net(forward_ad.make_dual(x, v))).tangent
+
+
 FORWARD: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+    "dual numbers": _dual,
     "jvp": lambda net, x, v: torch.func.jvp(net, (x,), (v,))[1],
     "jvp of grad": lambda net, x, v: torch.func.jvp(torch.func.grad(lambda y: net(y).square().sum()), (x,), (v,))[1],
 }
@@ -84,6 +90,24 @@ def test_a_dynamic_batch(name: str) -> None:
     (found,) = cg.GradientSession(report.model).run(None, {"x": args[0], "direction": args[1]})
     expected = module.double()(*(a.double() for a in args))
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * x + torch.ones_like(x),
+        lambda x: x.sin() + x.detach(),
+        lambda x: torch.where(x > 0, x * x, x.detach()) - torch.tensor([2.0, 1.0, 0.0], dtype=x.dtype),
+        lambda x: torch.zeros_like(x) + x * x,
+    ],
+)
+def test_dual_numbers_meet_tensors_without_a_tangent(function: Callable[[Tensor], Tensor]) -> None:
+    """Their tangents are zeros without memory, too, of the batch's size."""
+    module, shapes = Direction(nn.Identity(), lambda _, x, v: _dual(function, x, v)), ({0: "n"}, {0: "n"})
+    report = cg.export(module, (torch.randn(2, 3), torch.randn(2, 3)), dynamic_shapes=shapes)
+    args = torch.randn(5, 3), torch.randn(5, 3)
+    (found,) = cg.GradientSession(report.model).run(None, {"x": args[0], "direction": args[1]})
+    torch.testing.assert_close(found, module(*args))
 
 
 def test_the_tangent_of_a_max_poolings_gradient_goes_to_the_recorded_positions() -> None:
