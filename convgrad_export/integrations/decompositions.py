@@ -333,6 +333,11 @@ def rrelu_with_noise_functional(
     return x * slope, slope
 
 
+def uniform(x: Tensor, low: float = 0.0, high: float = 1.0, generator: Any = None) -> Tensor:
+    """PyTorch's own decomposition ends in an operator without a translation."""
+    return torch.rand_like(x) * (high - low) + low
+
+
 def rrelu_slope(x: Tensor, drawn: Tensor, lower: float, upper: float) -> Tensor:
     """1 where x is positive, elsewhere between the bounds, by numbers drawn from [0, 1)."""
     return torch.where(x > 0, 1.0, drawn * (upper - lower) + lower)
@@ -419,6 +424,7 @@ OWN: Table = {
     aten.split.Tensor: split,
     aten.unsafe_split.Tensor: split,
     aten.split_with_sizes.default: split_with_sizes,
+    aten.uniform.default: uniform,
     aten.rrelu_with_noise_functional.default: rrelu_with_noise_functional,
     **activation_decompositions.TABLE,
     **column_decompositions.TABLE,

@@ -223,6 +223,24 @@ def _permutation(
     return torch.sort(numbers)[1].to(dtype or torch.int64)
 
 
+def _multinomial(
+    mode: SeededRandomness,
+    input: Tensor,
+    num_samples: int,
+    replacement: bool = False,
+    *,
+    generator: Any = None,
+    out: Any = None,
+) -> Tensor:
+    """The first to happen of waiting times with these rates; a rate of 0 never does."""
+    refuse("torch.multinomial", generator=generator, out=out)
+    rates = input.detach()
+    if not replacement:
+        return torch.topk(_exponential(mode, rates) / rates, num_samples, largest=False)[1]
+    rates = rates.unsqueeze(-2).expand(*rates.shape[:-1], num_samples, rates.shape[-1])
+    return (_exponential(mode, rates) / rates).argmin(-1)
+
+
 REPLACEMENTS: Mapping[Any, Replacement] = {
     torch.Tensor.bernoulli_: _bernoulli_,
     torch.bernoulli: _bernoulli,
@@ -238,5 +256,7 @@ REPLACEMENTS: Mapping[Any, Replacement] = {
     torch.randint: _integers,
     torch.randint_like: _integers_like,
     torch.randperm: _permutation,
+    torch.multinomial: _multinomial,
+    torch.Tensor.multinomial: _multinomial,
     torch.nn.functional.gumbel_softmax: _gumbel_softmax,
 }

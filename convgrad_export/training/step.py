@@ -271,8 +271,8 @@ def refuse_unseeded_randomness(program: CapturedProgram) -> None:
     if random:
         raise UnsupportedOperatorError(
             "a training step draws its random numbers from the seed input, which is not possible for "
-            f"{', '.join(random)}. Use dropout, bernoulli, rand, randn, randint or randperm, or pass the random tensor "
-            "as an argument."
+            f"{', '.join(random)}. Use dropout, bernoulli, multinomial, rand, randn, randint or randperm, or pass the "
+            "random tensor as an argument."
         )
 
 

@@ -35,6 +35,22 @@ def test_two_draws_from_one_tensor_are_two(function: Callable[[Tensor], Tensor])
     assert abs((first != 0).mean() - 0.7) < 0.05
 
 
+def test_uniform_numbers_lie_between_their_limits() -> None:
+    """PyTorch's decomposition has no translation; Laplace's distribution draws by it."""
+    first, second, noise = drawn(
+        lambda x: (
+            torch.empty_like(x).uniform_(-1, 3),
+            torch.empty_like(x).uniform_(-1, 3),
+            torch.distributions.Laplace(x, 2.0).rsample(),
+        ),
+        torch.ones(100, 100),
+    )
+    assert (first != second).mean() > 0.99
+    assert -1 <= first.min() < -0.95 < 2.95 < first.max() <= 3
+    assert abs(first.mean() - 1) < 0.05
+    assert abs(np.median(noise) - 1) < 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_dropout_keeps_the_mean_and_drops_everything_at_one(dtype: torch.dtype) -> None:
     some, none = drawn(

@@ -163,6 +163,45 @@ def test_noise_and_times_are_drawn_from_the_seed(dtype: torch.dtype) -> None:
             assert functional.mse_loss(module(batch[0]), batch[1]).item() == pytest.approx(float(loss), rel=rtol)
 
 
+def test_categories_follow_their_weights() -> None:
+    """With replacement and without, from weights that need not sum up to 1."""
+    weights = torch.tensor([1.0, 0.0, 6.0, 3.0])
+    with mode():
+        shares = torch.multinomial(weights, 50_000, replacement=True).bincount(minlength=4) / 50_000
+        assert (shares - weights / 10).abs().max() < 0.01
+        pairs = weights.expand(20_000, 4).multinomial(2)
+        sampled = torch.distributions.Categorical(logits=torch.zeros(3, 5)).sample((7,))
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+    assert not (pairs == 1).any()
+    assert abs((pairs[:, 0] == 2).float().mean().item() - 0.6) < 0.02
+    assert abs((pairs[pairs[:, 0] == 2, 1] == 3).float().mean().item() - 0.75) < 0.02
+    assert sampled.shape == (7, 3)
+
+
+class Policy(nn.Module):
+    """Drawn actions and their logarithmic probabilities, weighted with what is drawn without replacement."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        actions = torch.distributions.Categorical(logits=self.scores(x))
+        chosen = torch.multinomial(actions.probs.detach(), 2)
+        return actions.log_prob(actions.sample()) * chosen.sum(1)
+
+
+def test_categories_are_drawn_from_the_seed() -> None:
+    module, batch = Policy(), (torch.randn(8, 6), torch.randn(8))
+    report = cg.export_training_step(module, "mse", "sgd", batch, dynamic_shapes={"x": {0: "n"}, "target": {0: "n"}})
+    session = cg.TrainingSession(report.model, report.state, learning_rate=0.0, seed=5)
+    losses = [session.step(*batch)["loss"] for _ in range(3)]
+    assert len(set(map(float, losses))) == 3
+    for step, loss in enumerate(losses):
+        with SeededRandomness(torch.tensor(5), torch.tensor(step)), torch.no_grad():
+            assert functional.mse_loss(module(batch[0]), batch[1]).item() == pytest.approx(float(loss), rel=1e-5)
+
+
 class Applied(nn.Module):
     """A function of the input times a weight."""
 
