@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from convgrad_export.errors import ConvGradError, VerificationError
 from convgrad_export.integrations.compiled_modules import as_written
 from convgrad_export.integrations.fresh_inputs import in_order
+from convgrad_export.integrations.one_at_a_time import ONE_AT_A_TIME
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
 
 _BITS = (torch.ops.aten.view.dtype,)  # another type for the same bytes: no cast
@@ -175,19 +176,18 @@ def _run(
             moved = moved.clamp(tensor.min(), tensor.max())  # a loss may refuse a target just outside of [0, 1]
         values[spec.name] = moved.requires_grad_(spec.value.requires_grad)
     casts = contextlib.nullcontext() if dtype is None else WidenedCasts(dtype)
-    default = dtype or torch.get_default_dtype()
-    with as_written(), computing_in(default, onednn=False), torch.enable_grad(), casts, CanonicalLayouts():
+    with ONE_AT_A_TIME, as_written(), computing_in(dtype, onednn=False), torch.enable_grad(), casts, CanonicalLayouts():
         outputs = program.function(values)
     return {output.spec.name: output.tensor.detach() for output in outputs}
 
 
 @contextlib.contextmanager
-def computing_in(dtype: torch.dtype, *, onednn: bool) -> Iterator[None]:
-    """While active, `dtype` is PyTorch's default, oneDNN is on or off, and PyTorch warns of nothing."""
+def computing_in(dtype: torch.dtype | None, *, onednn: bool) -> Iterator[None]:
+    """While active, `dtype` is PyTorch's default (None: as it is), oneDNN on or off, and PyTorch warns of nothing."""
     default = torch.get_default_dtype()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the oneDNN switch talks about other hardware
-        torch.set_default_dtype(dtype)
+        torch.set_default_dtype(dtype or default)
         try:
             with torch.backends.mkldnn.flags(enabled=onednn):
                 yield

@@ -28,6 +28,7 @@ from ..lowering import GRADIENTS
 from ..selection import aten_measurements
 from ..selection.aten_policy import AUTO, FASTEST, check_lowering
 from .aten_convolution import ConvolutionCall, Plan, decomposition, has_no_form, normalized, plan, read_call, run_plan
+from .one_at_a_time import ONE_AT_A_TIME
 from .source_hash import source_hash
 
 TARGET = torch.ops.aten.convolution_backward.default
@@ -252,7 +253,7 @@ def _trace(call: ConvolutionCall, chosen: Plan, arguments: Sequence[Any], table:
     def compute(grad_output: Any, input: Any, weight: Any) -> list[Any]:
         return list(run_plan(call, chosen, [grad_output, input, weight, *arguments[3:]]))
 
-    with disable_proxy_modes_tracing(), mode, enable_python_dispatcher(), torch.no_grad():
+    with ONE_AT_A_TIME, disable_proxy_modes_tracing(), mode, enable_python_dispatcher(), torch.no_grad():
         traced = make_fx(compute, decomposition_table=dict(table or {}))(*fakes)
     traced.graph.eliminate_dead_code()
     return traced

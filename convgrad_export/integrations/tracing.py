@@ -53,6 +53,7 @@ from convgrad_export.integrations.fake_inputs import (
     require_data,
 )
 from convgrad_export.integrations.module_attributes import kept_attributes
+from convgrad_export.integrations.one_at_a_time import ONE_AT_A_TIME
 from convgrad_export.integrations.packed import PaddedPacking
 from convgrad_export.integrations.places import MODULE_PATH, module_path, module_paths, node_place, user_frame
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, GraphOutput, TracedOutput, is_random
@@ -137,7 +138,7 @@ def _traced(
     mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
     # Sizes 0 and 1 of a dynamic dimension must not become special cases: an exported model also runs at batch 1.
     config: Any = torch.fx.experimental._config  # a config module: its `patch` is added at run time
-    with config.patch(backed_size_oblivious=True):
+    with ONE_AT_A_TIME, config.patch(backed_size_oblivious=True):
         fakes = fake_inputs(inputs, mode)
         specs: list[GraphOutput] = []
 

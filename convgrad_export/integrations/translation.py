@@ -29,6 +29,7 @@ from convgrad_export.integrations.empty_means import nan_of_no_elements
 from convgrad_export.integrations.finishing import BASE_OPSET, CONSTANT, MIN_OPSET, copied
 from convgrad_export.integrations.float64_constants import keep_in_float64
 from convgrad_export.integrations.half_widening import compare_extremes_in_float32, lacks_float16, widen_half
+from convgrad_export.integrations.one_at_a_time import ONE_AT_A_TIME
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, is_getitem
 from convgrad_export.integrations.symbolic_scalars import scalars_to_tensors
 from convgrad_export.lowering import CPU
@@ -143,7 +144,7 @@ def translate(
     keep_in_float64(registry, graph)
     model = ir.Model(ir.Graph([], [], nodes=[], name="main"), ir_version=ir_version(BASE_OPSET), producer_name=PRODUCER)
     try:
-        with torchlib.without_hints():
+        with ONE_AT_A_TIME, torchlib.without_hints():
             values = _core._translate_fx_graph(
                 graph, model, graph_like=model.graph, owned_graphs={}, lower="at_conversion", registry=registry
             )

@@ -547,6 +547,28 @@ def test_another_threads_modules_run_on_during_a_trace() -> None:
     assert failures == []
 
 
+def test_exports_of_several_threads_take_turns() -> None:
+    """PyTorch's tracer and default type are the process's: the exports were refused."""
+    start, found = threading.Barrier(4), {}
+
+    def export(number: int) -> None:
+        module = nn.Sequential(nn.Conv2d(3, 2 + number, 3), nn.BatchNorm2d(2 + number), nn.SiLU())
+        start.wait(30)
+        try:
+            found[number] = cg.export_gradient(module, (image(),), wrt="parameters", of=lambda y: (y * 0.3).sum())
+        except BaseException as error:  # the test's own thread reports it
+            found[number] = error
+
+    threads = [threading.Thread(target=export, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert [getattr(found[number], "verified", found[number]) for number in range(4)] == [True] * 4
+    assert [found[number].outputs["0.weight.grad"][0] for number in range(4)] == [2, 3, 4, 5]
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_a_compiled_module_or_part_is_exported_as_it_is_written() -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh())
     plain = cg.export_gradient(module, (image(),), wrt="parameters")
