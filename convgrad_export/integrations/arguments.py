@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from types import ModuleType
 from typing import Any
 
@@ -273,9 +273,12 @@ def _listed(slots: str | Iterable[str]) -> list[str]:
 
 
 def named_tensors(
-    tensors: Mapping[str, torch.Tensor], dynamic_shapes: DynamicShapes, others: Sequence[GraphInput]
+    tensors: Mapping[str, torch.Tensor],
+    dynamic_shapes: DynamicShapes,
+    others: Sequence[GraphInput],
+    option: str = "dynamic_shapes",
 ) -> tuple[GraphInput, ...]:
-    """Plain named tensors as graph inputs, with dynamic_shapes by name or in order.
+    """Plain named tensors as graph inputs, `dynamic_shapes` (the caller's `option`) by name or in order.
 
     Raises:
         ArgumentTypeError: One is no dense tensor, or dynamic_shapes has other names or another length.
@@ -291,13 +294,13 @@ def named_tensors(
         by_name = dict(dynamic_shapes)
         if unknown := [name for name in by_name if name not in tensors]:
             raise ArgumentTypeError(
-                f"dynamic_shapes names {', '.join(map(repr, unknown))}, expected some of: {', '.join(tensors)}"
+                f"{option} names {', '.join(map(repr, unknown))}, expected some of: {', '.join(tensors)}"
             )
     elif isinstance(dynamic_shapes, (list, tuple)) and len(dynamic_shapes) == len(tensors):
         by_name = dict(zip(tensors, dynamic_shapes, strict=True))
     else:
         raise ArgumentTypeError(
-            f"dynamic_shapes is {dynamic_shapes!r:.80}, expected an entry for each of: {', '.join(tensors)}"
+            f"{option} is {dynamic_shapes!r:.80}, expected an entry for each of: {', '.join(tensors)}"
         )
     return tuple(
         GraphInput(
@@ -349,6 +352,14 @@ def forward_signature(module: torch.nn.Module) -> inspect.Signature:
             for a in forward.schema.arguments[1:]
         ]
     )
+
+
+def signature_of(function: Callable[..., Any]) -> inspect.Signature | None:
+    """What a function, or a module's forward, takes; None where it does not say, as some of torch's own."""
+    try:
+        return forward_signature(function) if isinstance(function, torch.nn.Module) else inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
 
 
 def _bind(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

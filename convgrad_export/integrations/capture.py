@@ -33,6 +33,7 @@ from convgrad_export.integrations.arguments import (
     CallArguments,
     DynamicShapes,
     named_tensors,
+    signature_of,
     wrt_names,
 )
 from convgrad_export.integrations.outputs import buffer_outputs, named_outputs
@@ -246,17 +247,26 @@ def _value_inputs(
     dynamic_shapes: DynamicShapes,
     others: Sequence[GraphInput],
 ) -> tuple[GraphInput, ...]:
+    """What the value takes after the forward's output. Callers know the four as `of`, `of_args` and so on."""
     if isinstance(examples, torch.Tensor):
         examples = (examples,)
+    signature = None if value is None else signature_of(value)
+    if signature is not None:
+        try:
+            signature.bind(None, *examples)
+        except TypeError as error:
+            raise ArgumentTypeError(
+                f"of does not take the forward's output and the {len(examples)} tensor(s) of of_args: {error}. Pass in "
+                "of_args one tensor for each parameter that follows the output"
+            ) from error
     if names is None:
-        names = []
-        if value is not None and examples:
-            with contextlib.suppress(TypeError, ValueError):
-                names = list(inspect.signature(value).parameters)[1:]
-        names = [*names[: len(examples)], *(f"value_arg_{i}" for i in range(len(names), len(examples)))]
+        parameters = [] if signature is None else list(signature.parameters.values())[1:]
+        by_keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+        names = [p.name for p in parameters if p.kind not in by_keyword][: len(examples)]
+        names += [f"value_arg_{i}" for i in range(len(names), len(examples))]
     if len(names) != len(examples):
-        raise ArgumentTypeError(f"value_arg_names has {len(names)} names for {len(examples)} value_args")
-    return named_tensors(dict(zip(names, examples, strict=True)), dynamic_shapes, others)
+        raise ArgumentTypeError(f"of_arg_names has {len(names)} names for the {len(examples)} tensor(s) of of_args")
+    return named_tensors(dict(zip(names, examples, strict=True)), dynamic_shapes, others, "of_dynamic_shapes")
 
 
 def _vector_inputs(
@@ -378,6 +388,6 @@ def _scalar(value: Callable[..., torch.Tensor] | None, result: Any, labels: Sequ
         return result.sum()
     scalar = value(result, *labels)
     if not isinstance(scalar, torch.Tensor) or scalar.numel() != 1:
-        got = f"shape {tuple(scalar.shape)}" if isinstance(scalar, torch.Tensor) else type(scalar).__name__
-        raise ArgumentTypeError(f"value must return a tensor with one element, got {got}")
+        got = f"tensor of shape {tuple(scalar.shape)}" if isinstance(scalar, torch.Tensor) else type(scalar).__name__
+        raise ArgumentTypeError(f"of returned a {got}, expected a tensor with one element")
     return scalar.reshape(())

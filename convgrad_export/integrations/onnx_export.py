@@ -235,6 +235,8 @@ def export_gradient(
     check_flags(hessian_vector=hessian_vector, return_outputs=return_outputs)
     if not isinstance(of_args, (torch.Tensor, list, tuple)):
         raise ArgumentTypeError(f"of_args is {of_args!r:.80}, expected a tuple of tensors for the function `of`")
+    if of_arg_names is not None:
+        check_names("of_arg_names", of_arg_names)
     given = isinstance(of_args, torch.Tensor) or len(of_args) > 0
     if not callable(of) and (given or of_arg_names is not None or of_dynamic_shapes is not None):
         raise ArgumentTypeError(
@@ -254,7 +256,7 @@ def export_gradient(
             _tuple(args),
             kwargs,
             wrt=wrt,
-            value=value if callable(value) else scalar_of(of),
+            value=scalar_of(value),
             value_args=value_args,
             value_arg_names=names,
             value_dynamic_shapes=shapes,

@@ -14,6 +14,13 @@ from convgrad_export.integrations.other_sizes import example_sizes, substituted
 
 
 def scalar_of(of: int | str | Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor] | None:
+    """The function of the output that `of` stands for, None for its sum.
+
+    Raises:
+        ArgumentTypeError: anything else, a class among it.
+    """
+    if callable(of) and not isinstance(of, type):
+        return of
     if of is None or (isinstance(of, str) and of == "sum"):
         return None
     if isinstance(of, (int, np.integer)) and not isinstance(of, bool):
@@ -30,7 +37,8 @@ def scalar_of(of: int | str | Callable[..., torch.Tensor] | None) -> Callable[..
             return output[:, index].sum()
 
         return class_score
-    raise ArgumentTypeError(f"of is {of!r:.80}, expected an int (class), 'sum', 'vjp' or a function of the output")
+    kind = f"the class {of.__name__}" if isinstance(of, type) else f"{of!r:.80}"
+    raise ArgumentTypeError(f"of is {kind}, expected an int (class), 'sum', 'vjp' or a function of the output")
 
 
 def cotangent_product(output: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:

@@ -148,6 +148,13 @@ def test_a_steps_target_that_shares_its_name_with_an_argument_is_dynamic_by_name
         ({"dynamic_shapes": 5}, r"dynamic_shapes is 5, expected a dict by argument"),
         ({"dynamic_shapes": {"input": 5}}, r"dynamic_shapes of 'input' is 5, expected a dict from dimension"),
         ({"dynamic_shapes": {"input": "n"}}, r"dynamic_shapes of 'input' is 'n', expected a dict from dimension"),
+        ({"of_args": ()}, r"of does not take .* the 0 tensor\(s\) of of_args: missing a required argument: 'y'"),
+        ({"of": lambda output: output.sum()}, r"of does not take .* the 1 tensor\(s\) of of_args: too many"),
+        ({"of": nn.CrossEntropyLoss(), "of_args": ()}, r"missing a required argument: 'target'"),
+        ({"of": nn.CrossEntropyLoss}, r"of is the class CrossEntropyLoss"),
+        ({"of": lambda output, y: None}, r"of returned a NoneType, expected a tensor with one element"),
+        ({"of_arg_names": ["a", "b"]}, r"of_arg_names has 2 names for the 1 tensor"),
+        ({"of_arg_names": "y"}, r"of_arg_names is 'y', expected a list"),
         ({"wrt": 3}, r"wrt is 3, expected 'inputs'"),
         ({"wrt": [torch.ones(2)]}, r"wrt is \[tensor.*expected 'inputs'"),
         ({"kwargs": [1]}, r"kwargs is a list, expected a dict"),
@@ -174,6 +181,16 @@ def test_one_tensor_may_stand_for_the_values_arguments_and_a_set_for_wrt() -> No
     )
     assert list(report.inputs) == ["input", "y"]
     assert list(report.outputs) == ["value", "weight.grad"]
+
+
+def test_a_loss_modules_arguments_have_the_names_of_its_forward() -> None:
+    shapes: dict[str, Any] = {"dynamic_shapes": {"input": {0: "n"}}, "of_dynamic_shapes": {"target": {0: "n"}}}
+    labels, x = torch.tensor([0, 1, 2]), torch.randn(3, 4)
+    net, loss = nn.Linear(4, 3), nn.CrossEntropyLoss()
+    report = cg.export_gradient(net, (x,), of=loss, of_args=(labels,), **shapes)
+    assert report.inputs == {"input": ["n", 4], "target": ["n"]}
+    value = cg.GradientSession(report.model).run({"input": x, "target": labels})["value"]
+    torch.testing.assert_close(value, loss(net(x), labels).detach())
 
 
 class Weighted(nn.Module):
