@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..arguments import as_names
 from ..errors import ArgumentTypeError
+from ..integrations.arguments import signature_of
 from ..integrations.half_widening import HALF
 from .optimizer_state import check_same_step, own_state, rate_scale
 
@@ -248,6 +249,14 @@ class CustomOptimizer:
                 f"CustomOptimizer.function is {self.function!r:.80}, expected a function of (parameter, gradient, "
                 "state, learning_rate, step)"
             )
+        if (signature := signature_of(self.function)) is not None:
+            try:
+                signature.bind(*[None] * 5)
+            except TypeError as error:
+                raise ArgumentTypeError(
+                    "the update function does not take (parameter, gradient, state, learning_rate, step), the state as "
+                    f"a dict: {error}"
+                ) from error
         names = as_names(self.state_names, "CustomOptimizer.state_names", "momentum")
         if wrong := [name for name in names if not name or "." in name or names.count(name) > 1]:
             raise ArgumentTypeError(f"CustomOptimizer.state_names holds {wrong}, expected different names without dots")

@@ -432,6 +432,17 @@ def test_a_scalar_parameter_keeps_its_type() -> None:
     assert session.state()["scale"].dtype == np.float32
 
 
+@pytest.mark.parametrize("kind", [CustomOptimizer, lambda function: function])
+def test_an_update_function_of_other_arguments_is_refused(kind: Callable[[Any], Any]) -> None:
+    with pytest.raises(cg.ArgumentTypeError, match=r"does not take \(parameter, gradient, state.*'another'"):
+        cg.export_training_step(
+            OfTypes(torch.float32),
+            "cross_entropy",
+            kind(lambda parameter, gradient, state, rate, step, another: (parameter, {})),
+            batches(1, torch.float32)[0],
+        )
+
+
 def test_betas_may_be_a_list() -> None:
     assert Adam(betas=[0.8, 0.9]) == Adam(betas=(0.8, 0.9))  # type: ignore[arg-type]
     assert hash(Adam(betas=[0.8, 0.9]))  # type: ignore[arg-type]
