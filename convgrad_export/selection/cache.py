@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConvGradError, OutputPathError, TuningCacheError
-from ..files import as_path, write_atomically
+from ..files import as_path, check_folder, check_output, temporary_folder, write_atomically, written_file
 from ..geometry import ConvGeometry
 from ..lowering import LOWERINGS
 from .machine import machine
@@ -118,6 +118,20 @@ def load(path: Path) -> tuple[TuningRecord, ...]:
         return tuple(_record(entry) for entry in content["records"])
     except (ConvGradError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, f"a record cannot be understood ({type(error).__name__}: {error})") from error
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a cache file that `save` could not write, before something is measured for it; nothing is left behind.
+
+    Raises:
+        OutputPathError: its folder cannot be made or written to, or what is there is no file.
+    """
+    check_folder(path.parent)
+    if path.parent.is_dir():
+        check_output(path, overwrite=True)
+    for folder in {path.parent, written_file(path).parent}:  # of the lock, and of the file, where the path is a link
+        with temporary_folder(next(place for place in (folder, *folder.parents) if place.is_dir())):
+            pass
 
 
 def save(path: Path, records: Iterable[TuningRecord]) -> None:

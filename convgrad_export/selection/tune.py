@@ -144,7 +144,8 @@ def tune(
         ArgumentTypeError, GeometryError, DTypeError: an argument that is none of the above. ModelFileError: a model
             that is not ours. CaptureError: the module cannot run. TuningCacheError: the file there is not an intact
             tuning cache; nothing is measured then. UnsupportedLoweringError: no lowering stays within the limits.
-        ProviderError: another provider, or onnxruntime lacks it, or it cannot start.
+        ProviderError: another provider, or onnxruntime lacks it, or it cannot start. OutputPathError: the cache cannot
+            be written; where something has to be measured for it, before that.
     """
     started = time.monotonic()
     wanted, again = _gradients(gradients), as_bool(again, "again")
@@ -178,6 +179,8 @@ def tune(
             skipped.append(SkippedGradient(layer.name, gradient))
             continue
         if record is None:
+            if first is None:
+                store.check_writable(path)
             if progress is not None:
                 progress(index, len(work), f"{layer.name} {gradient}")
             first = time.monotonic() if first is None else first

@@ -375,6 +375,28 @@ def test_a_provider_that_onnxruntime_lacks_is_refused(own_cache: Path) -> None:
     assert not own_cache.exists()
 
 
+@pytest.mark.parametrize("place", ["tuning.json", "inner/tuning.json"])
+def test_a_cache_that_cannot_be_written_is_refused_before_the_measurements(place: str) -> None:
+    measured: list[str] = []
+    path = Path("/proc/self", place)  # where nobody may write, the superuser neither
+    with pytest.raises(cg.OutputPathError, match="cannot write to /proc/self"):
+        cg.tune(GEOMETRY, cache=path, budget=0.1, progress=lambda done, total, name: measured.append(name))
+    assert not measured
+
+
+def test_a_cache_that_answers_need_not_be_writable(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = cg.tune(GEOMETRY, gradients="weight", threads=1, budget=0.3, cache=own_cache)
+
+    def refuse(path: Path) -> None:
+        raise cg.OutputPathError(f"{path} is read only")
+
+    monkeypatch.setattr(cache, "check_writable", refuse)
+    assert not first.gradients[0].cached
+    assert cg.tune(GEOMETRY, gradients="weight", threads=1, budget=0.3, cache=own_cache).gradients[0].cached
+    with pytest.raises(cg.OutputPathError, match="read only"):
+        cg.tune(GEOMETRY, gradients="input", threads=1, budget=0.3, cache=own_cache)
+
+
 def test_a_layer_too_large_for_any_machine_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     huge = ConvGeometry.from_forward((2, 4, 2**40, 2**40), (4, 4, 3, 3))
     report = cg.tune([huge, GEOMETRY], gradients="weight", budget=1, threads=1)
