@@ -21,7 +21,7 @@ from .geometry import ConvGeometry
 from .lowering import LOWERINGS, compute_dtype
 from .operators import operator
 from .reference import make_operands
-from .runtime.providers import is_onnxruntime_error, model_metadata
+from .runtime.providers import in_one_line, is_onnxruntime_error, model_metadata
 from .runtime.session import GradientSession
 
 # Sizes that a dynamic model leaves open are these: a remainder on every axis with strides of 2 and 3.
@@ -150,7 +150,7 @@ def _run(
     except Exception as error:
         if not is_onnxruntime_error(error):
             raise
-        raise ModelFileError(f"{path} cannot be run: {error}") from error
+        raise ModelFileError(f"{path} cannot be run: {in_one_line(error)}") from error
 
 
 def _check_declared(results: Mapping[str, np.ndarray], path: Path) -> None:

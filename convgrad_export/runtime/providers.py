@@ -103,7 +103,7 @@ def open_session(
         # The names of a damaged file may be no UTF-8, which shows when they become Python's.
         if not type(error).__module__.startswith("onnxruntime") and not isinstance(error, UnicodeDecodeError):
             raise
-        raise ModelFileError(f"onnxruntime cannot load {what}: {error}") from error
+        raise ModelFileError(f"onnxruntime cannot load {what}: {in_one_line(error)}") from error
     check_active(providers[0][0], session.get_providers())
     known = session.get_provider_options().get(CPU, {})  # onnxruntime drops what is not among them without a word
     if unknown := [option for name, settings in providers if name == CPU for option in settings if option not in known]:
@@ -126,6 +126,11 @@ def _is_unicode(path: str) -> bool:
 def is_onnxruntime_error(error: Exception) -> bool:
     """Whether a run raised it: with a binding mostly a RuntimeError, else a private class for each status code."""
     return isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
+
+
+def in_one_line(error: Exception) -> str:
+    """The message of an error of onnxruntime's, some of which end in a line feed, or hold several lines."""
+    return " ".join(str(error).split())
 
 
 def is_cpu_alone(providers: Sequence[tuple[str, Mapping[str, Any]]]) -> bool:

@@ -20,7 +20,7 @@ from ..arguments import as_bool, as_names, check_pool
 from ..errors import ArgumentTypeError, DTypeError, NonFiniteLossError, ProviderError
 from ..runtime import tensors
 from ..runtime.declared import Declared, NamedSizes
-from ..runtime.providers import Providers, is_cpu_alone, is_onnxruntime_error, onnxruntime, resolve
+from ..runtime.providers import Providers, in_one_line, is_cpu_alone, is_onnxruntime_error, onnxruntime, resolve
 from ..session_memory import give_back_freed
 from ..tensor_names import GRADIENT_NORM, LEARNING_RATE, LOSS, MICRO_STEP, SEED, STEP, UPDATED
 from .checkpoint import as_array, check_matches, checkpoint_path, save_checkpoint
@@ -267,7 +267,7 @@ class TrainingSession:
             except Exception as error:
                 if not is_onnxruntime_error(error):
                     raise
-                self._lost += f": {error}"
+                self._lost += f": {in_one_line(error)}"
                 self._check_whole()
             result.update(self._results(made))
         for name in self._updated:
@@ -297,7 +297,7 @@ def raise_refused(error: Exception, within: str) -> NoReturn:
     if not is_onnxruntime_error(error):
         raise error
     raise ArgumentTypeError(
-        f"onnxruntime stopped within {within}; a label outside the classes is the usual cause: {error}"
+        f"onnxruntime stopped within {within}; a label outside the classes is the usual cause: {in_one_line(error)}"
     ) from error
 
 

@@ -131,6 +131,22 @@ def test_check_fails_with_1_on_a_model_with_a_wrong_result(tmp_path: Path, capsy
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_what_onnxruntime_says_of_a_damaged_model_is_one_line(tmp_path: Path, capsys) -> None:
+    model = cg.build_model(
+        "conv2d_weight", input_shape=(2, 3, 8, 8), weight_shape=(4, 3, 3, 3), lowering="weight.im2col"
+    )
+    (size,) = (each for each in model.graph.initializer if onnx.numpy_helper.to_array(each).tolist() == [1, 27, 4])
+    size.CopyFrom(onnx.numpy_helper.from_array(np.array([1, 27, 5]), size.name))
+    path = tmp_path / "a.onnx"
+    onnx.save(model, path)
+    assert main(["check", str(path)]) == 2
+    assert len(capsys.readouterr().err.removeprefix("convgrad: ").splitlines()) == 1
+    model.graph.node[0].op_type = "no\nsuch"
+    onnx.save(model, path)
+    with pytest.raises(cg.ModelFileError, match="No Op registered for no such"):
+        cg.GradientSession(path)
+
+
 def test_check_refuses_foreign_and_truncated_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     foreign = onnx.helper.make_model(
         onnx.helper.make_graph(
