@@ -362,7 +362,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
                 raise ValueError("it is no zip archive as numpy.savez writes")
             stream.seek(0)
             with np.load(stream, allow_pickle=False) as archive:
-                return {name: _native(archive[name]) for name in archive.files}
+                return {name: _native(archive[name], name) for name in archive.files}
     except (OSError, EOFError, ValueError, KeyError, NotImplementedError, MemoryError, *_DAMAGED) as error:
         raise ModelFileError(f"{path} cannot be read as .npz without pickled objects: {error}") from error
 
@@ -370,5 +370,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError)  # the last from an encrypted archive
 
 
-def _native(array: np.ndarray) -> np.ndarray:
+def _native(array: Any, name: str) -> np.ndarray:
+    if not isinstance(array, np.ndarray):  # numpy gives the bytes of what is none
+        raise ValueError(f"its entry {name!r} is no array")
     return array.astype(array.dtype.newbyteorder("="), copy=False)

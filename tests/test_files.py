@@ -8,6 +8,7 @@ import io
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,13 @@ def damaged() -> bytes:
     return bytes(content)
 
 
+def with_text() -> bytes:
+    stream = io.BytesIO(archive(x=np.zeros(3)))
+    with zipfile.ZipFile(stream, "a") as opened:
+        opened.writestr("README.txt", "no array")
+    return stream.getvalue()
+
+
 def single() -> bytes:
     stream = io.BytesIO()
     np.save(stream, np.zeros(3))
@@ -265,6 +273,7 @@ def single() -> bytes:
         (damaged(), "cannot be read"),
         (archive(x=np.array([{}])), "pickle"),
         (archive(x=np.zeros(9))[:-30], "no zip archive"),
+        (with_text(), "entry 'README.txt' is no array"),
         (None, "No such file"),
     ],
 )
