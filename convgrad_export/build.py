@@ -281,9 +281,11 @@ def _dynamic(dynamic: Any) -> tuple[str, ...]:
 
 
 def _masked(op: Operator, output_mask: Sequence[bool]) -> tuple[str, ...]:
-    if op.name != CONVOLUTION_BACKWARD:
-        return op.gradients
     wanted = as_mask(output_mask)
+    if op.name != CONVOLUTION_BACKWARD:
+        if not all(wanted):
+            raise GeometryError(f"output_mask is {wanted}, but {op.name} has one gradient: leave it out")
+        return op.gradients
     gradients = tuple(name for name, want in zip(op.gradients, wanted, strict=True) if want)
     if not gradients:
         raise GeometryError("output_mask leaves out all three gradients, expected at least one True")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import onnx
@@ -130,6 +131,15 @@ def test_numpys_booleans_and_integers_are_arguments() -> None:
     assert cg.build_model("conv1d_weight", **shapes, transposed=np.False_, max_error_factor=np.float32(1)).graph.node
     with pytest.raises(cg.ArgumentTypeError, match=r"output_mask\[0\] is 2"):
         cg.build_model("convolution_backward", **shapes, output_mask=(2, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [((True, False, True), cg.GeometryError, "conv1d_weight has one gradient"), ("no", cg.ArgumentTypeError, "'no'")],
+)
+def test_an_output_mask_without_an_effect_is_refused(mask: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=f"output_mask is .*{message}"):
+        cg.build_model("conv1d_weight", input_shape=(2, 3, 8), weight_shape=(4, 3, 3), output_mask=mask)
 
 
 def test_the_catalogue_alone_takes_no_nonsense_either() -> None:

@@ -32,7 +32,7 @@ from convgrad_export.integrations.half_widening import compare_extremes_in_float
 from convgrad_export.integrations.one_at_a_time import ONE_AT_A_TIME
 from convgrad_export.integrations.program import CapturedProgram, GraphInput, is_getitem
 from convgrad_export.integrations.symbolic_scalars import scalars_to_tensors
-from convgrad_export.lowering import CPU
+from convgrad_export.lowering import CPU, check_provider
 from convgrad_export.selection.policy import AUTO
 from convgrad_export.selection.reduced_arithmetic import DEFAULT_ERROR_FACTOR
 from convgrad_export.tensor_names import inner_name
@@ -75,9 +75,11 @@ def translation_table(
 
     Raises:
         ArgumentTypeError: an opset that is no number, or below 13. UnsupportedLoweringError: an unknown lowering.
+        ProviderError: `provider` is not the name of an execution provider.
     """
     if as_int(opset_version, "opset_version") < MIN_OPSET:
         raise ArgumentTypeError(f"opset_version is {opset_version}, expected at least {MIN_OPSET}")
+    check_provider(provider)
     return {
         torch.ops.aten.convolution_backward.default: ConvolutionBackwardTranslation(
             lowering, provider, min(opset_version, BASE_OPSET)

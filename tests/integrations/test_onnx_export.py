@@ -222,6 +222,12 @@ def test_wrong_arguments_are_named_and_nothing_is_written(change: dict[str, Any]
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("provider", ["cuda", None, ["CPUExecutionProvider"]])
+def test_a_translation_table_for_no_provider_is_refused(provider: Any) -> None:
+    with pytest.raises(cg.ProviderError, match="provider is"):
+        cg.translation_table(provider=provider)
+
+
 @pytest.mark.parametrize("opset", ["18", None, 12, 18.0])
 def test_a_translation_table_for_no_opset_is_refused(opset: Any) -> None:
     with pytest.raises(cg.ConvGradError, match="opset_version is"):
