@@ -102,8 +102,9 @@ def load(path: Path) -> tuple[TuningRecord, ...]:
         data = path.read_bytes()
     except FileNotFoundError:
         return ()
-    except OSError as error:
-        raise TuningCacheError(f"tuning cache {path} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # the latter for a name with a null character
+        reason = getattr(error, "strerror", None) or error
+        raise TuningCacheError(f"tuning cache {path} cannot be read: {reason}") from error
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import as_path
+from ..arguments import as_bool, as_path
 from ..errors import ArgumentTypeError, DTypeError, ModelFileError
 from ..files import check_output, write_atomically
 from ..runtime import tensors
@@ -67,12 +67,12 @@ def save_checkpoint(
     Raises:
         OutputExistsError, OutputPathError: as in `convgrad_export.files.write_atomically`; also when the disk is full.
         DTypeError: complex numbers, texts or objects.
-        ArgumentTypeError: no path, no mapping, metadata that are no texts, or a sparse or quantized tensor.
+        ArgumentTypeError: no path, no mapping, no flag, metadata that are no texts, or a sparse or quantized tensor.
         DeviceError: a tensor on the device "meta", which holds no values.
     """
     from safetensors.numpy import save
 
-    target = check_output(as_path(path, "path"), overwrite=overwrite)
+    target = check_output(as_path(path, "path"), overwrite=as_bool(overwrite, "overwrite"))
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise ArgumentTypeError(
             f"state is a {type(state).__name__}, expected a mapping from names to arrays or tensors"

@@ -111,9 +111,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[CheckpointFile]:
         ArgumentTypeError: no path.
     """
     source = as_path(path, "checkpoint")
-    if not source.is_file():
-        raise ModelFileError(f"checkpoint {source} does not exist or is no file")
     try:
+        if not source.is_file():
+            raise ModelFileError(f"checkpoint {source} does not exist or is no file")
         opened = source.open("rb", buffering=0)
     except OSError as error:
         raise ModelFileError(f"checkpoint {source} cannot be read: {error.strerror or error}") from error

@@ -203,6 +203,7 @@ def test_a_module_is_tuned_layer_by_layer_and_the_cache_answers_next_time(own_ca
         ({"target": GEOMETRY, "provider": ["cpu"]}, cg.ProviderError, "provider is .'cpu'."),
         ({"target": GEOMETRY, "provider": "CoreMLExecutionProvider"}, cg.ProviderError, "expected cpu or cuda"),
         ({"target": GEOMETRY, "cache": 3}, cg.ArgumentTypeError, "cache is 3"),
+        ({"target": GEOMETRY, "cache": "a\0b"}, cg.TuningCacheError, "cannot be read"),
         ({"target": GEOMETRY, "input_shape": (1, 2)}, cg.GeometryError, "are for a module"),
         ({"target": GEOMETRY.with_batch(0)}, cg.GeometryError, "empty batch"),
         ({"target": GEOMETRY, "batch": 0}, cg.GeometryError, "batch is 0"),

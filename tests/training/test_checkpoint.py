@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load, save_file
 
 import convgrad_export as cg
-from convgrad_export.training.checkpoint import checkpoint_path, read_checkpoint, save_checkpoint
+from convgrad_export.training.checkpoint import checkpoint_path, load_checkpoint, read_checkpoint, save_checkpoint
 
 
 def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -47,6 +47,19 @@ def test_a_tensor_that_the_system_reads_in_parts_is_whole(tmp_path: Path, monkey
     file = save_checkpoint(tmp_path / "w.safetensors", {"w": np.arange(1000.0)})
     monkeypatch.setattr(Path, "open", lambda self, *_, **__: Reluctant(self))
     np.testing.assert_array_equal(read_checkpoint(file)[0]["w"], np.arange(1000.0))
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b", "missing"])
+def test_a_name_that_no_file_has_is_refused_when_it_is_read(name: str, tmp_path: Path) -> None:
+    with pytest.raises(cg.ModelFileError, match=r"cannot be read|does not exist"):
+        load_checkpoint(tmp_path / name)
+
+
+def test_a_flag_that_is_none_overwrites_nothing(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "a.safetensors", {"a": np.zeros(2)})
+    with pytest.raises(cg.ArgumentTypeError, match="overwrite is 'no'"):
+        save_checkpoint(path, {"a": np.ones(2)}, overwrite="no")  # type: ignore[arg-type]
+    assert not load_checkpoint(path)["a"].any()
 
 
 def test_any_byte_order_is_taken(tmp_path: Path) -> None:
