@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..arguments import as_number
 from ..errors import ArgumentTypeError
-from .scores import as_leaf, check_beside, gradient_of, label_loss
+from .scores import as_leaf, check_beside, check_network, gradient_of, label_loss
 
 
 def _loss_gradient(network: nn.Module, x: Tensor, label: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class FGSM(nn.Module):
 
     def __init__(self, network: nn.Module, epsilon: float = 8 / 255, low: float = 0.0, high: float = 1.0) -> None:
         super().__init__()
-        self.network, self.epsilon = network, as_number(epsilon, "epsilon", above=0, finite=True)
+        self.network, self.epsilon = check_network(network), as_number(epsilon, "epsilon", above=0, finite=True)
         self.low, self.high = _range(low, high)
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class PGD(nn.Module):
         self, network: nn.Module, epsilon: float = 8 / 255, step: float = 2 / 255, low: float = 0.0, high: float = 1.0
     ) -> None:
         super().__init__()
-        self.network, self.epsilon = network, as_number(epsilon, "epsilon", above=0, finite=True)
+        self.network, self.epsilon = check_network(network), as_number(epsilon, "epsilon", above=0, finite=True)
         self.step = as_number(step, "step", above=0, finite=True)
         self.low, self.high = _range(low, high)
 

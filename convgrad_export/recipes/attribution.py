@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..arguments import as_bool, as_int
 from ..errors import ArgumentTypeError, GeometryError
-from .scores import check_beside, check_target, class_score, input_gradient
+from .scores import check_beside, check_network, check_target, class_score, input_gradient
 
 _MOST_STEPS = 2**23  # the halves between them are the last that float32 counts
 
@@ -25,7 +25,7 @@ class Saliency(nn.Module):
 
     def __init__(self, network: nn.Module, target: int | None = None) -> None:
         super().__init__()
-        self.network, self.target = network, check_target(target)
+        self.network, self.target = check_network(network), check_target(target)
 
     def forward(self, x: Tensor) -> Tensor:
         return input_gradient(self.network, x, self.target).abs().amax(1)
@@ -100,7 +100,7 @@ class IntegratedGradients(nn.Module):
 
     def __init__(self, network: nn.Module, target: int | None = None, steps: int = 16) -> None:
         super().__init__()
-        self.network, self.target = network, check_target(target)
+        self.network, self.target = check_network(network), check_target(target)
         self.steps: int = as_int(steps, "steps", minimum=1)
         if self.steps > _MOST_STEPS:
             raise GeometryError(

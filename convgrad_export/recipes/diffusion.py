@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import as_number
-from .scores import as_leaf, gradient_of, label_loss
+from .scores import as_leaf, check_network, gradient_of, label_loss
 
 
 class GuidedDiffusionStep(nn.Module):
@@ -24,7 +24,8 @@ class GuidedDiffusionStep(nn.Module):
 
     def __init__(self, denoiser: nn.Module, classifier: nn.Module, scale: float = 1.0) -> None:
         super().__init__()
-        self.denoiser, self.classifier = denoiser, classifier
+        self.denoiser = check_network(denoiser, "denoiser")
+        self.classifier = check_network(classifier, "classifier")
         self.scale = as_number(scale, "scale", finite=True)
 
     def forward(self, x: Tensor, timestep: Tensor, alpha: Tensor, alpha_previous: Tensor, label: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentTypeError
-from .scores import as_leaf, gradient_of
+from .scores import as_leaf, check_network, gradient_of
 
 
 class Forces(nn.Module):
@@ -20,7 +20,7 @@ class Forces(nn.Module):
 
     def __init__(self, energy: nn.Module) -> None:
         super().__init__()
-        self.energy = energy
+        self.energy = check_network(energy, "energy")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..arguments import as_int
 from ..errors import ArgumentTypeError
+
+
+def check_network(network: Any, name: str = "network") -> Any:
+    """The network that a recipe calls; a function will do, too.
+
+    Raises:
+        ArgumentTypeError: nothing that could be called, or a class.
+    """
+    if callable(network) and not isinstance(network, type):
+        return network
+    kind = f"the class {network.__name__}" if isinstance(network, type) else f"a {type(network).__name__}"
+    raise ArgumentTypeError(f"{name} is {kind}, expected a torch.nn.Module")
 
 
 def check_target(target: int | None) -> int | None:
