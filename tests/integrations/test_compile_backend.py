@@ -609,8 +609,9 @@ def test_ort_gives_zero_for_what_comes_from_outside_times_a_slope_of_zero():
         lambda x: x.mean(1),
         lambda x: x.std(0, unbiased=False),
         lambda x: F.l1_loss(x, 2 * x),
+        lambda x: F.mse_loss(x, 2 * x),
     ],
-    ids=["mean", "mean over rows", "mean of no rows", "std", "loss"],
+    ids=["mean", "mean over rows", "mean of no rows", "std", "loss", "squares"],
 )
 def test_ort_has_no_mean_of_nothing(function):
     """onnxruntime's is 0, a loss that looks perfect."""

@@ -83,3 +83,36 @@ def test_a_mean_of_integers_in_another_type_is_no_integer(module: nn.Module) -> 
     for batch in (x, x[:1], x.repeat(3, 1)):
         (found,) = cg.GradientSession(report.model).run(None, {"x": batch})
         torch.testing.assert_close(found, module(batch))
+
+
+LOSSES = {
+    "mean": lambda x, y: (x - y).mean(),
+    "mse": nn.functional.mse_loss,
+    "squares": lambda x, y: nn.functional.mse_loss(x, y, reduction="none"),
+    "sum of squares": lambda x, y: nn.functional.mse_loss(x, y, reduction="sum"),
+    "l1": nn.functional.l1_loss,
+    "bce": nn.functional.binary_cross_entropy_with_logits,
+    "cross entropy": lambda x, y: nn.functional.cross_entropy(x, y.argmax(1)),
+}
+
+
+class Loss(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return LOSSES[self.name](x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_of_a_batch_that_turns_out_to_be_empty_is_pytorchs(name: str, dtype: torch.dtype) -> None:
+    """onnxruntime's mean of no elements is 0, a loss that looks perfect."""
+    module, shapes = Loss(name), ({0: "batch"}, {0: "batch"})
+    report = cg.export(module, (torch.rand(4, 3, dtype=dtype), torch.rand(4, 3, dtype=dtype)), dynamic_shapes=shapes)
+    session = cg.GradientSession(report.model)
+    for count in (0, 1, 7):
+        x, y = torch.rand(count, 3, dtype=dtype), torch.rand(count, 3, dtype=dtype)
+        (found,) = session.run({"x": x, "y": y}).values()
+        torch.testing.assert_close(found, module(x, y), equal_nan=True, rtol=1e-2, atol=1e-3)

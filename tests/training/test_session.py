@@ -261,6 +261,19 @@ def test_a_loss_that_is_not_finite_is_reported_before_the_update(step_file: Path
     assert careless.steps == 1
 
 
+@pytest.mark.parametrize("loss", ["mse", "l1", "cross_entropy"])
+def test_an_empty_batch_has_no_loss_and_changes_nothing(loss: str) -> None:
+    example = (torch.randn(4, 3), torch.randint(0, 2, (4,)) if loss == "cross_entropy" else torch.randn(4, 2))
+    shapes = {"input": {0: "n"}, "target": {0: "n"}}
+    report = cg.export_training_step(nn.Linear(3, 2), loss, "adam", example, dynamic_shapes=shapes)
+    session = cg.TrainingSession(report.model, report.state)
+    before = session.state()
+    with pytest.raises(cg.NonFiniteLossError, match="the loss is nan at step 1"):
+        session.step(*(each[:0] for each in example))
+    assert all(np.array_equal(value, before[name]) for name, value in session.state().items())
+    assert session.step(*example)["loss"] > 0
+
+
 def test_a_norm_that_is_not_finite_is_reported_before_the_update() -> None:
     """The loss of zeros is 0 here, its gradient not a number."""
     module = nn.Linear(3, 2, bias=False)
