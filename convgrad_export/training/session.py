@@ -7,12 +7,14 @@ twice: a step reads one set and writes the other, then they change places. Nothi
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -30,10 +32,27 @@ from .opening import open_step
 from .preparation import training_metadata
 
 _SETTINGS = (LEARNING_RATE, SEED)
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _alone(
+    method: Callable[Concatenate[TrainingSession, _Arguments], _Result],
+) -> Callable[Concatenate[TrainingSession, _Arguments], _Result]:
+    """Of several threads one at a time: what is read while a step writes would be of two steps."""
+
+    @functools.wraps(method)
+    def alone(self: TrainingSession, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return alone
 
 
 class TrainingSession:
     """A training step loaded into onnxruntime, with its state.
+
+    Several threads may use one session, to save it while it trains, say: one waits until the other's step is complete.
 
     Args:
         model: path of the step that `export_training_step` wrote, its bytes, or a model object.
@@ -69,6 +88,7 @@ class TrainingSession:
         blocked_layout: bool = True,
     ) -> None:
         self._ort = onnxruntime()
+        self._lock = threading.RLock()
         check_pool(threads)
         as_bool(stop_on_non_finite, "stop_on_non_finite")
         as_bool(blocked_layout, "blocked_layout")
@@ -117,6 +137,7 @@ class TrainingSession:
     def _dtype(self, name: str) -> str:
         return tensors.onnx_type(self._inputs[name].type)[1]
 
+    @_alone
     def load(self, checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> None:
         """Take over a state: a checkpoint file, or arrays by name (a PyTorch state_dict's are completed from here).
 
@@ -169,6 +190,7 @@ class TrainingSession:
         dtype, shape = self._expected[name]
         return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(dtype), self._phases[0].device, 0)
 
+    @_alone
     def state(self) -> dict[str, np.ndarray]:
         """Copies of all state tensors, by name: parameters and buffers under PyTorch's names, and the optimizer's.
 
@@ -211,6 +233,7 @@ class TrainingSession:
         """Number of updates so far."""
         return int(self._current[STEP].numpy())
 
+    @_alone
     def step(self, *batch: Any, learning_rate: float | None = None, **named: Any) -> dict[str, Any]:
         """One step on a batch.
 

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,34 @@ def test_a_loss_that_is_not_finite_is_reported_before_the_update(step_file: Path
     careless = cg.TrainingSession(step_file, stop_on_non_finite=False)
     assert np.isnan(careless.step(x * np.float32("nan"), y)["loss"])
     assert careless.steps == 1
+
+
+class Sums(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.zeros(400_000)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.first * x).sum() + (self.second * x).sum()
+
+
+@pytest.mark.parametrize("in_place", [None, False])
+def test_a_state_that_another_thread_reads_is_that_of_one_step(in_place: bool | None) -> None:
+    x = torch.ones(1)
+    report = cg.export_training_step(Sums(), lambda output: output, "sgd", (x,), verify=False)
+    session = cg.TrainingSession(report.model, report.state, learning_rate=1.0, in_place=in_place)
+    states: list[set[float]] = []
+
+    def read() -> None:
+        for _ in range(40):
+            state = session.state()
+            states.append({-float(state["step"])}.union(*(np.unique(state[name]) for name in ("first", "second"))))
+
+    with ThreadPoolExecutor() as pool:
+        reader, trainer = pool.submit(read), pool.submit(lambda: [session.step(x) for _ in range(80)])
+        assert len(trainer.result()) == 80
+        reader.result()
+    assert all(len(state) == 1 for state in states), states
 
 
 @pytest.mark.parametrize("loss", ["mse", "l1", "cross_entropy"])
