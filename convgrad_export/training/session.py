@@ -141,6 +141,9 @@ class TrainingSession:
     def load(self, checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> None:
         """Take over a state: a checkpoint file, or arrays by name (a PyTorch state_dict's are completed from here).
 
+        Two steps that share parameters (a GAN's) hand them on by it: ``one.load(other.state_dict(one.state_dict()))``,
+        with the optimizers' state left to each.
+
         Raises:
             ModelFileError: a file that is damaged or of another model; names and shapes are listed. The state stays.
             ArgumentTypeError: a mapping whose names are no texts, or whose values are no arrays.

@@ -262,6 +262,64 @@ def test_a_loss_that_is_not_finite_is_reported_before_the_update(step_file: Path
     assert careless.steps == 1
 
 
+class Adversaries(nn.Module):
+    """A generator, and what tells its results from real ones; both steps hold both, or the second one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g = nn.Sequential(nn.Linear(3, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4))
+        self.d = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return self.d(self.g(noise))
+
+
+class OnlyJudge(nn.Module):
+    def __init__(self, whole: Adversaries) -> None:
+        super().__init__()
+        self.d = whole.d
+
+    def forward(self, made: Tensor, real: Tensor) -> Tensor:
+        return functional.softplus(self.d(made)).mean() + functional.softplus(-self.d(real)).mean()
+
+
+@pytest.mark.parametrize("in_place", [None, False])
+def test_two_steps_that_share_parameters_hand_them_on(in_place: bool | None) -> None:
+    whole = Adversaries().double()
+    judge = OnlyJudge(whole)
+    noise, real = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
+
+    def of_generator(scores: Tensor) -> Tensor:
+        return functional.softplus(-scores).mean()
+
+    first = cg.export_training_step(judge, lambda output: output, "adam", (real, real))
+    second = cg.export_training_step(whole, of_generator, "adam", (noise,), frozen=["d"])
+    judging = cg.TrainingSession(first.model, first.state, in_place=in_place)
+    making = cg.TrainingSession(second.model, second.state, in_place=in_place)
+    of_d, of_g = torch.optim.Adam(whole.d.parameters()), torch.optim.Adam(whole.g.parameters())
+    for _ in range(4):
+        noise, real = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
+        made = whole.eval().g(noise).detach()
+        whole.train()
+        judging.step(made, real)
+        making.load(judging.state_dict(making.state_dict()))
+        making.step(noise)
+        judging.load(making.state_dict(judging.state_dict()))
+        whole.zero_grad()
+        judge(made, real).backward()
+        of_d.step()
+        whole.zero_grad()
+        of_generator(whole(noise)).backward()
+        of_g.step()
+    assert (judging.steps, making.steps) == (4, 4)
+    for name, value in whole.state_dict().items():
+        np.testing.assert_allclose(making.state()[name], value, rtol=1e-9, err_msg=name)
+    for name, value in judging.state_dict().items():
+        np.testing.assert_array_equal(value, making.state()[name])
+    with pytest.raises(cg.ModelFileError, match=r"unknown: g\.0\.weight"):
+        judging.load(making.state_dict())
+
+
 class Sums(nn.Module):
     def __init__(self) -> None:
         super().__init__()
