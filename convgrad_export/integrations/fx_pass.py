@@ -92,10 +92,7 @@ def rewrite_convolution_backward(graph_module: torch.fx.GraphModule, *, lowering
     """
     if not isinstance(graph_module, torch.fx.GraphModule):
         raise ArgumentTypeError(f"graph_module is a {type(graph_module).__name__}, expected a torch.fx.GraphModule")
-    if check_lowering(lowering) == FASTEST:
-        raise ArgumentTypeError(
-            "lowering is 'fastest', which may keep PyTorch's kernel, expected 'auto', 'portable' or a catalogue name"
-        )
+    check_lowering(lowering, complete=True)
     return _rewrite(graph_module, lowering, None)
 
 
@@ -157,8 +154,11 @@ def decomposition_table(*, lowering: str = AUTO) -> dict[Any, Callable[..., Any]
 
     Args:
         lowering: as in `rewrite_convolution_backward`.
+
+    Raises:
+        ArgumentTypeError, UnsupportedLoweringError: `lowering` is none of these.
     """
-    check_lowering(lowering)
+    check_lowering(lowering, complete=True)
     return {TARGET: decomposition(lowering)}
 
 

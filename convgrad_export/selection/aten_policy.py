@@ -15,7 +15,7 @@ stays everywhere else.
 from __future__ import annotations
 
 from ..arguments import as_text
-from ..errors import UnsupportedLoweringError
+from ..errors import ArgumentTypeError, UnsupportedLoweringError
 from ..geometry import ConvGeometry
 from ..lowering import CPU, LOWERINGS, Lowering, candidates
 from . import aten_measurements
@@ -33,16 +33,25 @@ _PORTABLE = {
 }
 
 
-def check_lowering(lowering: object) -> str:
+def check_lowering(lowering: object, *, complete: bool = False) -> str:
     """`lowering` if it is one of `WAYS` or a catalogue name.
 
+    Args:
+        complete: no gradient may be left to PyTorch's kernel.
+
     Raises:
-        ArgumentTypeError: not a string. UnsupportedLoweringError: an unknown name.
+        ArgumentTypeError: not a string, or ``"fastest"`` where it may not keep a kernel. UnsupportedLoweringError: an
+            unknown name.
     """
     name = as_text(lowering, "lowering")
+    if complete and name == FASTEST:
+        raise ArgumentTypeError(
+            "lowering is 'fastest', which may keep PyTorch's kernel, expected 'auto', 'portable' or a catalogue name"
+        )
     if name not in WAYS and name not in LOWERINGS:
+        ways = [way for way in WAYS if way != FASTEST] if complete else WAYS
         raise UnsupportedLoweringError(
-            f"lowering {name!r} is unknown, expected one of: {', '.join((*WAYS, *LOWERINGS))}"
+            f"lowering {name!r} is unknown, expected one of: {', '.join((*ways, *LOWERINGS))}"
         )
     return name
 

@@ -287,6 +287,18 @@ def test_unknown_lowering_is_refused(bad):
     assert count(graph) == 1
 
 
+def rewritten(lowering: str):
+    return cg.rewrite_convolution_backward(traced_call(CASES[4].arguments(torch.float32)), lowering=lowering)
+
+
+@pytest.mark.parametrize("make", [cg.decomposition_table, rewritten])
+def test_what_may_keep_the_kernel_is_neither_taken_nor_offered(make):
+    with pytest.raises(cg.ArgumentTypeError, match="'fastest', which may keep PyTorch's kernel"):
+        make(lowering="fastest")
+    with pytest.raises(cg.UnsupportedLoweringError, match="expected one of: auto, portable, input"):
+        make(lowering="no.such")
+
+
 def test_what_is_no_graph_module_is_refused():
     with pytest.raises(cg.ArgumentTypeError, match="Conv2d"):
         cg.rewrite_convolution_backward(nn.Conv2d(1, 1, 1))
