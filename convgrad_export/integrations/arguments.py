@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from convgrad_export.errors import ArgumentTypeError
@@ -314,7 +315,13 @@ def named_tensors(
 
 
 def check_strided(name: str, tensor: torch.Tensor) -> None:
-    """Refuse sparse and other layouts: an ONNX input is a dense tensor."""
+    """Refuse sparse and other layouts, and tensors without numbers of their own: an ONNX input is a dense tensor."""
+    if isinstance(tensor, FakeTensor):
+        raise ArgumentTypeError(f"{name} is a tensor of FakeTensorMode, which holds no values, expected a plain one")
+    if tensor.is_nested:
+        raise ArgumentTypeError(f"{name} is a nested tensor, expected a dense one: pass .to_padded_tensor() of it")
+    if tensor.is_quantized:
+        raise ArgumentTypeError(f"{name} is a quantized tensor, expected a plain one: pass .dequantize() of it")
     if tensor.layout != torch.strided:
         raise ArgumentTypeError(
             f"{name} has the layout {tensor.layout}, expected a dense tensor: pass .to_dense() of it"

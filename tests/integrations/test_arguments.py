@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import convgrad_export as cg
 from convgrad_export.errors import ArgumentTypeError
@@ -169,6 +170,30 @@ def test_what_is_no_argument_is_refused_by_name(options: dict[str, Any], message
     given: dict[str, Any] = {"args": (torch.ones(2, 4),), "of": loss, "of_args": (labels,), **options}
     with pytest.raises(ArgumentTypeError, match=message):
         cg.export_gradient(nn.Linear(4, 3), **given)
+
+
+def fake(tensor: Tensor) -> Tensor:
+    return FakeTensorMode().from_tensor(tensor)
+
+
+@pytest.mark.parametrize(
+    ("special", "message"),
+    [
+        (fake, "is a tensor of FakeTensorMode"),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "is a quantized tensor"),
+        (lambda tensor: torch.nested.nested_tensor(list(tensor)), "is a nested tensor"),
+        (lambda tensor: torch.nested.nested_tensor(list(tensor), layout=torch.jagged), "is a nested tensor"),
+        (Tensor.to_sparse, "has the layout torch.sparse_coo"),
+    ],
+)
+def test_tensors_without_numbers_of_their_own_are_refused_by_name(special: Any, message: str) -> None:
+    net, x, y = nn.Linear(4, 3), torch.ones(2, 4), torch.ones(2, 3)
+    with pytest.raises(ArgumentTypeError, match=f"input {message}"):
+        cg.export_gradient(net, (special(x),), wrt="parameters")
+    with pytest.raises(ArgumentTypeError, match=f"input {message}"):
+        cg.export_training_step(net, "mse", "sgd", (special(x), y))
+    with pytest.raises(ArgumentTypeError, match=f"target {message}"):
+        cg.export_training_step(net, "mse", "sgd", (x, special(y)))
 
 
 def test_one_tensor_may_stand_for_the_values_arguments_and_a_set_for_wrt() -> None:
