@@ -7,6 +7,7 @@ PyTorch has none. Each entry is held by a gradient test of its own (tests/integr
 Why each is here, measured on torch 2.13 with onnxscript 0.7:
 
 - batch normalization: the translation of `_native_batch_norm_legit_functional` ignores `training=True`.
+- mse_loss: the translation's mean of no elements is 0.
 - nll_loss_forward: the translation has no total weight, so mean-reduced losses lose a factor in the gradient. Class -1,
   in images too, would be the last one.
 - hardtanh_backward (ReLU6): the translation lets the gradient through exactly at the clamps; a zero is common there.
@@ -404,6 +405,7 @@ OWN: Table = {
     aten.addmv.default: matrix_vector_sum,
     aten.as_strided.default: as_strided,
     aten.as_strided_scatter.default: as_strided_scatter,
+    aten.mse_loss.default: torch._decomp.decomposition_table[aten.mse_loss.default],
     aten.sum.default: sum_all,
     aten.sum.dim_IntList: sum_dims,
     aten.cumsum.default: cumulative_sum,

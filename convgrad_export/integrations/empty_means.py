@@ -17,7 +17,6 @@ from .fx_nodes import call
 
 aten = torch.ops.aten
 Node = torch.fx.Node
-_MEAN = 1  # ATen's number for the reduction of a loss
 
 
 def nan_of_no_elements(graph: torch.fx.Graph) -> None:
@@ -44,18 +43,14 @@ def nan_of_no_elements(graph: torch.fx.Graph) -> None:
 
 
 def _open_axes(node: Node) -> list[tuple[Node, int]]:
-    """The tensors and axes over which a node takes a mean and whose size is open; one of each size."""
-    over: list[tuple[Any, Any]]
-    if node.target is aten.mse_loss.default and node.args[2:] in ((), (_MEAN,)):
-        over = [(tensor, None) for tensor in node.args[:2]]
-    elif node.target in (aten.mean.default, aten.mean.dim):
-        over = [(node.args[0], node.args[1] if node.target is aten.mean.dim else None)]
-    else:
+    """The tensor and the axes over which a node takes a mean and whose size is open; one of each size."""
+    if node.target not in (aten.mean.default, aten.mean.dim):
         return []
+    tensor: Any = node.args[0]
+    axes: Any = node.args[1] if node.target is aten.mean.dim else None
+    shape = tensor.meta["val"].shape
     found: dict[Any, tuple[Node, int]] = {}
-    for tensor, axes in over:
-        shape = tensor.meta["val"].shape
-        for axis in axes or range(len(shape)):
-            if not isinstance(shape[axis], int):
-                found.setdefault(shape[axis].node.expr, (tensor, axis))
+    for axis in axes or range(len(shape)):
+        if not isinstance(shape[axis], int):
+            found.setdefault(shape[axis].node.expr, (tensor, axis))
     return list(found.values())

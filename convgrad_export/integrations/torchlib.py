@@ -50,7 +50,6 @@ def registry() -> Any:
     result.register_op(aten.diagonal.default, _diagonal)
     result.register_op(aten.mean.default, _mean)
     result.register_op(aten.mean.dim, _mean_along)
-    result.register_op(aten.mse_loss.default, _mse_loss)
     for target, function in random_translations.TABLE.items():
         result.register_op(target, function)
     for division in (aten.div.Tensor_mode, aten.div.Scalar_mode):
@@ -89,26 +88,7 @@ def _reduce_prod(x: Any, dims: Sequence[int] | None = None, output_dtype: Any = 
 
 
 def _mean(x: Any, dtype: int | None = None) -> Any:
-    return _or_nan(_mean_along(x, None, dtype=dtype), x, x.shape)
-
-
-def _mse_loss(self: Any, target: Any, reduction: int = 1) -> Any:
-    difference = op.Sub(self, target)
-    squares = op.Mul(difference, difference)
-    if reduction == 1:
-        mean = op.ReduceMean(squares, keepdims=0)
-        sizes = (*self.shape, *target.shape)
-        return op.Div(mean, mean) if 0 in sizes else _or_nan(mean, squares, sizes)
-    return op.ReduceSum(squares, keepdims=0) if reduction == 2 else squares
-
-
-def _or_nan(mean: Any, elements: Any, sizes: Sequence[Any]) -> Any:
-    """A mean of all elements, as losses take it, or NaN where a batch of open size turns out to be empty."""
-    if all(isinstance(size, int) for size in sizes):
-        return mean
-    count = op.CastLike(op.ReduceProd(op.Shape(elements), keepdims=0), mean)
-    zero: Any = op.Constant(value_float=0.0)
-    return op.Add(mean, op.Div(op.CastLike(zero, mean), count))  # 0 / 0, else 0
+    return _mean_along(x, None, dtype=dtype)
 
 
 def _mean_along(x: Any, dim: Sequence[int] | None, keepdim: bool = False, dtype: int | None = None) -> Any:
