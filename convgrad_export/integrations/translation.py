@@ -224,6 +224,7 @@ def _root_cause(error: BaseException) -> BaseException:
 
 def refuse_untranslatable(program: CapturedProgram, is_registered: Callable[[Any], bool]) -> None:
     """Raise one error with every operator that cannot be translated."""
+    _refuse_changed_parameters(program)
     missing: dict[str, Counter[str]] = {}
     for node in program.graph_module.graph.nodes:
         if node.op != "call_function" or is_registered(node.target) or is_getitem(node):
@@ -242,6 +243,20 @@ def refuse_untranslatable(program: CapturedProgram, is_registered: Callable[[Any
         "written. Replace the operators in the named modules, or give export and export_gradient "
         "decompositions={overload: function}."
     )
+
+
+def _refuse_changed_parameters(program: CapturedProgram) -> None:
+    """A trace ends in copies to the parameters that the forward wrote to; those of a training step are its state."""
+    graph = program.graph_module.graph
+    specs = dict(zip([n for n in graph.nodes if n.op == "placeholder"], program.inputs, strict=True))
+    copies = [node.args[0] for node in graph.nodes if node.target is torch.ops.aten.copy_.default]
+    names = [specs[node].name for node in copies if node in specs and specs[node].kind == "parameter"]
+    if names:
+        raise UnsupportedOperatorError(
+            f"the forward changes {', '.join(names[:3])} in place (as an Embedding with max_norm does), and parameters "
+            "are constants of an exported model. Change them once before the export and leave it out of the forward, "
+            "or export a training step, whose state they are. Nothing was written."
+        )
 
 
 _PROMOTING = {

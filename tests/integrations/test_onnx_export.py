@@ -532,3 +532,24 @@ def test_vjp_form_of_the_forward_itself() -> None:
     args = (image(), image(2, 2, 3, 2))
     report = cg.export(FuncVjp(), args, dynamic_shapes=({0: "batch"}, {0: "batch"}))
     assert report.inputs == {"x": ["batch", 3, 9, 8], "cotangent": ["batch", 2, 3, 2]}
+
+
+class Clamped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.clamp_(max=0.5)
+        return x * self.weight
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "name"),
+    [(Clamped(), torch.ones(2, 3), "weight"), (nn.Embedding(5, 3, max_norm=1.0), torch.tensor([1, 4]), "weight")],
+)
+def test_parameters_that_the_forward_changes_are_refused_by_name(module: nn.Module, x: Tensor, name: str) -> None:
+    for export in (cg.export, lambda *args: cg.export_gradient(*args, wrt="parameters")):
+        with pytest.raises(cg.UnsupportedOperatorError, match=f"changes {name} in place"):
+            export(module, (x,))
