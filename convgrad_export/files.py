@@ -205,7 +205,9 @@ def temporary_folder(parent: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
     except OSError as error:
         if isinstance(error, OutputPathError | OutputExistsError):
-            raise
+            if str(temporary) not in str(error):
+                raise
+            raise type(error)(str(error).replace(str(temporary), str(target))) from error
         file = f": {error.filename}" if error.filename else ""  # which may be one that is read
         raise OutputPathError(f"cannot write to {target}: {error.strerror or error}{file}") from error
     finally:

@@ -237,6 +237,13 @@ def test_the_next_writer_removes_what_a_killed_one_left(way: str, tmp_path: Path
     assert names() == {"first", "second"} | others
 
 
+def test_an_error_within_a_temporary_folder_names_the_place_that_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(cg.OutputPathError) as caught, files.temporary_folder(tmp_path) as folder:
+        files.write_atomically(folder / "missing" / "step.onnx", b"")
+    assert str(tmp_path / "missing") in str(caught.value)
+    assert str(folder) not in str(caught.value)
+
+
 def archive(**arrays: Any) -> bytes:
     stream = io.BytesIO()
     np.savez_compressed(stream, **arrays)

@@ -124,7 +124,7 @@ def export_training_step(
 
     Raises:
         ArgumentTypeError: a loss, optimizer, name or option that does not exist, or a batch that does not fit.
-        DTypeError: class indices in another type than int64.
+        DTypeError: class indices in another type than int64, or a complex target.
         ProviderError: a provider's name that is none.
         UnsupportedOperatorError: operators without a translation, or that draw random numbers in a way not known here;
             a parameter with a hook that runs after its gradient was accumulated.

@@ -166,6 +166,11 @@ def split_batch(
         )
     if strange := [type(t).__name__ for t in targets if not isinstance(t, Tensor)]:
         raise ArgumentTypeError(f"args ends with {', '.join(strange)}, expected tensors for the loss's targets")
+    if complex_targets := [n for n, t in zip(loss.target_names, targets, strict=True) if t.is_complex()]:
+        raise DTypeError(
+            f"{', '.join(complex_targets)} of the loss is complex, which ONNX operators do not take: pass the real and "
+            "the imaginary part as two targets"
+        )
     loss.check_targets(targets)
     try:
         forward_signature(unwrapped(module)).bind(*inputs)

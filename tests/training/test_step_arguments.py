@@ -69,6 +69,12 @@ def test_complex_tensors_are_refused(kind: str) -> None:
         cg.export_training_step(module, "cross_entropy", "sgd", batches(1, torch.float32)[0], verify=False)
 
 
+def test_complex_targets_are_refused() -> None:
+    x, y = torch.randn(2, 3), torch.randn(2, 1)
+    with pytest.raises(cg.DTypeError, match="target of the loss is complex"):
+        cg.export_training_step(nn.Linear(3, 1), "mse", "sgd", (x, y + 0j))
+
+
 def test_a_function_is_no_module() -> None:
     for loss in ("mse", nn.MSELoss()):
         with pytest.raises(cg.ArgumentTypeError, match=r"expected a torch.nn.Module instance"):
