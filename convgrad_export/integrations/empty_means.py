@@ -51,6 +51,7 @@ def _open_axes(node: Node) -> list[tuple[Node, int]]:
     shape = tensor.meta["val"].shape
     found: dict[Any, tuple[Node, int]] = {}
     for axis in axes or range(len(shape)):
+        axis %= len(shape)  # sym_size from the end has a wrong translation
         if not isinstance(shape[axis], int):
             found.setdefault(shape[axis].node.expr, (tensor, axis))
     return list(found.values())

@@ -168,7 +168,7 @@ def test_a_size_that_the_forward_fixes_is_refused_beside_a_norm_too() -> None:
 class Tangent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.ReLU(), nn.Linear(6, 4))
+        self.net = nn.Sequential(nn.ReLU(), Apply(lambda x: torch.cat([x, x.detach()], 1)))
 
     def forward(self, input: Tensor) -> Tensor:
         with forward_ad.dual_level():
@@ -182,7 +182,7 @@ class Tangent(nn.Module):
     [
         (
             Tangent(),
-            r"at .*test_dynamic_gradients.py:\d+, in forward .*in module 'net\.1', in a forward-mode derivative",
+            r"at .*test_dynamic_gradients.py:\d+, in .*in module 'net\.1', in a forward-mode derivative",
         ),
         (nn.Sequential(nn.FractionalMaxPool2d(2, output_size=3)), r"in aten\.fractional_max_pool2d_backward"),
         (nn.Sequential(nn.ReLU(), Apply(lambda x: x * int(x.shape[0]))), r"at .*gradients.py:\d+, in .*in module '1'"),
