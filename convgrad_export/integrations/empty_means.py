@@ -31,7 +31,7 @@ def nan_of_no_elements(graph: torch.fx.Graph) -> None:
             continue
         users = list(node.users)
         with graph.inserting_before(node.next):
-            sizes = [call(graph, aten.sym_size.int, (tensor, axis), like=node) for tensor, axis in axes]
+            sizes = [call(graph, aten.sym_size.int, (node.args[0], axis), like=node) for axis in axes]
             count = functools.reduce(lambda a, b: call(graph, operator.mul, (a, b), like=node), sizes)
             # By hand: PyTorch's own function would make a number of the size.
             number = graph.call_function(aten.scalar_tensor.default, (count,), {"dtype": torch.int64})
@@ -42,16 +42,16 @@ def nan_of_no_elements(graph: torch.fx.Graph) -> None:
             user.replace_input_with(node, filled)
 
 
-def _open_axes(node: Node) -> list[tuple[Node, int]]:
-    """The tensor and the axes over which a node takes a mean and whose size is open; one of each size."""
+def _open_axes(node: Node) -> list[int]:
+    """The axes over which a node takes a mean of its first argument and whose size is open; one of each size."""
     if node.target not in (aten.mean.default, aten.mean.dim):
         return []
     tensor: Any = node.args[0]
     axes: Any = node.args[1] if node.target is aten.mean.dim else None
     shape = tensor.meta["val"].shape
-    found: dict[Any, tuple[Node, int]] = {}
+    found: dict[Any, int] = {}
     for axis in axes or range(len(shape)):
         axis %= len(shape)  # sym_size from the end has a wrong translation
         if not isinstance(shape[axis], int):
-            found.setdefault(shape[axis].node.expr, (tensor, axis))
+            found.setdefault(shape[axis].node.expr, axis)
     return list(found.values())

@@ -16,10 +16,14 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
-def _ordered(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Sorted values and positions, NaN as infinities behind the numbers."""
-    values, positions = torch.sort(torch.where(x != x, math.inf, x) if x.dtype.is_floating_point else x, dim=dim)
-    return values, positions
+def _order(x: Tensor, dim: int) -> Tensor:
+    """The positions of the sorted elements, NaN as infinities behind the numbers."""
+    return torch.sort(torch.where(x != x, math.inf, x) if x.dtype.is_floating_point else x, dim=dim)[1]
+
+
+def _of_scalar(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and position in a tensor without axes."""
+    return x.clone(), torch.zeros([], dtype=torch.int64, device=x.device)
 
 
 def _selected(x: Tensor, position: Tensor, dim: int, keepdim: bool) -> tuple[Tensor, Tensor]:
@@ -31,8 +35,8 @@ def _selected(x: Tensor, position: Tensor, dim: int, keepdim: bool) -> tuple[Ten
 def median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     """Values and positions of the lower median, from a sort; of the first NaN where there is one."""
     if x.dim() == 0:
-        return x.clone(), torch.zeros([], dtype=torch.int64, device=x.device)
-    position = _ordered(x, dim)[1].narrow(dim, (x.shape[dim] - 1) // 2, 1)
+        return _of_scalar(x)
+    position = _order(x, dim).narrow(dim, (x.shape[dim] - 1) // 2, 1)
     if x.dtype.is_floating_point:
         missing = (x != x).to(torch.int32)
         position = torch.where(missing.amax(dim, True) > 0, missing.argmax(dim, True), position)
@@ -45,7 +49,7 @@ def nanmedian(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tenso
         return median(x, dim, keepdim)
     numbers = (x == x).to(torch.int64).sum(dim, True)
     middle = torch.div((numbers - 1).clamp(min=0), 2, rounding_mode="floor")
-    return _selected(x, _ordered(x, dim)[1].gather(dim, middle), dim, keepdim)
+    return _selected(x, _order(x, dim).gather(dim, middle), dim, keepdim)
 
 
 def _of_all(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
@@ -57,8 +61,8 @@ def _of_all(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor]
 
 def kth_value(x: Tensor, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     if x.dim() == 0:
-        return x.clone(), torch.zeros([], dtype=torch.int64, device=x.device)
-    return _selected(x, _ordered(x, dim)[1].narrow(dim, k - 1, 1), dim, keepdim)
+        return _of_scalar(x)
+    return _selected(x, _order(x, dim).narrow(dim, k - 1, 1), dim, keepdim)
 
 
 def _running(exceeds: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
@@ -68,7 +72,7 @@ def _running(exceeds: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, i
         Of equal ones the last counts, and the last NaN.
         """
         if x.dim() == 0:
-            return x.clone(), torch.zeros([], dtype=torch.int64, device=x.device)
+            return _of_scalar(x)
         size = x.shape[dim]
         if not isinstance(size, int):
             return NotImplemented
