@@ -41,9 +41,16 @@ def rename(node: Any, names: Mapping[str, str]) -> None:
 
 
 def copied(node: Any) -> Any:
-    """A NodeProto of its own; one that is taken out of a graph is gone with it."""
+    """A message of its own, such as a NodeProto; one that is taken out of a graph is gone with it."""
     copy = type(node)()
     copy.CopyFrom(node)
+    return copy
+
+
+def renamed(value: Any, name: str) -> Any:
+    """A copy of a tensor, or of a value's description, under another name."""
+    copy = copied(value)
+    copy.name = name
     return copy
 
 

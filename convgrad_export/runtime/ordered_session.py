@@ -19,6 +19,11 @@ from .model_source import loaded
 from .providers import onnxruntime, open_session
 from .tensor_bytes import completed_bytes
 
+
+class CannotAddNodesError(Exception):
+    """The optimized model is not at hand; told to callers within the package."""
+
+
 _LARGEST = 1 << 28  # bytes of a model that is written and read once more
 _MOST = 0.9  # share of the tensors whose size has to be known: where others hide, what seems to free memory may not
 
@@ -29,6 +34,7 @@ def open_ordered_session(
     providers: Sequence[tuple[str, Mapping[str, Any]]],
     what: str,
     sizes: Mapping[str, int],
+    add: Callable[[Any], None] | None = None,
 ) -> Any:
     """An `onnxruntime.InferenceSession`, as `open_session` gives it, in which tensors live shorter.
 
@@ -39,15 +45,22 @@ def open_ordered_session(
         make_options: gives `onnxruntime.SessionOptions`; each session needs its own.
         providers, what: as in `open_session`.
         sizes: of the model's tensors in bytes, those that are known.
+        add: puts further nodes into the optimized onnx.GraphProto once its nodes have their order.
 
     Raises:
+        CannotAddNodesError: the model cannot be written and loaded again, so that `add` has no model to change.
         ModelFileError, ProviderError: as `open_session`.
     """
     loaded_once = None if len(source) > _LARGEST else _optimized(source, make_options(), providers, what)
+    if add and (loaded_once is None or loaded_once[1] is None):
+        raise CannotAddNodesError
     if loaded_once is None:
         return open_session(source, make_options(), providers, what)
     session, model = loaded_once
-    if model is None or not _shorten(model.graph, sizes):
+    shorter = model is not None and _shorten(model.graph, sizes)
+    if add and model is not None:
+        add(model.graph)
+    elif not shorter or model is None:
         return session
     source = model.SerializeToString()
     del session, model, loaded_once

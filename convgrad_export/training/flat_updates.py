@@ -30,10 +30,16 @@ _GRADIENT = "gradient"
 _DTYPES = {1: "float32", 7: "int64", 10: "float16", 11: "float64"}  # of a TensorProto, in numpy's words
 
 Shape = tuple[int, ...]
+_Member = tuple[Update, dict[str, str]]  # the update of a parameter, and its tensors by what they are to it
 
 
 def flatten_updates(
-    phases: Phases, trained: Collection[str], shapes: Mapping[str, Shape], *, small: int = _SMALL
+    phases: Phases,
+    trained: Collection[str],
+    shapes: Mapping[str, Shape],
+    *,
+    small: int = _SMALL,
+    largest: int | None = None,
 ) -> Phases:
     """The phases with small parameters updated together where the same is computed of them.
 
@@ -42,11 +48,12 @@ def flatten_updates(
         trained: names of the parameters that the optimizer updates.
         shapes: of the first phase's tensors, those that are known and fixed.
         small: largest number of elements of a parameter that is joined with others.
+        largest: number of elements up to which parameters are joined, in the order in which their gradients come.
     """
     join = _Join(phases, trained)
     join.vectors()
     join.counters()
-    join.alike(small)
+    join.alike(small, largest)
     return join.result(shapes)
 
 
@@ -126,22 +133,39 @@ class _Join:
         if removed:
             self._keep(node for i, node in enumerate(nodes) if i not in removed)
 
-    def alike(self, small: int) -> None:
+    def alike(self, small: int, largest: int | None) -> None:
         """Join the state, and the gradients, of parameters for which the graph computes the same."""
         shown = shown_by_views(self.phases.gradients.graph.node)
         formulas = Formulas(self.graph, self.shapes, self.types, shown)
-        groups: dict[Any, list[tuple[Update, dict[str, str]]]] = defaultdict(list)
+        groups: dict[Any, list[_Member]] = defaultdict(list)
         for update in updates_of(self.graph, self.shapes, 2):
             roles = self._roles(update) if math.prod(update.shape) <= small else None
             formula = formulas.of(update, roles) if roles else None
             if roles and formula is not None:
                 groups[formula].append((update, roles))
         removed: set[int] = set()
-        for group in groups.values():
-            if len(group) > 1:
-                removed |= self._merge(group)
+        for alike in groups.values():
+            for group in self._divided(alike, largest) if largest else (alike,):
+                if len(group) > 1:
+                    removed |= self._merge(group)
         if removed:
             self._keep(node for node in self.graph.node if id(node) not in removed)
+
+    def _divided(self, group: Sequence[_Member], largest: int) -> list[list[_Member]]:
+        """The group in parts of about so many elements; the last takes what is not worth a part of its own."""
+        place = {name: i for i, node in enumerate(self.phases.gradients.graph.node) for name in node.output}
+        parts: list[list[_Member]] = [[]]
+        size = 0
+        for update, roles in sorted(group, key=lambda member: place.get(member[1].get(_GRADIENT, ""), -1)):
+            elements = math.prod(update.shape)
+            if parts[-1] and size + elements > largest:
+                parts.append([])
+                size = 0
+            parts[-1].append((update, roles))
+            size += elements
+        if len(parts) > 1 and size < largest // 2:
+            parts[-2].extend(parts.pop())
+        return parts
 
     def result(self, shapes: Mapping[str, Shape]) -> Phases:
         if not self.flat:
@@ -189,7 +213,7 @@ class _Join:
             name += "_"
         return name
 
-    def _merge(self, group: Sequence[tuple[Update, dict[str, str]]]) -> set[int]:
+    def _merge(self, group: Sequence[_Member]) -> set[int]:
         """Let one update of the group take all; the ids of the others' nodes."""
         starts = list(itertools.accumulate((_lines(math.prod(u.shape)) for u, _ in group), initial=0))
         kept, own = max(group, key=lambda member: len(member[0].shape))  # its numbers have the rank of its tensors

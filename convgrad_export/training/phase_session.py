@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..runtime.ordered_session import open_ordered_session
 from ..runtime.providers import is_cpu_alone, model_metadata, onnxruntime, open_session
 from ..session_memory import free_early
 
-_ERRORS = 3  # onnxruntime's level of severity
+_ERRORS, _FATAL = 3, 4  # onnxruntime's levels of severity; errors are raised too, and the second keeps them to that
 
 
 class PhaseSession:
@@ -28,6 +28,7 @@ class PhaseSession:
         views: shapes of inputs and outputs that the memory bound to them does not have itself.
         sizes: of the model's tensors in bytes, as far as they are known: its nodes run in the order in which these live
             shorter; on the CPU alone. Without them onnxruntime orders the nodes.
+        add: as in `open_ordered_session`; with `sizes` alone.
 
     Attributes:
         device: ``"cpu"`` or ``"cuda"``, where its tensors lie.
@@ -47,11 +48,12 @@ class PhaseSession:
         shared: bool = False,
         views: Mapping[str, tuple[int, ...]] | None = None,
         sizes: Mapping[str, int] | None = None,
+        add: Callable[[Any], None] | None = None,
     ) -> None:
         on_cpu, what = is_cpu_alone(providers), "the training step"
-        make_options = functools.partial(_options, on_cpu, shared, threads)
+        make_options = functools.partial(_options, on_cpu, shared, threads, _FATAL if add else _ERRORS)
         if sizes and on_cpu and isinstance(source, bytes):
-            self._session = open_ordered_session(source, make_options, providers, what, sizes)
+            self._session = open_ordered_session(source, make_options, providers, what, sizes, add)
         else:
             self._session = open_session(source, make_options(), providers, what)
         self.device = "cuda" if providers[0][0].startswith("CUDA") else "cpu"
@@ -145,7 +147,7 @@ class PhaseSession:
             self._binding.bind_ortvalue_output(name, value)
 
 
-def _options(on_cpu: bool, shared: bool, threads: int | None) -> Any:
+def _options(on_cpu: bool, shared: bool, threads: int | None, severity: int) -> Any:
     options = onnxruntime().SessionOptions()
     if on_cpu:
         free_early(options)
@@ -153,7 +155,7 @@ def _options(on_cpu: bool, shared: bool, threads: int | None) -> Any:
         # onnxruntime warns of each that it leaves, and of a model written for one machine; on the CPU alone it has no
         # other warning worth a line.
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(1 << 20))
-        options.log_severity_level = _ERRORS
+        options.log_severity_level = severity
     if shared:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:

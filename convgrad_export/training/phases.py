@@ -2,7 +2,8 @@
 
 The step's model is one graph. Cut in two when it is loaded, the second phase starts after the first has ended, so every
 reader of the old parameters has read them and their new values can be written over them: the state is held once. The
-cut runs through as few tensors as possible, which are the gradients.
+cut runs through as few tensors as possible, which are the gradients. Of those that are large or come together in large
+groups, the first phase takes the updates back (`fused_updates.py`): else all gradients are held at once.
 
 Runs without torch.
 """
@@ -10,13 +11,16 @@ Runs without torch.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from ..runtime.graph_nodes import reads
 from ..tensor_names import LEARNING_RATE, LOSS, MICRO_STEP, STEP
 from .chunks import ELEMENTWISE, VIEWS
 from .flat_memory import FlatTensor
+
+if TYPE_CHECKING:
+    from .fused_updates import FusedUpdates
 
 _COUNTERS = (STEP, MICRO_STEP)  # they also seed random numbers in the forward
 # Operators whose output's elements depend on the inputs' elements at the same place, so that an input of the output's
@@ -38,6 +42,9 @@ class Phases:
         in_place: names of the state tensors whose new value may be written over the old one.
         flat: memory that state, and gradients in place of `carried` ones, share (`flat_updates.py`); the second phase
             reads and writes it as a whole.
+        shapes, views: of the second phase's inputs and outputs that are declared as chunks, their own shape and the
+            declared one.
+        fused: updates that the first phase computes (`fused_updates.py`).
     """
 
     gradients: Any
@@ -46,6 +53,9 @@ class Phases:
     hidden: tuple[str, ...]
     in_place: frozenset[str]
     flat: tuple[FlatTensor, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    views: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    fused: FusedUpdates | None = None
 
     def typed_update(self, outputs: Iterable[Any]) -> Any:
         """The second phase's model, once it has been given the types of its `carried` inputs.
@@ -57,8 +67,9 @@ class Phases:
 
         from ..runtime.tensors import onnx_type
 
+        known = {value.name for value in self.update.graph.input}
         for value in outputs:
-            if value.name in self.carried:
+            if value.name in self.carried and value.name not in known:
                 info = onnx.helper.make_tensor_value_info(value.name, onnx_type(value.type)[0], list(value.shape))
                 self.update.graph.input.append(info)
         return self.update
@@ -183,7 +194,7 @@ def may_overwrite(
     writer = producer[new]
     if nodes[writer].op_type in VIEWS:
         return False
-    before = _ancestors(nodes, producer, writer)
+    before = ancestors(nodes, producer, writer)
     names = [old]  # and views of it, which grow the list while it is read
     for name in names:
         names.extend(view for i in readers.get(name, ()) if nodes[i].op_type in VIEWS for view in nodes[i].output)
@@ -201,7 +212,8 @@ def _overwrites(node: Any) -> bool:
     return node.op_type in _OVERWRITING or (node.op_type in _OVERWRITING_OF_TWO and len(node.input) == 2)
 
 
-def _ancestors(nodes: Sequence[Any], producer: Mapping[str, int], start: int) -> set[int]:
+def ancestors(nodes: Sequence[Any], producer: Mapping[str, int], start: int) -> set[int]:
+    """Places of the nodes that the one at `start` depends on."""
     found: set[int] = set()
     waiting = [start]
     while waiting:
@@ -223,8 +235,8 @@ def _part(model: Any, nodes: Sequence[Any], outputs: Sequence[str], inputs: Coll
     read = {name for node in nodes for name in reads(node)}.union(outputs)
     known = {value.name: value for value in (*model.graph.output, *model.graph.value_info)}
     part = onnx.ModelProto(ir_version=model.ir_version)
-    for field in ("opset_import", "metadata_props", "functions"):
-        getattr(part, field).extend(getattr(model, field))
+    for entries in ("opset_import", "metadata_props", "functions"):
+        getattr(part, entries).extend(getattr(model, entries))
     graph = part.graph
     graph.name = model.graph.name
     graph.node.extend(nodes)

@@ -1,7 +1,8 @@
 """What becomes of a training step's model when it is loaded to run on the CPU.
 
 Its convolutions are brought into the machine's blocked layout, it is cut in two phases where its state is to be updated
-in place, and its nodes are put in the order that keeps the fewest tensors alive.
+in place, with the updates that can run within the first, and its nodes are put in the order that keeps the fewest
+tensors alive.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from ..runtime.tensor_bytes import declared_bytes
 from ..tensor_names import STEP, UPDATED
 from .chunks import fixed_shapes
 from .flat_updates import flatten_updates
+from .fused_updates import fuse_updates
 from .phases import Phases, split
 
 METADATA = "convgrad.training"
+_LARGEST_JOINED = 1 << 19  # elements whose gradients wait for one another, where updates run within the backward
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ def prepare(
     in_place: bool | None,
     blocked_layout: bool,
     threads: int | None = None,
+    *,
+    fuse: bool = True,
 ) -> Prepared:
     """What `TrainingSession` loads.
 
@@ -54,6 +59,7 @@ def prepare(
             missing, and where tensors lie in other files.
         parsed: the onnx.ModelProto that is in it, to be changed; read from it without one.
         in_place, blocked_layout, threads: as in `TrainingSession`.
+        fuse: compute updates within the backward, those that can be.
     """
     model = loaded(source) if parsed is None else parsed
     if model is None or any(tensor.external_data for tensor in model.graph.initializer):
@@ -61,10 +67,12 @@ def prepare(
     sizes = declared_bytes(model.graph)
     if blocked_layout:
         put_blocked_layout(model, threads)
-    phases = None if in_place is False else _cut(model)
+    phases = None if in_place is False else _cut(model, fuse and bool(sizes))
     if phases is not None:
         outputs = {value.name for value in phases.gradients.graph.output}
-        sizes.update(dict.fromkeys((name for tensor in phases.flat for name in tensor.parts if name in outputs), 0))
+        given = {name for tensor in phases.flat for name in tensor.parts if name in outputs}
+        given |= phases.fused.gone if phases.fused else set()  # the update that frees them comes at once
+        sizes.update(dict.fromkeys(given, 0))
     first = model if phases is None else phases.gradients
     put_execution_order(first.graph)
     if phases is not None:
@@ -72,7 +80,7 @@ def prepare(
     return Prepared(first.SerializeToString(), phases, sizes)
 
 
-def _cut(model: Any) -> Phases | None:
+def _cut(model: Any, fuse: bool) -> Phases | None:
     """The step cut in two, or None where it cannot be; what is wrong with a model is said when it is loaded."""
     try:
         metadata = training_metadata({entry.key: entry.value for entry in model.metadata_props})
@@ -81,8 +89,16 @@ def _cut(model: Any) -> Phases | None:
     outputs = {value.name for value in model.graph.output}
     updated = {name: name + UPDATED for name in metadata["state"] if name + UPDATED in outputs}
     trained = set(metadata["trained"])
-    phases = split(model, trained, set(metadata["state"]), updated)
-    return phases and flatten_updates(phases, trained, fixed_shapes(model.graph.value_info))
+    inner = list(model.graph.value_info)
+    for largest in (_LARGEST_JOINED, None) if fuse else (None,):
+        phases = split(model, trained, set(metadata["state"]), updated)
+        phases = phases and flatten_updates(phases, trained, fixed_shapes(inner), largest=largest)
+        if phases is None or largest is None:
+            return phases
+        phases = fuse_updates(phases, inner)
+        if phases.fused:
+            return phases
+    return None
 
 
 def training_metadata(entries: Mapping[str, str]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Running an exported training step on onnxruntime, state and all, without torch.
 
 Parameters, buffers and optimizer state stay in onnxruntime's own memory. On the CPU a step runs in two phases
-(`phases.py`): the second writes parameters and optimizer state over the old ones. What it cannot write in place is held
-twice: a step reads one set and writes the other, then they change places. Nothing is copied from one step to the next.
+(`phases.py`): the second writes parameters and optimizer state over the old ones. Large ones are written within the
+first, as soon as their gradients are there (`fused_updates.py`). What cannot be written in place is held twice: a step
+reads one set and writes the other, then they change places. Nothing is copied from one step to the next.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from ..tensor_names import GRADIENT_NORM, LEARNING_RATE, LOSS, MICRO_STEP, SEED,
 from .checkpoint import as_array, check_matches, checkpoint_path, save_checkpoint
 from .checkpoint_file import open_checkpoint
 from .flat_memory import FlatMemory
+from .fused_updates import BEGAN, STOP
 from .opening import open_step
 from .preparation import training_metadata
+from .update_gate import UpdateGate
 
 _SETTINGS = (LEARNING_RATE, SEED)
 _Arguments = ParamSpec("_Arguments")
@@ -62,10 +65,10 @@ class TrainingSession:
         seed: for dropout; with the number of the call, which the state holds, it decides every random number.
         stop_on_non_finite: raise `NonFiniteLossError` before the update is taken over, if the loss is not finite, or
             the norm of the gradients where the step returns it.
-        in_place: write parameters and optimizer state over the old ones, in a second phase after the gradients', so
-            that the state is held once, and small parameters are updated together; on the CPU alone, and there the
-            default. State whose old value may still be read when the new one is written (where gradients are
-            accumulated, or a teacher follows the parameters) is held twice all the same.
+        in_place: write parameters and optimizer state over the old ones, within the backward once nothing reads them
+            any more or in a second phase after it, so that the state is held once, and gradients shortly; on the CPU
+            alone, and there the default. State whose old value may still be read when the new one is written (where
+            gradients are accumulated, or a teacher follows the parameters) is held twice all the same.
         blocked_layout: as in `GradientSession`.
 
     Raises:
@@ -104,8 +107,10 @@ class TrainingSession:
         self._metadata = training_metadata(self._phases[0].metadata)
         self.seed = check_seed(seed)
         self.stop_on_non_finite = stop_on_non_finite
+        self._memory_of = opened.memory
         inputs = {name: value for phase in self._phases for name, value in phase.inputs.items()}
-        between = self._carried.union(self._flat.whole)
+        inputs.update({name: inputs[shown] for shown, name in opened.memory.items() if name not in inputs})
+        between = self._carried.union(self._flat.whole, opened.memory, [STOP])
         parts = {name: (flat.dtype, shape) for flat in opened.flat for name, (_, shape) in flat.parts.items()}
         self._inputs = {name: value for name, value in inputs.items() if name not in between}
         self._rate_type = self._dtype(LEARNING_RATE) if LEARNING_RATE in self._inputs else "float64"
@@ -122,6 +127,7 @@ class TrainingSession:
         }
         hidden = {name + UPDATED for name in self._updated} | opened.hidden
         self._returned = frozenset(outputs) - hidden
+        self._gate = UpdateGate(self._phases[0].outputs) if BEGAN in outputs else None
         self._lost: str | None = None
         self._unread: dict[str, np.ndarray] = {}  # state that no path of the step reads
         self._current: dict[str, Any] = {}
@@ -185,6 +191,8 @@ class TrainingSession:
         self._read.update(self._current | self._flat.whole)
         self._written.update({name + UPDATED: value for name, value in (self._next | self._flat.whole).items()})
         self._written.update(self._flat.parts)
+        self._read.update({shown: self._read[name] for shown, name in self._memory_of.items()})
+        self._written.update(self._gate.written if self._gate else {})
         self._lost = None
 
     def _memory(self, name: str) -> Any:
@@ -272,20 +280,18 @@ class TrainingSession:
         sizes: NamedSizes = {}
         for name, view in views.items():
             self._batch[name].check(view, sizes)
-        settings = {LEARNING_RATE: rate, SEED: seed}
+        settings = {LEARNING_RATE: rate, SEED: seed, STOP: int(self.stop_on_non_finite)}
         wanted = self._returned | self._carried
+        if self._gate:
+            self._gate.close()
         try:
             made = self._phases[0].run(views, settings, self._read, {}, self._written, wanted)
         except Exception as error:
+            if self._gate and is_onnxruntime_error(error):
+                self._check_begun(self._gate, error)
             raise_refused(error, f"step {self.steps + 1}, whose update was not taken over")
         result = self._results(made)
-        # The norm too, where the gradients' phase gives it: a finite loss may have a gradient that is not.
-        for name in (LOSS, GRADIENT_NORM) if self.stop_on_non_finite else ():
-            if name in result and not math.isfinite(result[name]):
-                raise NonFiniteLossError(
-                    f"the {name.replace('_', ' ')} is {result[name]} at step {self.steps + 1}: the update was not "
-                    "taken over. Lower the learning rate, look at the batch, or pass stop_on_non_finite=False"
-                )
+        self._check_finite(result)
         self._lost = f"the update of step {self.steps + 1} broke off"
         for phase in self._phases[1:]:
             try:
@@ -303,6 +309,22 @@ class TrainingSession:
                 self._read[name], self._written[name + UPDATED] = new, old
         self._lost = None
         return result
+
+    def _check_finite(self, result: Mapping[str, Any]) -> None:
+        # The norm too, where the gradients' phase gives it: a finite loss may have a gradient that is not.
+        for name in (LOSS, GRADIENT_NORM) if self.stop_on_non_finite else ():
+            if name in result and not math.isfinite(result[name]):
+                raise NonFiniteLossError(
+                    f"the {name.replace('_', ' ')} is {result[name]} at step {self.steps + 1}: the update was not "
+                    "taken over. Lower the learning rate, look at the batch, or pass stop_on_non_finite=False"
+                )
+
+    def _check_begun(self, gate: UpdateGate, error: Exception) -> None:
+        """Tell of a run that broke off whether that was for its loss, or after state was written."""
+        if gate.began:
+            self._lost = f"step {self.steps + 1} broke off: {in_one_line(error)}"
+            self._check_whole()
+        self._check_finite({LOSS: gate.loss})
 
     def _results(self, made: Mapping[str, Any]) -> dict[str, Any]:
         """What the caller gets of a phase's outputs: numbers, and arrays of his own."""

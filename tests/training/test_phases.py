@@ -76,7 +76,7 @@ def test_two_phases_and_small_chunks_give_the_bits_of_one(name: str, monkeypatch
     report = exported(optimizer, **options)
     whole = trained(report, in_place=False)
     assert_same_bits(whole, trained(report, in_place=True), name == "clipped")
-    monkeypatch.setattr(preparation, "flatten_updates", lambda phases, *_: phases)  # test_flat_updates.py
+    monkeypatch.setattr(preparation, "flatten_updates", lambda phases, *_, **__: phases)  # test_flat_updates.py
     chunked: list[dict[str, tuple[int, ...]]] = []
 
     def small_chunks(model: Any) -> dict[str, tuple[int, ...]]:
