@@ -30,6 +30,7 @@ from .checkpoint import as_array, check_matches, checkpoint_path, save_checkpoin
 from .checkpoint_file import open_checkpoint
 from .flat_memory import FlatMemory
 from .fused_updates import BEGAN, STOP
+from .interrupts import interrupts_after
 from .opening import open_step
 from .preparation import training_metadata
 from .update_gate import UpdateGate
@@ -259,6 +260,8 @@ class TrainingSession:
             ArgumentTypeError, DTypeError, GeometryError: a batch of another form, dtype or shape, or with values that
                 an operator refuses (a label outside the classes); a learning rate that is no number. The state stays.
             NonFiniteLossError: with the step's number; the state stays.
+            ProviderError: the step broke off when part of the state was new; `load` a checkpoint. Ctrl-C does not break
+                it off: `KeyboardInterrupt` is raised after it.
         """
         rate = check_rate(self.learning_rate if learning_rate is None else learning_rate, dtype=self._rate_type)
         seed = check_seed(self.seed)
@@ -280,16 +283,13 @@ class TrainingSession:
         sizes: NamedSizes = {}
         for name, view in views.items():
             self._batch[name].check(view, sizes)
-        settings = {LEARNING_RATE: rate, SEED: seed, STOP: int(self.stop_on_non_finite)}
-        wanted = self._returned | self._carried
-        if self._gate:
-            self._gate.close()
-        try:
-            made = self._phases[0].run(views, settings, self._read, {}, self._written, wanted)
-        except Exception as error:
-            if self._gate and is_onnxruntime_error(error):
-                self._check_begun(self._gate, error)
-            raise_refused(error, f"step {self.steps + 1}, whose update was not taken over")
+        settings = {LEARNING_RATE: rate, SEED: seed, STOP: int(bool(self.stop_on_non_finite))}
+        with interrupts_after():
+            return self._run(views, settings)
+
+    def _run(self, views: Mapping[str, tensors.TensorView], settings: Mapping[str, float]) -> dict[str, Any]:
+        """All phases; what `step` returns."""
+        made = self._run_first(views, settings)
         result = self._results(made)
         self._check_finite(result)
         self._lost = f"the update of step {self.steps + 1} broke off"
@@ -319,12 +319,22 @@ class TrainingSession:
                     "taken over. Lower the learning rate, look at the batch, or pass stop_on_non_finite=False"
                 )
 
-    def _check_begun(self, gate: UpdateGate, error: Exception) -> None:
-        """Tell of a run that broke off whether that was for its loss, or after state was written."""
-        if gate.began:
-            self._lost = f"step {self.steps + 1} broke off: {in_one_line(error)}"
-            self._check_whole()
-        self._check_finite({LOSS: gate.loss})
+    def _run_first(self, views: Mapping[str, tensors.TensorView], settings: Mapping[str, float]) -> dict[str, Any]:
+        """The first phase's run; where it writes state, part of that may be new from its start on."""
+        number, wanted = self.steps + 1, self._returned | self._carried
+        if self._gate:
+            self._gate.close()
+            self._lost = f"step {number} broke off"
+        try:
+            return self._phases[0].run(views, settings, self._read, {}, self._written, wanted)
+        except Exception as error:
+            if self._gate and self._gate.began:
+                self._lost = f"step {number} broke off: {in_one_line(error)}"
+                self._check_whole()
+            self._lost = None
+            if self._gate and is_onnxruntime_error(error):
+                self._check_finite({LOSS: self._gate.loss})
+            raise_refused(error, f"step {number}, whose update was not taken over")
 
     def _results(self, made: Mapping[str, Any]) -> dict[str, Any]:
         """What the caller gets of a phase's outputs: numbers, and arrays of his own."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +225,34 @@ def test_a_run_that_breaks_off_after_an_update_is_never_taken_for_a_state(
     assert not (tmp_path / "bad.safetensors").exists()
     session.load(tmp_path / "good.safetensors")
     assert session.step(x, y)["loss"] == expected
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+def test_an_interrupt_comes_after_the_step(phase: int, written: list[tuple[Any, FusedUpdates]], tmp_path: Path) -> None:
+    report = exported(OPTIMIZERS["adamw"][0], path=tmp_path / "step.onnx")
+    session, other = cg.TrainingSession(report.path), cg.TrainingSession(report.path)
+    batch = batches(1, torch.float32)[0]
+    running, handler = session._phases[phase].run, signal.getsignal(signal.SIGINT)
+
+    def interrupted(*arguments: Any) -> Any:
+        made = running(*arguments)
+        signal.raise_signal(signal.SIGINT)
+        return made
+
+    session._phases[phase].run = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        session.step(*batch)
+    session._phases[phase].run = running  # type: ignore[method-assign]
+    assert signal.getsignal(signal.SIGINT) is handler
+    other.step(*batch)
+    assert session.steps == 1
+    session.save(tmp_path / "interrupted.safetensors")
+    for name, value in session.state().items():
+        np.testing.assert_array_equal(value, other.state()[name], err_msg=name)
+    assert session.step(*batch) == other.step(*batch)
+    with ThreadPoolExecutor(1) as pool:  # where signals cannot be held back, and none arrive
+        assert pool.submit(session.step, *batch).result() == other.step(*batch)
+    assert len(written) == 2
 
 
 def test_without_a_place_for_the_optimized_model_two_phases_run(
