@@ -15,13 +15,13 @@ import onnx
 from . import dtypes
 from .accuracy import compare, reference_and_bounds
 from .arguments import as_int
-from .errors import ConvGradError, DTypeError, GeometryError, ModelFileError
+from .errors import ArgumentTypeError, ConvGradError, DTypeError, GeometryError, ModelFileError
 from .files import as_path
 from .geometry import ConvGeometry
 from .lowering import LOWERINGS, compute_dtype
 from .operators import operator
 from .reference import make_operands
-from .runtime.providers import in_one_line, is_onnxruntime_error, model_metadata
+from .runtime.providers import model_metadata
 from .runtime.session import GradientSession
 
 # Sizes that a dynamic model leaves open are these: a remainder on every axis with strides of 2 and 3.
@@ -147,10 +147,8 @@ def _run(
         return session.run({name: feeds[name] for name in session.input_names})
     except (GeometryError, DTypeError) as error:
         raise ModelFileError(f"{path}: the metadata does not fit the model: {error}") from error
-    except Exception as error:
-        if not is_onnxruntime_error(error):
-            raise
-        raise ModelFileError(f"{path} cannot be run: {in_one_line(error)}") from error
+    except ArgumentTypeError as error:
+        raise ModelFileError(f"{path} cannot be run: {error}") from error
 
 
 def _check_declared(results: Mapping[str, np.ndarray], path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from ..errors import ArgumentTypeError, ModelFileError, ProviderError, raise_missing
 from ..provider_names import CPU, CUDA, SHORT_NAMES
@@ -125,12 +125,26 @@ def _is_unicode(path: str) -> bool:
 
 def is_onnxruntime_error(error: Exception) -> bool:
     """Whether a run raised it: with a binding mostly a RuntimeError, else a private class for each status code."""
-    return isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
+    return type(error) is RuntimeError or type(error).__module__.startswith("onnxruntime")
 
 
 def in_one_line(error: Exception) -> str:
     """The message of an error of onnxruntime's, some of which end in a line feed, or hold several lines."""
     return " ".join(str(error).split())
+
+
+def raise_refused(error: Exception, within: str) -> NoReturn:
+    """Inputs whose values or sizes an operator refuses, in words of ours; any other error as it is.
+
+    Raises:
+        ArgumentTypeError: for an error of onnxruntime's.
+    """
+    if not is_onnxruntime_error(error):
+        raise error
+    raise ArgumentTypeError(
+        f"onnxruntime stopped within {within}; a label outside the classes, an index out of range or sizes that do not "
+        f"fit each other are the usual causes: {in_one_line(error)}"
+    ) from error
 
 
 def is_cpu_alone(providers: Sequence[tuple[str, Mapping[str, Any]]]) -> bool:

@@ -20,7 +20,7 @@ from .blocked import in_blocked_layout
 from .declared import Declared, NamedSizes
 from .model_source import model_source
 from .placement import RECORD_ASSIGNMENT, PlacementReport, read_placement
-from .providers import Providers, is_cpu_alone, onnxruntime, open_session, resolve
+from .providers import Providers, is_cpu_alone, onnxruntime, open_session, raise_refused, resolve
 
 # numpy has no bfloat16, and onnxruntime's arrays of uint64 are of the C type that torch does not take.
 _BOUND_TYPES = {"tensor(bfloat16)", "tensor(uint64)"}
@@ -146,7 +146,8 @@ class GradientSession:
             input_feed: the arrays by name, in the second form.
 
         Raises:
-            ArgumentTypeError: a missing, unknown or mixed kind of input, or an unknown output name.
+            ArgumentTypeError: a missing, unknown or mixed kind of input, an unknown output name, or values that an
+                operator refuses within the run.
             DTypeError: an input of another element type than the model's. GeometryError: an input of another shape.
             DeviceError: a tensor neither on the CPU nor on CUDA.
         """
@@ -185,13 +186,22 @@ class GradientSession:
         sizes: NamedSizes = {}
         for name, value in views.items():
             self._inputs[name].check(value, sizes)
+        try:
+            return self._compute(names, views, {name: size for name, (size, _) in sizes.items()}, as_torch)
+        except Exception as error:
+            raise_refused(error, "the run")
+
+    def _compute(
+        self, names: Sequence[str], views: Mapping[str, tensors.TensorView], sizes: Mapping[str, int], as_torch: bool
+    ) -> list[Any]:
+        """The outputs `names` of checked inputs, by the shortest way that their place and types allow."""
         if self._through_numpy and all(value.device_type == "cpu" for value in views.values()):
             # Half of a binding's time. The results lie in onnxruntime's memory, not in that of the inputs.
             arrays = self._session.run(names, {name: value.array for name, value in views.items()})
             return [sys.modules["torch"].from_numpy(array) for array in arrays] if as_torch else arrays
         codes = {name: self._inputs[name].code for name in views}
         if self._cuda is not None and self._cuda.takes(views.values()):
-            return self._cuda.run(names, views, codes, {name: size for name, (size, _) in sizes.items()})
+            return self._cuda.run(names, views, codes, sizes)
         binding = self._session.io_binding()
         for name, value in views.items():
             binding.bind_input(name, value.device_type, value.device_index, codes[name], value.shape, value.pointer)

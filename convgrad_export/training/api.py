@@ -22,7 +22,7 @@ from ..runtime.session import GradientSession
 from ..tensor_names import GRADIENT, LEARNING_RATE, LOSS, RESET, SEED, STEP, UPDATED
 from .checkpoint import as_array, check_matches
 from .checkpoint_state import CheckpointState, Parameter, Parameters, Path
-from .session import check_rate, check_seed, raise_refused
+from .session import check_rate, check_seed
 
 __all__ = ["CheckpointState", "LinearLRScheduler", "Module", "Optimizer", "Parameter", "Parameters"]
 
@@ -112,10 +112,7 @@ class Module:
                 feeds[name] = np.zeros_like(state.arrays[parameter]) if before is None else before
             else:
                 feeds[name] = state.arrays[name]
-        try:
-            results = session.run(feeds)
-        except Exception as error:
-            raise_refused(error, "the call, of which nothing was taken over")
+        results = session.run(feeds)
         if self.training:
             self._take_over(results)
         outputs = [results[name] for name in _returned(session)]

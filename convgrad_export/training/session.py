@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -23,7 +23,15 @@ from ..arguments import as_bool, as_names, check_pool
 from ..errors import ArgumentTypeError, DTypeError, NonFiniteLossError, ProviderError
 from ..runtime import tensors
 from ..runtime.declared import Declared, NamedSizes
-from ..runtime.providers import Providers, in_one_line, is_cpu_alone, is_onnxruntime_error, onnxruntime, resolve
+from ..runtime.providers import (
+    Providers,
+    in_one_line,
+    is_cpu_alone,
+    is_onnxruntime_error,
+    onnxruntime,
+    raise_refused,
+    resolve,
+)
 from ..session_memory import give_back_freed
 from ..tensor_names import GRADIENT_NORM, LEARNING_RATE, LOSS, MICRO_STEP, SEED, STEP, UPDATED
 from .checkpoint import as_array, check_matches, checkpoint_path, save_checkpoint
@@ -344,19 +352,6 @@ class TrainingSession:
     def _check_whole(self) -> None:
         if self._lost is not None:
             raise ProviderError(f"{self._lost}. Part of the state is new and part of it old: load a checkpoint")
-
-
-def raise_refused(error: Exception, within: str) -> NoReturn:
-    """A batch whose values an operator refuses, in words of ours; any other error as it is.
-
-    Raises:
-        ArgumentTypeError: for an error of onnxruntime's.
-    """
-    if not is_onnxruntime_error(error):
-        raise error
-    raise ArgumentTypeError(
-        f"onnxruntime stopped within {within}; a label outside the classes is the usual cause: {in_one_line(error)}"
-    ) from error
 
 
 def check_rate(value: Any, name: str = "learning_rate", dtype: str = "float64") -> float:

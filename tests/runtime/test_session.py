@@ -256,6 +256,31 @@ def test_wrong_inputs_are_refused_before_the_run(changes: dict, error: type[Exce
         cg.GradientSession(MODEL).run(given)
 
 
+@pytest.mark.parametrize("as_torch", [False, True])
+@pytest.mark.parametrize("dtype", [onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16])
+def test_values_that_an_operator_refuses_are_one_error_of_the_packages(as_torch: bool, dtype: int) -> None:
+    """With arrays onnxruntime raises a private class of its own, with a binding a RuntimeError."""
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Gather", ["table", "index"], ["row"])],
+        "g",
+        [
+            onnx.helper.make_tensor_value_info("table", dtype, ["n", 2]),
+            onnx.helper.make_tensor_value_info("index", onnx.TensorProto.INT64, [1]),
+        ],
+        [onnx.helper.make_tensor_value_info("row", dtype, [1, 2])],
+    )
+    opset = [onnx.helper.make_opsetid("", 18)]
+    session = cg.GradientSession(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9))
+    kind = ml_dtypes.bfloat16 if dtype == onnx.TensorProto.BFLOAT16 else np.float32
+    inputs = {"table": np.zeros((3, 2), kind), "index": np.array([7])}
+    if as_torch:
+        table = torch.zeros(3, 2, dtype=torch.bfloat16 if kind is not np.float32 else torch.float32)
+        inputs = {"table": table, "index": torch.tensor([7])}
+    with pytest.raises(cg.ArgumentTypeError, match=r"stopped within the run.*index out of range.*idx=7") as refused:
+        session.run(inputs)
+    assert "\n" not in str(refused.value)
+
+
 def test_a_symbolic_batch_has_one_value() -> None:
     model = cg.build_model("conv2d_weight", input_shape=(2, 3, 8, 8), weight_shape=(4, 3, 3, 3), padding=1)
     wrong = {"input": np.ones((2, 3, 8, 8), np.float32), "grad_output": np.ones((3, 4, 8, 8), np.float32)}
