@@ -9,7 +9,16 @@ from __future__ import annotations
 from typing import NoReturn
 
 
-class ConvGradError(Exception):
+class _OneLine:
+    """A message of one line, whatever the names in it hold; what is to stand below it, is given line by line."""
+
+    args: tuple[object, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(printable(str(line)) for line in self.args)
+
+
+class ConvGradError(_OneLine, Exception):
     """Base class: catch this to catch everything the package raises on purpose."""
 
 
@@ -93,8 +102,20 @@ class ServerError(ConvGradError, RuntimeError):
     """An inference server that cannot be found, does not start, or has ended."""
 
 
-class TuningWarning(UserWarning):
+class TuningWarning(_OneLine, UserWarning):
     """``lowering="tuned"`` took the fixed policy's choice, because the cache holds no usable measurement."""
+
+
+def printable(text: str) -> str:
+    """The text with control characters, line feeds among them, as `repr` shows them: a file's name may hold any."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def in_one_line(error: BaseException) -> str:
+    """The message of somebody else's error, some of which end in a line feed, or hold several lines."""
+    return " ".join(str(error).split())
 
 
 _WITH = {name: f"pip install 'convgrad-export[{name}]'" for name in ("torch", "examples", "serving")}

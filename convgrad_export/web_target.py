@@ -24,7 +24,7 @@ from typing import Any
 
 import onnx
 
-from .errors import ArgumentTypeError, ModelFileError, UnsupportedOperatorError
+from .errors import ArgumentTypeError, ModelFileError, UnsupportedOperatorError, in_one_line
 from .files import as_path
 
 WEB, WEBGPU = "web", "webgpu"
@@ -104,8 +104,10 @@ def require_web(model: onnx.ModelProto, target: str) -> list[str]:
     report = check_web(model)
     problems = report.against(check_target(target))
     if problems:
-        listed = "\n  ".join(map(str, problems[:20])) + (f"\n  and {len(problems) - 20} more" if problems[20:] else "")
-        raise UnsupportedOperatorError(f"the model cannot run on onnxruntime-web ({_BUILDS[target]}):\n  {listed}")
+        listed = [*problems[:20], *([f"and {len(problems) - 20} more"] if problems[20:] else [])]
+        raise UnsupportedOperatorError(
+            f"the model cannot run on onnxruntime-web ({_BUILDS[target]}):", *(f"  {line}" for line in listed)
+        )
     return report.notes
 
 
@@ -130,7 +132,9 @@ def check_web(model: str | os.PathLike[str] | onnx.ModelProto) -> WebReport:
     try:
         proto = onnx.shape_inference.infer_shapes(proto)
     except Exception as error:  # onnx raises classes of its extension module
-        report.notes.append(f"types could not be inferred, operators were checked by name where unknown: {error}")
+        report.notes.append(
+            f"types could not be inferred, operators were checked by name where unknown: {in_one_line(error)}"
+        )
     opset = _opsets(proto.opset_import).get("", 1)
     _check_values(proto.graph, report)
     indices = []
@@ -176,7 +180,7 @@ def _without_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         return inliner.inline_local_functions(copy)
     except Exception as error:  # onnx raises classes of its extension module
-        raise ModelFileError(f"the model's local functions cannot be read: {error}") from error
+        raise ModelFileError(f"the model's local functions cannot be read: {in_one_line(error)}") from error
 
 
 def _body(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ArgumentTypeError, GeometryError
+from ..errors import ArgumentTypeError, GeometryError, in_one_line
 from . import options
 
 
@@ -132,7 +132,9 @@ def _random(input_shape: str, network: Any) -> Any:
     try:
         return torch.rand(options.sizes(input_shape, "--input-shape")).to(next(dtypes, torch.float32))
     except RuntimeError as error:  # of a size that this machine's memory does not hold
-        raise GeometryError(f"--input-shape is {input_shape!r}, of which no tensor can be made: {error}") from error
+        raise GeometryError(
+            f"--input-shape is {input_shape!r}, of which no tensor can be made: {in_one_line(error)}"
+        ) from error
 
 
 def _dynamic_axes(text: str, rank: int) -> dict[int, str]:
@@ -160,7 +162,7 @@ def _load_weights(network: Any, path: Path) -> None:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise ModelFileError(f"--weights {path} does not fit the network: {error}") from error
+        raise ModelFileError(f"--weights {path} does not fit the network: {in_one_line(error)}") from error
 
 
 def _print(report: Any) -> None:

@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from ..errors import GeometryError, ModelFileError
+from ..errors import GeometryError, ModelFileError, in_one_line
 
 # PyTorch 2.8 and newer keep programs in a folder of the archive; 2.7 and older one at its top.
 _PROGRAM = re.compile(r"[^/]+/models/[^/]+\.json|serialized_exported_program\.json")
@@ -80,7 +80,7 @@ def _graph(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _damaged(path: Path, error: BaseException) -> ModelFileError:
     return ModelFileError(
-        f"--layer {path} is not a torch.export program, or is damaged: {type(error).__name__}: {error}"
+        f"--layer {path} is not a torch.export program, or is damaged: {type(error).__name__}: {in_one_line(error)}"
     )
 
 

@@ -15,7 +15,7 @@ import onnx_ir.passes.common as passes
 
 from convgrad_export.emit.long_sums import split_long_sums
 from convgrad_export.emit.onnx import ir_version
-from convgrad_export.errors import ArgumentTypeError, ConvGradError, VerificationError
+from convgrad_export.errors import ArgumentTypeError, ConvGradError, VerificationError, in_one_line
 from convgrad_export.integrations.convolution_marks import remove_marks, write_metadata
 from convgrad_export.integrations.opset_downgrade import downgrade
 from convgrad_export.integrations.scalar_rank import raise_scalar_ranks
@@ -227,6 +227,6 @@ def check_model(proto: onnx.ModelProto) -> None:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise VerificationError(
-            f"the exported model is no valid ONNX model: {error}. If custom_translation_table or decompositions were "
-            "passed, look there first. Nothing was written."
+            f"the exported model is no valid ONNX model: {in_one_line(error)}. If custom_translation_table or "
+            "decompositions were passed, look there first. Nothing was written."
         ) from error

@@ -195,7 +195,9 @@ def _replacements(module: torch.fx.GraphModule, lowering: str, table: Any) -> li
         try:
             replacement = _replacement(node, lowering, table, cache)
         except ConvGradError as error:
-            raise type(error)(f"{_place(node)}: {error}") from error
+            trace = (node.stack_trace or "").strip()
+            place = f"node {node.name}" + ("" if trace else " (no stack trace recorded)")
+            raise type(error)(f"{place}: {error}", *(["from", *trace.splitlines()] if trace else [])) from error
         if replacement is not None:
             found.append(replacement)
     return found
@@ -357,8 +359,3 @@ def _value(node: torch.fx.Node) -> Any:
             "torch.export, or run torch.fx.passes.fake_tensor_prop.FakeTensorProp on the graph first"
         )
     return value
-
-
-def _place(node: torch.fx.Node) -> str:
-    trace = (node.stack_trace or "").strip()
-    return f"node {node.name}" + (f", from\n{trace}\n" if trace else " (no stack trace recorded)")

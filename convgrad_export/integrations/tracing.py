@@ -40,6 +40,7 @@ from convgrad_export.errors import (
     ConvGradError,
     DynamicShapeError,
     UnsupportedOperatorError,
+    in_one_line,
 )
 from convgrad_export.integrations.compiled_modules import as_written
 from convgrad_export.integrations.concatenated_statistics import concatenated_statistics
@@ -343,7 +344,9 @@ def _functionalize(
                 torch.func.functionalize(replay, remove="mutations"), decomposition_table=dict(decompositions or {})
             )(*fakes)
     except Exception as error:
-        raise CaptureError(f"{user_frame(error)}: the captured graph cannot be made functional: {error}") from error
+        raise CaptureError(
+            f"{user_frame(error)}: the captured graph cannot be made functional: {in_one_line(error)}"
+        ) from error
     functional.graph.eliminate_dead_code()
     return functional
 

@@ -239,9 +239,10 @@ def refuse_untranslatable(program: CapturedProgram, is_registered: Callable[[Any
         more = f" and {len(modules) - 4} more" if len(modules) > 4 else ""
         lines.append(f"  {target}: called by {', '.join(shown)}{more}")
     raise UnsupportedOperatorError(
-        f"{len(missing)} operator(s) of this model have no ONNX translation:\n" + "\n".join(lines) + "\nNothing was "
-        "written. Replace the operators in the named modules, or give export and export_gradient "
-        "decompositions={overload: function}."
+        f"{len(missing)} operator(s) of this model have no ONNX translation:",
+        *lines,
+        "Nothing was written. Replace the operators in the named modules, or give export and export_gradient "
+        "decompositions={overload: function}.",
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentTypeError, CaptureError
+from ..errors import ArgumentTypeError, CaptureError, in_one_line
 from .attack import FGSM, PGD
 from .attribution import GradCAM, IntegratedGradients, Saliency
 from .diffusion import GuidedDiffusionStep
@@ -49,7 +49,7 @@ def _run(network: nn.Module, x: Tensor) -> Any:
     except Exception as error:  # the user's own code can raise anything
         raise CaptureError(
             f"{type(network).__name__} cannot run on an input of shape {tuple(x.shape)}: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {in_one_line(error)}"
         ) from error
 
 

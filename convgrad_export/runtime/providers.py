@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from ..errors import ArgumentTypeError, ModelFileError, ProviderError, raise_missing
+from ..errors import ArgumentTypeError, ModelFileError, ProviderError, in_one_line, raise_missing
 from ..provider_names import CPU, CUDA, SHORT_NAMES
 from .cuda_options import CudaOptions
 
@@ -126,11 +126,6 @@ def _is_unicode(path: str) -> bool:
 def is_onnxruntime_error(error: Exception) -> bool:
     """Whether a run raised it: with a binding mostly a RuntimeError, else a private class for each status code."""
     return type(error) is RuntimeError or type(error).__module__.startswith("onnxruntime")
-
-
-def in_one_line(error: Exception) -> str:
-    """The message of an error of onnxruntime's, some of which end in a line feed, or hold several lines."""
-    return " ".join(str(error).split())
 
 
 def raise_refused(error: Exception, within: str) -> NoReturn:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import dtypes
 from ..arguments import as_int
-from ..errors import CaptureError, GeometryError, ModelFileError
+from ..errors import CaptureError, GeometryError, ModelFileError, in_one_line
 from ..files import model_files
 from ..geometry import ConvGeometry, aten_attributes
 from ..operators import operator
@@ -131,7 +131,8 @@ def module_layers(module: Any, args: Sequence[Any]) -> list[LayerToTune]:
     except Exception as error:  # the user's own code can raise anything
         shapes = ", ".join(str(tuple(value.shape)) for value in args if hasattr(value, "shape"))
         raise CaptureError(
-            f"{type(module).__name__} cannot run on inputs of shape {shapes}: {type(error).__name__}: {error}"
+            f"{type(module).__name__} cannot run on inputs of shape {shapes}: "
+            f"{type(error).__name__}: {in_one_line(error)}"
         ) from error
     finally:
         for hook in hooks:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import dtypes
 from ..arguments import as_bool, as_int, as_number, as_shape, check_error_factor, check_pool, check_workspace
-from ..errors import ArgumentTypeError, GeometryError, ProviderError
+from ..errors import ArgumentTypeError, GeometryError, ProviderError, in_one_line
 from ..geometry import ConvGeometry
 from ..lowering import CPU, CUDA, as_provider
 from . import cache as store
@@ -261,7 +261,7 @@ def _example(module: Any, input_shape: Sequence[int] | None) -> Any:
     try:
         return torch.rand(shape, generator=generator).to(parameter.device, parameter.dtype)
     except RuntimeError as error:  # of a size that no memory holds
-        raise GeometryError(f"input_shape is {shape}, of which no tensor can be made: {error}") from error
+        raise GeometryError(f"input_shape is {shape}, of which no tensor can be made: {in_one_line(error)}") from error
 
 
 def _gradients(gradients: Any) -> tuple[str, ...]:

@@ -231,5 +231,5 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: Address, log: P
             state = "is not ready" if process.poll() is None else f"ended with status {process.returncode}"
             lines = log.read_text(errors="replace").splitlines()
             relevant = [line for line in lines if line.startswith("E") or "error" in line.lower()] or lines
-            raise ServerError(f"the server {state}; its log, {log}, says:\n" + "\n".join(relevant[-8:]))
+            raise ServerError(f"the server {state}; its log, {log}, says:", *relevant[-8:])
         time.sleep(0.1)

@@ -159,5 +159,5 @@ def check_matches(
             got = f"{arrays[name].dtype} {tuple(arrays[name].shape)}"
             problems.append(f"{name}: is {got}, expected {dtype} {tuple(shape)}")
     if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ModelFileError(f"checkpoint {path} does not fit this model:\n  {shown}")
+        shown = [*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])]
+        raise ModelFileError(f"checkpoint {path} does not fit this model:", *(f"  {line}" for line in shown))

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from ..arguments import as_number, check_pool
-from ..errors import ArgumentTypeError
+from ..errors import ArgumentTypeError, in_one_line
 from ..files import new_folder
 from ..integrations.onnx_export import export
 from ..runtime.session import GradientSession
@@ -99,7 +99,7 @@ def _described(error: BaseException) -> str:
     """The error with its kind, and the line of another file than this that it comes from."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     silent = frame.filename == __file__ or isinstance(error, ImportError | SyntaxError)
-    return f"{type(error).__name__}: {error}" + (
+    return f"{type(error).__name__}: {in_one_line(error)}" + (
         "" if silent else f" ({Path(frame.filename).name}, line {frame.lineno})"
     )
 
@@ -192,7 +192,7 @@ def _check_data(module: torch.nn.Module, loss: Loss, data: Dataset, example: tup
             loss.call(output, target)
     except Exception as error:  # whatever a network of the user's raises
         raise ArgumentTypeError(
-            f"data: {type(module).__name__} and its loss do not take a batch of it ({form}): {error}"
+            f"data: {type(module).__name__} and its loss do not take a batch of it ({form}): {in_one_line(error)}"
         ) from error
     if loss.function in (functional.cross_entropy, functional.nll_loss) and data.targets.dtype.kind == "i":
         labels = np.concatenate([data.targets.ravel(), data.test_targets.ravel()])
