@@ -223,12 +223,23 @@ def lowerings(
 ) -> list[LoweringInfo]:
     """The catalogue for one operator; with shapes, also which entries apply, why not, and which one is chosen.
 
-    Args and errors: as in `build_model`. Give both shapes or neither.
+    Args and errors: as in `build_model`. Give both shapes, or neither and none of the other options.
     """
     op, provider = operator(operator_name, "operator_name"), as_provider(provider)
     name, opset = dtypes.name_of(dtype), _opset(opset_version)
     entries = [entry for gradient in op.gradients for entry in candidates(gradient)]
     if input_shape is None and weight_shape is None:
+        _refuse_without_shapes(
+            stride=(stride, 1),
+            padding=(padding, 0),
+            dilation=(dilation, 1),
+            groups=(groups, 1),
+            transposed=(transposed, False),
+            output_padding=(output_padding, 0),
+            dtype=(name, "float32"),
+            opset_version=(opset, 18),
+            provider=(provider, CPU),
+        )
         return [LoweringInfo(entry.name, entry.gradient, entry.summary, entry.when) for entry in entries]
     if input_shape is None or weight_shape is None:
         raise GeometryError("give input_shape and weight_shape both, or neither")
@@ -262,6 +273,20 @@ def lowerings(
         )
         for entry in entries
     ]
+
+
+def _refuse_without_shapes(**given: tuple[Any, Any]) -> None:
+    """Refuse options, by name with their defaults, that the catalogue of no convolution in particular would not read.
+
+    Raises:
+        GeometryError: one of them is given, that is differs from its default.
+    """
+    for name, (value, default) in given.items():
+        if type(value) is not type(default) or value != default:
+            raise GeometryError(
+                f"{name} is {value!r:.80} without shapes, and the list alone depends on nothing: give input_shape and "
+                f"weight_shape, or leave {name} out"
+            )
 
 
 def _opset(version: Any) -> int:

@@ -99,6 +99,22 @@ def test_the_catalogue_is_listed_with_reasons_and_the_choice() -> None:
         cg.lowerings("conv2d_weight", input_shape=(2, 4, 9, 9))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stride", 2),
+        ("padding", [0, 0]),
+        ("groups", "x"),
+        ("dtype", "float64"),
+        ("opset_version", 20),
+        ("provider", "cuda"),
+    ],
+)
+def test_the_list_without_shapes_refuses_what_it_would_not_read(name: str, value: object) -> None:
+    with pytest.raises(cg.GeometryError, match=f"^{name} is .* without shapes.* leave {name} out"):
+        cg.lowerings("conv2d_weight", **{name: value})
+
+
 def test_dtypes_are_taken_from_numpy_and_torch() -> None:
     import numpy as np
     import torch

@@ -47,10 +47,12 @@ def lowerings(
         )
         why = "--input-shape and --weight-shape are missing, and the list alone depends on nothing"
         options.refuse_given(context, given, why, advice="give the shapes, or leave it out")
-    arguments = options.geometry_arguments(
-        input_shape, weight_shape, stride, padding, dilation, groups, transposed, output_padding
-    )
-    entries = catalogue(operator, **arguments, dtype=dtype, opset_version=opset, provider=provider)
+        entries = catalogue(operator)
+    else:
+        arguments = options.geometry_arguments(
+            input_shape, weight_shape, stride, padding, dilation, groups, transposed, output_padding
+        )
+        entries = catalogue(operator, **arguments, dtype=dtype, opset_version=opset, provider=provider)
     if as_json:
         options.print_json({"operator": operator, "lowerings": [asdict(entry) for entry in entries]})
         return
