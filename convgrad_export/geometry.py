@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from .arguments import as_bool, as_groups, as_padding, as_shape, as_sizes, is_symbolic
+from .arguments import as_bool, as_groups, as_int, as_padding, as_shape, as_sizes, is_symbolic
 from .errors import GeometryError
 from .geometry_checks import check_channels, check_output_padding, check_ranks, output_size_of_axis, shown
 from .windows import Phase, Size, Window, window
@@ -85,6 +85,7 @@ class ConvGeometry:
         """
         input_shape = as_shape(input_shape, names[0], allow_name=True)
         weight_shape = as_shape(weight_shape, names[1])
+        rank = None if rank is None else as_int(rank, "rank", minimum=1)
         spatial = check_ranks(input_shape, weight_shape, rank, names)
         transposed = as_bool(transposed, "transposed")
         strides = as_sizes(stride, spatial, "stride", minimum=1)

@@ -150,6 +150,8 @@ FORWARD = {"input_shape": (2, 4, 8, 8), "weight_shape": (6, 4, 3, 3)}
         ({"weight_shape": (6, 4, 9, 3)}, GeometryError, r"axis 0: the kernel spans 9 elements.*padded input's 8"),
         ({"weight_shape": (6, 4, 3, 3), "dilation": (1, 5)}, GeometryError, r"axis 1: the kernel spans 11"),
         ({"output_padding": 1}, GeometryError, r"only a transposed convolution has it"),
+        ({"rank": "x"}, ArgumentTypeError, r"rank is 'x' \(str\), expected an integer"),
+        ({"rank": 0}, GeometryError, r"rank is 0, expected at least 1"),
         ({"transposed": "yes"}, ArgumentTypeError, r"transposed is 'yes'"),
         ({"transposed": True}, GeometryError, r"input has 4 channels, expected 6, dimension 0 of the transposed"),
     ],
