@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from .arguments import as_bool, as_groups, as_int, as_padding, as_shape, as_sizes, is_symbolic
-from .errors import GeometryError
+from .errors import ArgumentTypeError, ConvGradError, GeometryError
 from .geometry_checks import check_channels, check_output_padding, check_ranks, output_size_of_axis, shown
 from .windows import Phase, Size, Window, window
 
@@ -173,9 +173,14 @@ class ConvGeometry:
         """What `to_dict` describes.
 
         Raises:
-            GeometryError, ArgumentTypeError: as `from_forward`. TypeError: other keys.
+            GeometryError, ArgumentTypeError: as `from_forward`. The latter for other keys, too.
         """
-        return cls.from_forward(**arguments)
+        try:
+            return cls.from_forward(**arguments)
+        except ConvGradError:
+            raise
+        except TypeError as error:  # no mapping, or other keys
+            raise ArgumentTypeError(f"arguments is {arguments!r:.80}, expected what to_dict gives: {error}") from error
 
     # --- sizes -------------------------------------------------------------------------------------------------
 

@@ -82,6 +82,14 @@ def test_a_geometry_survives_its_dictionary(case) -> None:
     assert restored == case.geometry
 
 
+@pytest.mark.parametrize(
+    "arguments", [3, {}, {1: 2}, {"input_shape": (1, 1, 3), "weight_shape": (1, 1, 3), "ranks": 1}]
+)
+def test_what_is_no_geometrys_dictionary_is_refused(arguments) -> None:
+    with pytest.raises(ArgumentTypeError, match=r"^arguments is .*expected what to_dict gives"):
+        ConvGeometry.from_dict(arguments)
+
+
 def test_the_adjoint_exchanges_input_and_output() -> None:
     geometry = ConvGeometry.from_forward((2, 4, 5), (4, 3, 4), 2, 1, transposed=True, output_padding=1)
     adjoint = geometry.adjoint()

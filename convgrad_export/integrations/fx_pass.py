@@ -116,6 +116,8 @@ class RewriteConvolutionBackwardPass(CustomGraphPass):
         from torch._inductor.decomposition import select_decomp_table
 
         way = FASTEST if self.lowering == AUTO else self.lowering
+        if not isinstance(graph, torch.fx.Graph):
+            raise ArgumentTypeError(f"graph is a {type(graph).__name__}, expected a torch.fx.Graph")
         if graph.owning_module is None:
             raise ArgumentTypeError("graph belongs to no GraphModule, expected one that does")
         result = _rewrite(graph.owning_module, way, select_decomp_table())

@@ -153,7 +153,10 @@ class GradientSession:
         """
         if isinstance(inputs, Mapping):
             if input_feed is not None:
-                raise ArgumentTypeError("run got two mappings, expected the inputs once")
+                raise ArgumentTypeError(
+                    f"run got the inputs twice, as a mapping and as input_feed ({type(input_feed).__name__}), expected "
+                    "them once"
+                )
             return dict(zip(self._distinct, self._run(self._distinct, inputs), strict=True))
         if input_feed is None:
             raise ArgumentTypeError(f"run got {inputs!r}, expected a mapping from input name to array")
@@ -178,11 +181,13 @@ class GradientSession:
             raise ArgumentTypeError(
                 f"the model takes the inputs {list(self._inputs)}; missing: {missing}, unknown: {unknown}"
             )
-        kinds = {tensors.is_torch(value) for value in feeds.values()}
-        if len(kinds) > 1:
-            raise ArgumentTypeError("inputs mix numpy arrays and torch tensors, expected one kind")
-        as_torch = kinds == {True}
         views = {name: tensors.view(value, name) for name, value in feeds.items()}
+        kinds = {tensors.is_torch(value): name for name, value in feeds.items()}
+        if len(kinds) > 1:
+            raise ArgumentTypeError(
+                f"inputs mix numpy arrays ({kinds[False]}) and torch tensors ({kinds[True]}), expected one kind"
+            )
+        as_torch = True in kinds
         sizes: NamedSizes = {}
         for name, value in views.items():
             self._inputs[name].check(value, sizes)

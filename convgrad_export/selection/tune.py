@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def tune(
 
     Args:
         target: a `torch.nn.Module`, a path of an ``.onnx`` file that `build_model` made or of a folder of them, a
-            `ConvGeometry`, or a sequence of those.
+            `ConvGeometry`, or a sequence of `ConvGeometry`.
         input_shape: of a module's single argument (random data). args: a module's arguments, in place of it.
         batch: to measure at, in place of the target's own.
         gradients: which of ``"input"`` and ``"weight"``.
@@ -237,19 +237,18 @@ def _own_layers(target: Any, input_shape: Sequence[int] | None, args: Sequence[A
         elif not isinstance(args, tuple | list):
             raise ArgumentTypeError(f"args is a {type(args).__name__}, expected a sequence of the module's arguments")
         return module_layers(target, args)
+    path = isinstance(target, str | os.PathLike)
+    geometries = [target] if isinstance(target, ConvGeometry) or not _is_iterable(target) else list(target)
+    if not path and not (geometries and all(isinstance(entry, ConvGeometry) for entry in geometries)):
+        raise ArgumentTypeError(
+            f"target is a {type(target).__name__}, expected a torch.nn.Module, a path of a model or folder, a "
+            "ConvGeometry or a sequence of ConvGeometry"
+        )
     if input_shape is not None or args is not None:
         raise GeometryError("input_shape and args are for a module: a model or a ConvGeometry has sizes of its own")
-    if isinstance(target, str | os.PathLike):
+    if path:
         return model_layers(Path(target))
-    if isinstance(target, ConvGeometry):
-        target = [target]
-    if isinstance(target, Iterable):
-        geometries = list(target)
-        if geometries and all(isinstance(entry, ConvGeometry) for entry in geometries):
-            return merged(LayerToTune(entry.describe(), entry) for entry in geometries)
-    raise ArgumentTypeError(
-        f"target is a {type(target).__name__}, expected a torch.nn.Module, a path of a model or folder, or ConvGeometry"
-    )
+    return merged(LayerToTune(entry.describe(), entry) for entry in geometries)
 
 
 def _example(module: Any, input_shape: Sequence[int] | None) -> Any:
@@ -264,8 +263,17 @@ def _example(module: Any, input_shape: Sequence[int] | None) -> Any:
         raise GeometryError(f"input_shape is {shape}, of which no tensor can be made: {in_one_line(error)}") from error
 
 
+def _is_iterable(value: Any) -> bool:
+    """Not so an array of no dimension and a class, which have the method."""
+    try:
+        iter(value)
+    except TypeError:
+        return False
+    return True
+
+
 def _gradients(gradients: Any) -> tuple[str, ...]:
-    if not isinstance(gradients, Iterable):
+    if not _is_iterable(gradients):
         raise ArgumentTypeError(f"gradients is {gradients!r}, expected 'input', 'weight' or both")
     given = (gradients,) if isinstance(gradients, str) else tuple(gradients)
     if not given or any(not isinstance(name, str) or name not in BOTH for name in given):

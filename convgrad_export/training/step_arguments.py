@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..arguments import as_names
+from ..arguments import LARGEST, as_names
 from ..errors import ArgumentTypeError, DTypeError
 from ..integrations.arguments import CallArguments, forward_signature, named_tensors, unwrapped
 from ..integrations.capture import state_inputs
@@ -64,8 +64,9 @@ def check_numbers(max_grad_norm: Any, max_grad_value: Any, accumulation: Any) ->
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if value is not None and not (number and value > 0):  # infinity too, for the norm alone
             raise ArgumentTypeError(f"{name} is {value!r:.80}, expected a number above 0 or None")
-    if isinstance(accumulation, bool) or not isinstance(accumulation, numbers.Integral) or int(accumulation) < 1:
-        raise ArgumentTypeError(f"gradient_accumulation is {accumulation!r}, expected an integer of at least 1")
+    whole = isinstance(accumulation, numbers.Integral) and not isinstance(accumulation, bool)
+    if not whole or not 1 <= int(accumulation) <= LARGEST:
+        raise ArgumentTypeError(f"gradient_accumulation is {accumulation!r}, expected an integer from 1 to {LARGEST}")
 
 
 def check_names(module: torch.nn.Module, specs: Sequence[GraphInput], reserved: Sequence[str]) -> None:

@@ -271,6 +271,11 @@ def test_tensors_on_two_devices_are_refused():
         cg.rewrite_convolution_backward(graph)
 
 
+def test_the_pass_refuses_what_is_no_graph():
+    with pytest.raises(cg.ArgumentTypeError, match="graph is a NoneType"):
+        cg.RewriteConvolutionBackwardPass()(None)
+
+
 def test_a_graph_without_example_values_is_refused():
     graph = traced_call(CASES[4].arguments(torch.float32))
     for node in graph.graph.nodes:

@@ -246,7 +246,11 @@ def test_malformed_providers_are_refused(given) -> None:
         ({"weight": np.ones((4, 3, 3, 3))}, cg.DTypeError, r"input weight is float64, expected float32"),
         ({"weight": np.ones((4, 3, 3), np.float32)}, cg.GeometryError, r"input weight has shape \(4, 3, 3\)"),
         ({"weight": np.ones((4, 3, 3, 5), np.float32)}, cg.GeometryError, r"expected \(4, 3, 3, 3\)"),
-        ({"weight": torch.ones(4, 3, 3, 3)}, cg.ArgumentTypeError, r"mix numpy arrays and torch tensors"),
+        (
+            {"weight": torch.ones(4, 3, 3, 3)},
+            cg.ArgumentTypeError,
+            r"mix numpy arrays \(grad_output\) and torch tensors \(weight\)",
+        ),
         ({"weight": "text"}, cg.ArgumentTypeError, r"weight is a str, expected a numpy array or a torch tensor"),
     ],
 )
@@ -412,3 +416,9 @@ def test_a_layout_that_is_no_boolean_is_refused() -> None:
     for given in (np.ones(2), "no"):
         with pytest.raises(cg.ArgumentTypeError, match="blocked_layout is"):
             cg.GradientSession(b"", blocked_layout=given)  # type: ignore[arg-type]
+
+
+def test_an_input_that_is_no_array_is_named_beside_tensors() -> None:
+    inputs = {name: torch.from_numpy(array) for name, array in feeds().items()} | {"weight": None}
+    with pytest.raises(cg.ArgumentTypeError, match=r"^weight is a NoneType, expected a numpy array or a torch tensor"):
+        cg.GradientSession(MODEL).run(inputs)

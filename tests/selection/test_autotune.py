@@ -187,6 +187,8 @@ def test_a_module_is_tuned_layer_by_layer_and_the_cache_answers_next_time(own_ca
     ("arguments", "error", "message"),
     [
         ({"target": 3}, cg.ArgumentTypeError, "target is a int"),
+        ({"target": np.array("a"), "input_shape": (1, 2)}, cg.ArgumentTypeError, "target is a ndarray"),
+        ({"target": GEOMETRY, "gradients": np.array("input")}, cg.ArgumentTypeError, "gradients is array"),
         ({"target": GEOMETRY.with_batch("n")}, cg.GeometryError, "open sizes"),
         ({"target": GEOMETRY, "budget": 0}, cg.ArgumentTypeError, "budget is 0, expected a number above 0"),
         ({"target": GEOMETRY, "budget": "1"}, cg.ArgumentTypeError, "budget is '1'"),

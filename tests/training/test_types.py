@@ -32,6 +32,7 @@ from .parity import batches, small_network
         ({"max_grad_norm": True}, "max_grad_norm is True"),
         ({"max_grad_value": [1]}, r"max_grad_value is \[1\]"),
         ({"gradient_accumulation": 2.0}, "gradient_accumulation is 2.0"),
+        ({"gradient_accumulation": 10**30}, "gradient_accumulation is 10+, expected an integer from 1 to"),
         ({"return_outputs": "no"}, "return_outputs is 'no'.*True or False"),
         ({"verify": None}, "verify is None"),
         ({"overwrite": "yes"}, "overwrite is 'yes'"),
