@@ -20,13 +20,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convgrad_export.errors import ConvGradError, VerificationError
 from convgrad_export.integrations.compiled_modules import as_written
-from convgrad_export.integrations.fresh_inputs import in_order
+from convgrad_export.integrations.fresh_inputs import in_order, in_rows
 from convgrad_export.integrations.one_at_a_time import ONE_AT_A_TIME
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
 
@@ -139,17 +140,27 @@ def run_eagerly(
 
 
 def taken(
-    program: CapturedProgram, users: Sequence[GraphInput], fresh: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Drawn inputs, or the same in an order that the example's have, where PyTorch refuses them otherwise."""
-    ordered = in_order(users, fresh)
-    if not ordered:
-        return fresh
+    program: CapturedProgram, users: Sequence[GraphInput], fresh: dict[str, torch.Tensor], random: np.random.Generator
+) -> tuple[dict[str, torch.Tensor], EagerRun]:
+    """Drawn inputs, or such as keep an order or the rows of the example's, where PyTorch refuses them otherwise.
+
+    Returns:
+        Them, and the float64 run on them.
+
+    Raises:
+        VerificationError: PyTorch takes none of them.
+    """
     try:
-        run_eagerly(program, fresh, torch.float64)
-    except VerificationError:
-        return fresh | ordered
-    return fresh
+        return fresh, run_eagerly(program, fresh, torch.float64)
+    except VerificationError as error:
+        refused = error
+    ordered = in_order(users, fresh)
+    rows = in_rows(users, fresh, random)
+    for changed in (ordered, rows, rows | ordered):
+        if changed:
+            with contextlib.suppress(VerificationError):
+                return fresh | changed, run_eagerly(program, fresh | changed, torch.float64)
+    raise refused
 
 
 def eager(

@@ -62,6 +62,30 @@ def in_order(users: Sequence[GraphInput], fresh: Mapping[str, torch.Tensor]) -> 
     return changed
 
 
+def in_rows(
+    users: Sequence[GraphInput], fresh: Mapping[str, torch.Tensor], random: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """Rows along the last axis that are the example's as they stand, in another order, for tables of two or three axes.
+
+    The columns may be of different kinds: the boxes of `torchvision.ops.roi_align` begin with the number of an image.
+
+    Returns:
+        Those inputs alone that had to be changed for it, by name.
+    """
+    changed = {}
+    for spec in users:
+        example, drawn = spec.value.detach(), fresh[spec.name]
+        if example.dim() not in (2, 3) or not example.numel() or not drawn.numel():
+            continue
+        if example.shape[-1] != drawn.shape[-1]:
+            continue
+        rows, count = example.reshape(-1, example.shape[-1]), drawn.numel() // drawn.shape[-1]
+        few = count <= len(rows)
+        chosen = random.permutation(len(rows))[:count] if few else random.integers(0, len(rows), count)
+        changed[spec.name] = rows[torch.from_numpy(chosen)].reshape(drawn.shape)
+    return changed
+
+
 def _drawn(values: torch.Tensor, count: int, random: np.random.Generator) -> torch.Tensor:
     return values[torch.from_numpy(random.integers(0, values.numel(), count))]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from convgrad_export.errors import DynamicShapeError, VerificationError
-from convgrad_export.integrations.eager_run import EagerRun, run_eagerly, taken
+from convgrad_export.integrations.eager_run import EagerRun, taken
 from convgrad_export.integrations.fresh_inputs import fresh_input
 from convgrad_export.integrations.not_numbers import REDRAWS, says_nothing
 from convgrad_export.integrations.program import CapturedProgram, GraphInput
@@ -130,8 +130,7 @@ def _fresh_inputs(
             s.name: fresh_input(s, [sizes.get(s.dynamic.get(a, ""), n) for a, n in enumerate(s.value.shape)], random)
             for s in users
         } | dict(others)
-        fresh = taken(program, users, fresh)
-        exact = run_eagerly(program, fresh, torch.float64)
+        fresh, exact = taken(program, users, fresh, random)
         if not any(says_nothing(exact.outputs[spec.name]) for spec in program.outputs):
             break
     return fresh, exact

@@ -151,8 +151,8 @@ def verify(runner: Any, program: CapturedProgram, *, samples: int = 3) -> Verifi
     for number in range(samples + REDRAWS):
         if number >= samples and not undecided(program, errors):
             break
-        fresh = taken(program, users, {spec.name: fresh_input(spec, spec.value.shape, random) for spec in users})
-        errors = merged(errors, compare(runner, program, fresh))
+        drawn = {spec.name: fresh_input(spec, spec.value.shape, random) for spec in users}
+        errors = merged(errors, compare(runner, program, *taken(program, users, drawn, random)))
     require_numbers(program, errors)
     return other_sizes(program, users, random, functools.partial(compare, runner, program), errors)
 

@@ -96,9 +96,9 @@ def verify_step(
             values = torch.from_numpy(random.standard_normal(tuple(state[name].shape)))
             current[name] = values.to(state[name].dtype)
         inputs = {spec.name: fresh_input(spec, spec.value.shape, random) for spec in batch} | others(number)
-        inputs = taken(_with_values(program, current), batch, inputs)
+        inputs, exact = taken(_with_values(program, current), batch, inputs, random)
         actual = _run(runner, program, inputs, current, what)
-        errors = merged(errors, _compare(program, inputs, current, actual, what))
+        errors = merged(errors, _compare(program, inputs, current, actual, what, exact))
         updated = {n.removesuffix(UPDATED): np.array(value) for n, value in actual.items() if n.endswith(UPDATED)}
         if not any(np.isnan(value).any() for value in updated.values()):  # or the next runs would be NaN too
             current.update({name: torch.from_numpy(value) for name, value in updated.items()})
@@ -128,9 +128,10 @@ def _compare(
     current: Mapping[str, torch.Tensor],
     actual: Mapping[str, np.ndarray],
     what: str,
+    exact: EagerRun | None = None,
 ) -> dict[str, OutputError]:
     with_state = _with_values(program, current)
-    exact = run_eagerly(with_state, inputs, torch.float64)
+    exact = exact or run_eagerly(with_state, inputs, torch.float64)
     precision = precision_of(program) if exact.refusal is None else in_own_types(precision_of(program))
     truth = {spec.name: exact.outputs[spec.name].double() for spec in program.outputs}
     values = {name: torch.from_numpy(np.asarray(value).astype(np.float64)) for name, value in actual.items()}

@@ -392,6 +392,36 @@ def test_fresh_labels_and_masks_keep_the_examples_values() -> None:
         assert set(fresh.tolist()) == set(example.tolist())
 
 
+class Regions(nn.Module):
+    """Means of boxes, each of the image that its first number says, as `torchvision.ops.roi_align` has them."""
+
+    def forward(self, images: Tensor, boxes: Tensor) -> Tensor:
+        numbers, low, high = boxes[:, 0].long(), boxes[:, 1], boxes[:, 2]
+        place = torch.arange(images.shape[-1])
+        inside = torch.sigmoid(place - low[:, None]) * torch.sigmoid(high[:, None] - place)
+        return (images[numbers] * inside).sum(1) / inside.sum(1)
+
+
+class Pairs(nn.Module):
+    """Users and items, of which there are not equally many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users, self.items = nn.Embedding(9, 3), nn.Embedding(2, 3)
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        return (self.users(pairs[:, 0]) * self.items(pairs[:, 1])).sum(1)
+
+
+def test_rows_of_columns_of_different_kinds_are_drawn_whole_where_pytorch_refuses_them_mixed() -> None:
+    images, boxes = torch.rand(2, 9), torch.tensor([[0.0, 1.5, 4.5], [1.0, 2.5, 7.5], [1.0, 0.5, 3.5]])
+    report = cg.export_gradient(Regions(), (images, boxes), wrt=["images"], dynamic_shapes={"boxes": {0: "boxes"}})
+    assert report.verified
+    pairs = torch.tensor([[8, 0], [7, 1], [6, 1], [5, 0]])
+    assert cg.export_gradient(Pairs(), (pairs,), wrt="parameters").verified
+    assert cg.export_training_step(Pairs(), nn.MSELoss(), "sgd", (pairs, torch.rand(4))).verified
+
+
 def test_infinities_that_both_have_are_equal_and_others_are_not() -> None:
     mask = torch.tensor([True, False, True, False])
     masked = Apply(lambda x: x.masked_fill(mask, -math.inf))
