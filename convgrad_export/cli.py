@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ImportError as error:
             raise_missing(error)
     except (ConvGradError, ImportError, OSError, MemoryError) as error:  # the last from what no check could foresee
-        print(f"convgrad: {str(error) or type(error).__name__}", file=sys.stderr)
+        typer.echo(f"convgrad: {str(error) or type(error).__name__}", err=True)  # not to stdout where stderr is closed
         return 2
     except (typer.Abort, KeyboardInterrupt):  # where typer does not give status 130 itself
         return 130

@@ -182,7 +182,8 @@ def progress(what: str, quiet: bool, *, thread: bool = False) -> Iterator[Callab
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
+    seen = sys.stderr is not None and sys.stderr.isatty()  # None where the caller has closed it
+    console = Console(stderr=True, quiet=quiet or not seen)
     text = TextColumn("{task.description}", markup=False)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text)
     with Progress(*columns, console=console, auto_refresh=thread) as bar:

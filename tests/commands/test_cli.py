@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
+
+import convgrad_export as cg
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["lowerings", "conv2d_input"]])
@@ -37,3 +40,22 @@ def test_a_warning_is_a_line_for_users(tmp_path: Path) -> None:
     )
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"convgrad: warning: the tuning cache {tmp_path / 'tuning.json'} is empty: ")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell closes the stream")
+@pytest.mark.parametrize(("arguments", "status"), [(["check", "missing.onnx", "--json"], 2), (["tune", "MODEL"], 0)])
+def test_a_closed_standard_error_is_no_failure(arguments: list[str], status: int, tmp_path: Path) -> None:
+    """As in ``convgrad tune models/ 2>&-``: nothing of what belongs there comes to standard output either."""
+    model = tmp_path / "gradient.onnx"
+    onnx.save(cg.build_model("conv2d_input", input_shape=(1, 1, 4, 4), weight_shape=(1, 1, 3, 3)), model)
+    given = [str(model) if word == "MODEL" else word for word in arguments]
+    limits = ["--cache", "tuning.json", "--budget", "0.01"] if "MODEL" in arguments else []
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, "-m", "convgrad_export", *given, *limits],
+        stdout=subprocess.PIPE,
+        cwd=tmp_path,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status
+    assert (tmp_path / "tuning.json").is_file() if limits else done.stdout == ""
