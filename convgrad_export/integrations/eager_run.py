@@ -38,11 +38,14 @@ class WidenedCasts(TorchDispatchMode):
     """While active, floating-point types narrower than `dtype` (float32 or float64) are read as `dtype`.
 
     Operators below autograd see the wider type where they are asked for a narrower one, and wide copies of narrower
-    tensors. A narrow tensor that an operator writes to stays what it is.
+    tensors. A narrow tensor that an operator writes to stays what it is. What PyTorch makes in its default type, of no
+    floating-point tensor at all (`torch.zeros(3)`, `count / 2`), is made in the wider one: the default itself is the
+    whole process's, and other threads would see another.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
+        self._dtype = dtype
         self._wider = {torch.float16: dtype, torch.bfloat16: dtype}
         if dtype == torch.float64:
             self._wider |= {torch.float32: torch.float64, torch.complex64: torch.complex128}
@@ -57,7 +60,20 @@ class WidenedCasts(TorchDispatchMode):
         written = {argument.name for argument in declared if argument.alias_info and argument.alias_info.is_write}
         names = [argument.name for argument in declared[: len(args)]]
         args = tuple(a if name in written else self._widened(a) for name, a in zip(names, args, strict=True))
-        return func(*args, **{name: a if name in written else self._widened(a) for name, a in kwargs.items()})
+        kwargs = {name: a if name in written else self._widened(a) for name, a in kwargs.items()}
+        result = func(*args, **kwargs)
+        if written or not self._is_narrow(result) or _holds_floats((args, kwargs)):
+            return result
+        if any(argument.name == "dtype" and argument.kwarg_only for argument in declared):
+            return func(*args, **kwargs | {"dtype": self._wider[result.dtype]})
+        try:
+            args, kwargs = _integers_as((args, kwargs), self._dtype)
+            return func(*args, **kwargs)
+        except (RuntimeError, IndexError, TypeError):  # it takes integers alone
+            return result
+
+    def _is_narrow(self, result: Any) -> bool:
+        return isinstance(result, torch.Tensor) and result.dtype in self._wider
 
     def _widened(self, argument: Any) -> Any:
         return pytree.tree_map(self._widened_leaf, argument)
@@ -68,6 +84,20 @@ class WidenedCasts(TorchDispatchMode):
         if isinstance(leaf, torch.Tensor) and leaf.dtype in self._wider:
             return leaf.to(self._wider[leaf.dtype])
         return leaf
+
+
+def _holds_floats(arguments: Any) -> bool:
+    tensors = (leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor))
+    return any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors)
+
+
+def _integers_as(arguments: Any, dtype: torch.dtype) -> Any:
+    """The tensors of integers in another type; what is true or false decides something, unless it is all there is."""
+    kinds = {leaf.dtype for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor)}
+    kinds = kinds - {torch.bool} or kinds
+    return pytree.tree_map(
+        lambda leaf: leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.dtype in kinds else leaf, arguments
+    )
 
 
 class CanonicalLayouts(TorchDispatchMode):
@@ -187,23 +217,18 @@ def _run(
             moved = moved.clamp(tensor.min(), tensor.max())  # a loss may refuse a target just outside of [0, 1]
         values[spec.name] = moved.requires_grad_(spec.value.requires_grad)
     casts = contextlib.nullcontext() if dtype is None else WidenedCasts(dtype)
-    with ONE_AT_A_TIME, as_written(), computing_in(dtype, onednn=False), torch.enable_grad(), casts, CanonicalLayouts():
+    with ONE_AT_A_TIME, as_written(), quietly(onednn=False), torch.enable_grad(), casts, CanonicalLayouts():
         outputs = program.function(values)
     return {output.spec.name: output.tensor.detach() for output in outputs}
 
 
 @contextlib.contextmanager
-def computing_in(dtype: torch.dtype | None, *, onednn: bool) -> Iterator[None]:
-    """While active, `dtype` is PyTorch's default (None: as it is), oneDNN on or off, and PyTorch warns of nothing."""
-    default = torch.get_default_dtype()
+def quietly(*, onednn: bool) -> Iterator[None]:
+    """While active, oneDNN is on or off, and PyTorch warns of nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the oneDNN switch talks about other hardware
-        torch.set_default_dtype(dtype or default)
-        try:
-            with torch.backends.mkldnn.flags(enabled=onednn):
-                yield
-        finally:
-            torch.set_default_dtype(default)
+        with torch.backends.mkldnn.flags(enabled=onednn):
+            yield
 
 
 def is_double(program: CapturedProgram) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..integrations.eager_run import CanonicalLayouts, WidenedCasts, computing_in
+from ..integrations.eager_run import CanonicalLayouts, WidenedCasts, quietly
 from .backward import gradients
 from .losses import Loss
 from .randomness import SeededRandomness
@@ -61,7 +61,7 @@ def train_with_pytorch(
     optimizer = make_optimizer(own.parameters())
     parameters = {name: tensor for name, tensor in own.named_parameters() if tensor.requires_grad}
     losses = []
-    with computing_in(dtype, onednn=dtype != torch.float64):
+    with quietly(onednn=dtype != torch.float64):
         for step, arrays in enumerate(batches):
             *inputs, target = (torch.from_numpy(array) for array in arrays)
             inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]

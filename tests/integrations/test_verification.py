@@ -15,6 +15,7 @@ from torch.nn import functional
 import convgrad_export as cg
 from convgrad_export.integrations import verification
 from convgrad_export.integrations.capture import capture, capture_gradients
+from convgrad_export.integrations.eager_run import WidenedCasts
 from convgrad_export.integrations.fresh_inputs import fresh_input
 from convgrad_export.integrations.program import GraphInput
 from convgrad_export.integrations.rounding import RandomRounding
@@ -390,6 +391,53 @@ def test_fresh_labels_and_masks_keep_the_examples_values() -> None:
     for example in (torch.tensor([1, 4, 4, 9]), torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.tensor([True, False, True])):
         fresh = fresh_input(GraphInput("y", "user", example), (50,), np.random.default_rng(0))
         assert set(fresh.tolist()) == set(example.tolist())
+
+
+COUNTS = torch.arange(1, 7).reshape(2, 3)
+SOME = COUNTS > 2
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: torch.full((2, 3), 0.3),
+        lambda: torch.linspace(0, 1, 7),
+        lambda: torch.empty(3).fill_(0.3),
+        lambda: torch.fft.fftfreq(7),
+        lambda: torch.fft.fft(COUNTS),
+        lambda: COUNTS / 7,
+        lambda: 0.9**COUNTS,
+        lambda: SOME * 0.3,
+        lambda: torch.where(SOME, COUNTS, 0.1),
+        lambda: torch.exp(torch.arange(0, 8, 2) * -(math.log(10000.0) / 8)),
+        lambda: torch.zeros(2, 3).masked_fill(SOME, 0.3),
+        lambda: nn.functional.one_hot(COUNTS) / 3,
+    ],
+)
+def test_what_pytorch_makes_in_its_default_type_is_made_in_the_wider_one(made: Any) -> None:
+    assert made().dtype in (torch.float32, torch.complex64)
+    with WidenedCasts(torch.float64):
+        found = made()
+    torch.set_default_dtype(torch.float64)
+    try:
+        expected = made()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+def test_other_threads_keep_their_default_type_while_an_export_is_verified() -> None:
+    seen = set()
+
+    def forward(x: Tensor) -> Tensor:
+        seen.add((x.dtype, torch.get_default_dtype()))
+        return x * (torch.ones(3) / 7 + COUNTS[0] / 3)
+
+    report = cg.export_gradient(Apply(forward), (torch.randn(2, 3),), dynamic_shapes=({0: "n"},))
+    assert report.verified
+    assert not report.notes
+    assert seen == {(torch.float32, torch.float32), (torch.float64, torch.float32)}
 
 
 class Regions(nn.Module):
