@@ -28,6 +28,14 @@ def _per_channel(x: Tensor, like: Tensor) -> Tensor:
     return x.reshape([1, -1] + [1] * (like.dim() - 2))
 
 
+def moved_average(running: Tensor, found: Tensor, momentum: float, count: Any) -> Tensor:
+    """A running statistic after a batch of `count` elements a channel: as it was where there are none."""
+    moved = (running * (1 - momentum) + found * momentum).to(running.dtype)
+    if isinstance(count, int) and count > 0:
+        return moved
+    return torch.where(torch.scalar_tensor(count, dtype=torch.int64, device=running.device) > 0, moved, running)
+
+
 def batch_norm_functional(
     x: Tensor,
     weight: Tensor | None,
@@ -59,12 +67,11 @@ def batch_norm_functional(
         out = centred * _per_channel(rstd if weight is None else rstd * weight, x)
         if bias is not None:
             out = out + _per_channel(bias, x)
+    count = _count_per_channel(x)
     if running_mean is not None:
-        running_mean = (running_mean * (1 - momentum) + mean * momentum).to(running_mean.dtype)
+        running_mean = moved_average(running_mean, mean, momentum, count)
     if running_var is not None:
-        count = _count_per_channel(x)
-        unbiased = variance * count / (count - 1)
-        running_var = (running_var * (1 - momentum) + unbiased * momentum).to(running_var.dtype)
+        running_var = moved_average(running_var, variance * count / (count - 1), momentum, count)
     return out.to(x.dtype), mean, rstd, running_mean, running_var
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .half_widening import computed
+from .normalization_decompositions import moved_average
 
 
 def _normalized(
@@ -32,16 +33,20 @@ def _normalized(
 
 
 def _statistics(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, with the axes kept."""
-    mean = x.mean(axes, keepdim=True)
-    return mean, (x - mean).square().mean(axes, keepdim=True)
+    """Mean and biased variance, with the axes kept; of no elements zeros, for NaN would be in the weight's gradient."""
+    count = math.prod(x.shape[axis] for axis in axes)
+    if isinstance(count, int):
+        mean = x.mean(axes, keepdim=True)
+        return mean, (x - mean).square().mean(axes, keepdim=True)
+    divisor = torch.scalar_tensor(count, dtype=x.dtype, device=x.device).clamp(min=1)
+    mean = x.sum(axes, keepdim=True) / divisor
+    return mean, (x - mean).square().sum(axes, keepdim=True) / divisor
 
 
-def _update(running: Tensor | None, found: Tensor, momentum: float) -> None:
+def _update(running: Tensor | None, found: Tensor, momentum: float, count: Any) -> None:
     """Move a running statistic, shape [C], towards this batch's, shape [N or 1, C, 1, ...], in place."""
     if running is not None:
-        found = found.detach().mean(0).reshape(-1)
-        running.copy_(running * (1 - momentum) + found * momentum)
+        running.copy_(moved_average(running, found.detach().mean(0).reshape(-1), momentum, count))
 
 
 def _require_several(shape: Sequence[Any], axes: Sequence[int], groups: int = 1) -> None:
@@ -75,8 +80,8 @@ def _norm(
     else:
         mean, variance = _statistics(wide, own)
         count: Any = math.prod(x.shape[axis] for axis in own)
-        _update(running_mean, mean, momentum)
-        _update(running_var, variance * count / (count - 1), momentum)
+        _update(running_mean, mean, momentum, count)
+        _update(running_var, variance * count / (count - 1), momentum, count)
     return _normalized(wide, mean, variance, weight, bias, eps).to(x.dtype)
 
 

@@ -37,8 +37,8 @@ def _averaging(layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
         mean, var, count = layer.running_mean, layer.running_var, layer.num_batches_tracked
         if mean is None or var is None or count is None:
             raise AssertionError("a BatchNorm that tracks statistics has its buffers")
-        batch_mean, batch_var = torch.zeros_like(mean), torch.ones_like(var)
-        # with a momentum of 1, what is left in the buffers is the batch's own
+        batch_mean, batch_var = mean.clone(), var.clone()
+        # with a momentum of 1, what is left in the buffers is the batch's own, or what they were if it is empty
         out = functional.batch_norm(x, batch_mean, batch_var, layer.weight, layer.bias, True, 1.0, layer.eps)
         count.add_(1)
         share = 1.0 / count.to(mean.dtype)

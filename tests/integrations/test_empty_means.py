@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,11 +67,46 @@ def test_several_dynamic_sizes(axes: tuple[int, int]) -> None:
         torch.testing.assert_close(found, module(x), equal_nan=True)
 
 
-def test_statistics_of_a_batch_norm_stay_numbers() -> None:
+def _moved() -> nn.BatchNorm2d:
+    """Running statistics that are not the initial ones."""
+    layer = nn.BatchNorm2d(3)
+    layer(torch.randn(2, 3, 4, 4) + 1)
+    return layer
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_statistics_of_a_batch_norm_stay_as_they_are(second_order: bool) -> None:
     """They are state of a training step: NaN in them would be in every step that follows."""
+    layer, x = _moved(), torch.randn(2, 3, 4, 4)
     report = cg.export_gradient(
-        nn.BatchNorm2d(3), (torch.randn(2, 3, 4, 4),), wrt="parameters", of=torch.sum, dynamic_shapes=({0: "batch"},)
+        layer, (x,), wrt=["inputs", "parameters"], of=lambda out: out.pow(3).sum(), hessian_vector=second_order,
+        dynamic_shapes=({0: "batch"},),
+    )  # fmt: skip
+    for batch in (0, 3):
+        feeds = {"input": torch.randn(batch, 3, 4, 4)}
+        vectors = {"input.vector": feeds["input"], "weight.vector": torch.ones(3), "bias.vector": torch.ones(3)}
+        results = cg.GradientSession(report.model).run({**feeds, **(vectors if second_order else {})})
+        assert {"running_mean.updated", "weight.grad"} <= set(results)
+        assert all(result.isfinite().all() for result in results.values())
+        eager = copy.deepcopy(layer)
+        eager(feeds["input"])
+        torch.testing.assert_close(results["running_mean.updated"], eager.running_mean)
+        torch.testing.assert_close(results["running_var.updated"], eager.running_var)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_after_an_empty_batch_of_training(momentum: float | None, tmp_path: Path) -> None:
+    layer = nn.BatchNorm2d(3, momentum=momentum)
+    batches = [torch.randn(batch, 3, 4, 4) + 1 for batch in (2, 0, 3)]
+    shapes = {"input": {0: "batch"}}
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    cg.export_training_step(
+        layer, lambda out: out.square().sum(), optimizer, batches[:1], tmp_path / "step.onnx", dynamic_shapes=shapes
     )
-    results = cg.GradientSession(report.model).run({"input": torch.zeros(0, 3, 4, 4)})
-    assert {"running_mean.updated", "weight.grad"} <= set(results)
-    assert all(result.isfinite().all() for result in results.values())
+    session = cg.TrainingSession(tmp_path / "step.onnx")
+    for batch in batches:
+        layer(batch)
+        session.step(batch.numpy())
+        state = session.state_dict()
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            torch.testing.assert_close(torch.from_numpy(state[name]), getattr(layer, name))
