@@ -132,6 +132,18 @@ def embedding(
     return torch.nn.functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
 
 
+def product(
+    input: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """With a one among the factors where their number is open: PyTorch's derivative takes them as at least one."""
+    factors, axis = (input.reshape(-1), 0) if dim is None else (input, dim)
+    if not input.dim() or isinstance(factors.shape[axis], int):
+        return torch.prod(input, dtype=dtype) if dim is None else torch.prod(input, dim, keepdim, dtype=dtype)
+    shape = list(factors.shape)
+    shape[axis] = 1
+    return torch.prod(torch.cat([factors.new_ones(shape), factors], axis), axis, keepdim, dtype=dtype)
+
+
 def length(input: Tensor) -> int:
     """Python makes a number of what `len` returns, and of the dynamic size with it.
 
@@ -154,6 +166,8 @@ _REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     torch.nn.functional.affine_grid: affine_grid,
     torch.cdist: cdist,
     Tensor.__len__: length,
+    torch.prod: product,
+    Tensor.prod: product,
     torch.nn.functional.gaussian_nll_loss: gaussian_nll_loss,
     torch.nn.functional.multi_margin_loss: multi_margin_loss,
     torch.nn.functional.multilabel_margin_loss: multilabel_margin_loss,

@@ -52,11 +52,16 @@ def registry() -> Any:
     result.register_op(aten.mean.dim, _mean_along)
     for target, function in random_translations.TABLE.items():
         result.register_op(target, function)
-    for division in (aten.div.Tensor_mode, aten.div.Scalar_mode):
-        entries = result.functions[division.name()]
+    for wrapper, target in (
+        (_rounded_division, aten.div.Tensor_mode),
+        (_rounded_division, aten.div.Scalar_mode),
+        (_fitting_scatter, aten.slice_scatter.default),
+        (_safe_roll, aten.roll.default),
+    ):
         # no custom entries: those of float64 calls are still to be wrapped
-        result.functions[division.name()] = [
-            dataclasses.replace(entry, onnx_function=_rounded_division(entry.onnx_function)) for entry in entries
+        result.functions[target.name()] = [
+            entry if entry.is_complex else dataclasses.replace(entry, onnx_function=wrapper(entry.onnx_function))
+            for entry in result.functions[target.name()]
         ]
     normalization = aten._native_batch_norm_legit_no_training.default
     result.register_op(normalization, _batch_norm_inference(result.get_decomps(normalization)[0].onnx_function))
@@ -134,6 +139,11 @@ def _number(like: Any, value: float) -> Any:
     return op.Constant(value=ir.to_proto(ir.tensor(value, dtype=like.dtype)))
 
 
+def _each(*numbers: int) -> list[Any]:
+    """Each as a constant of one axis."""
+    return [op.Constant(value_ints=[number]) for number in numbers]
+
+
 def _rounded_division(otherwise: Callable[..., Any]) -> Callable[..., Any]:
     """Integers divided as integers; torch.onnx's translation divides them in float32."""
 
@@ -146,6 +156,49 @@ def _rounded_division(otherwise: Callable[..., Any]) -> Callable[..., Any]:
         return op.Div(self if rounding_mode == "trunc" else op.Sub(self, op.Mod(self, other)), other)
 
     return division
+
+
+def _fitting_scatter(otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """A slice of one position has it in a trace, whatever an open size is; where that is 0, it has none."""
+
+    @functools.wraps(otherwise, updated=())
+    def slice_scatter(self: Any, src: Any, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1) -> Any:
+        if isinstance(src.shape[dim], int) and not isinstance(self.shape[dim], int):
+            axis = dim % len(self.shape)
+            zero, along = _each(0, axis)
+            fitting = op.Slice(src, zero, op.Shape(self, start=axis, end=axis + 1), along)
+            # the translation asks for the rank
+            fitting.dtype = src.dtype
+            fitting.shape = ir.Shape([None if each == axis else size for each, size in enumerate(src.shape)])
+            src = fitting
+        return otherwise(self, src, dim, start, end, step)
+
+    return slice_scatter
+
+
+def _safe_roll(otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """What goes around in front, then the rest; torch.onnx's translation divides by a size, which may be open and 0."""
+
+    @functools.wraps(otherwise, updated=())
+    def roll(self: Any, shifts: Sequence[int], dims: Sequence[int] = ()) -> Any:
+        rank = len(self.shape)
+        if all(isinstance(size, int) for size in self.shape):
+            return otherwise(self, shifts, dims)
+        if not dims:
+            (flat,) = _each(-1)
+            return op.Reshape(_rolled(op.Reshape(self, flat), shifts[0], 0), op.Shape(self), allowzero=1)
+        for shift, dim in zip(shifts, dims, strict=True):
+            self = _rolled(self, shift, dim % rank)
+        return self
+
+    return roll
+
+
+def _rolled(x: Any, shift: int, axis: int) -> Any:
+    zero, one, along, by = _each(0, 1, axis, shift)
+    size = op.Shape(x, start=axis, end=axis + 1)
+    cut = op.Sub(size, op.Mod(by, op.Max(size, one)))
+    return op.Concat(op.Slice(x, cut, size, along), op.Slice(x, zero, cut, along), axis=axis)
 
 
 def _size(x: Any) -> Any:
@@ -212,8 +265,7 @@ def _diagonal(x: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
     planes = op.Transpose(x, perm=[axis for axis in range(rank) if axis not in plane] + plane)
     rows, columns = op.Shape(planes, start=-2, end=-1), op.Shape(planes, start=-1)
     flat = op.Reshape(planes, op.Concat(op.Shape(planes, end=-2), op.Mul(rows, columns), axis=0), allowzero=1)
-    numbers: list[Any] = [op.Constant(value_ints=[n]) for n in (-1, 0, 1, max(-offset, 0), max(offset, 0))]
-    last, zero, one, down, right = numbers
+    last, zero, one, down, right = _each(-1, 0, 1, max(-offset, 0), max(offset, 0))
     length = op.Max(op.Min(op.Sub(rows, down), op.Sub(columns, right)), zero)
     start, step = op.Add(op.Mul(down, columns), right), op.Add(columns, one)
     return op.Slice(flat, start, op.Add(start, op.Mul(length, step)), last, step)

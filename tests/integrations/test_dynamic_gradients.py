@@ -293,3 +293,38 @@ def test_one_name_is_one_size_in_the_examples(sizes: tuple[int, int]) -> None:
     x, y = (torch.randn(size, 2) for size in sizes)
     with pytest.raises(cg.DynamicShapeError, match=f"'n' is {sizes[1]} in 'y' and {sizes[0]} in 'x'"):
         cg.export(Product(), (x, y), dynamic_shapes=({0: "n"}, {0: "n"}))
+
+
+def _first_tripled(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:1] = y[:1] * 3
+    return y
+
+
+OF_FEW_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "product": lambda x: x.prod(0),
+    "product-kept": lambda x: torch.prod(x, -2, keepdim=True) * x,
+    "product-of-all": lambda x: x.prod() + x.sum(dtype=torch.float64).to(x.dtype),
+    "first": lambda x: x[:1],
+    "last": lambda x: x[-1:] * x,
+    "first-summed": lambda x: x[:1].sum(0),
+    "assigned": _first_tripled,
+    "rolled": lambda x: x.roll(1, 0) * x,
+    "rolled-both": lambda x: x.roll((-2, 7), (0, 1)) * x,
+    "rolled-flat": lambda x: x.roll(-3) * x,
+}
+
+
+@pytest.mark.parametrize("name", OF_FEW_ROWS)
+def test_rows_that_an_empty_batch_lacks(name: str) -> None:
+    """A trace takes the first row of an open number of them as one; derivatives of PyTorch's do, and a remainder."""
+    module = Apply(OF_FEW_ROWS[name])
+    report = cg.export_gradient(module, (torch.randn(4, 6),), of=squares, dynamic_shapes={"input": {0: "batch"}})
+    session = cg.GradientSession(report.model)
+    for batch in (0, 1, 2, 5):
+        x = torch.randn(batch, 6, requires_grad=True)
+        value = squares(module(x))
+        value.backward()
+        found = session.run({"input": x.detach()})
+        torch.testing.assert_close(found["value"], value.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found["input.grad"], x.grad, rtol=1e-4, atol=1e-4)
