@@ -43,26 +43,45 @@ def median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     return _selected(x, position, dim, keepdim)
 
 
+def _ranked(x: Tensor, rank: Tensor, dim: int) -> Tensor:
+    """The position of the element with `rank` others before it: infinities, which sort as NaN do, and then these."""
+    position = _order(x, dim).gather(dim, rank)
+    if not x.dtype.is_floating_point:
+        return position
+    missing, infinite = (each.to(torch.int32) for each in (x != x, x == math.inf))
+    found = x.gather(dim, position)
+    position = torch.where(found != found, infinite.argmax(dim, True), position)
+    return torch.where(rank < (1 - missing).sum(dim, True), position, missing.argmax(dim, True))
+
+
 def nanmedian(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     """The lower median of the numbers; NaN where there are none."""
     if x.dim() == 0 or not x.dtype.is_floating_point:
         return median(x, dim, keepdim)
     numbers = (x == x).to(torch.int64).sum(dim, True)
     middle = torch.div((numbers - 1).clamp(min=0), 2, rounding_mode="floor")
-    return _selected(x, _order(x, dim).gather(dim, middle), dim, keepdim)
+    return _selected(x, _ranked(x, middle, dim), dim, keepdim)
 
 
-def _of_all(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
-    def of_all(x: Tensor) -> Tensor:
-        return function(x.reshape([-1]), 0)[0]
+def nanmedian_of_all(x: Tensor) -> Tensor:
+    flat = x.reshape([-1])
+    if flat.dtype.is_floating_point and not isinstance(flat.shape[0], int):
+        flat = torch.cat([flat, flat.new_full([1], math.nan)])  # where there is nothing else, the result
+    return nanmedian(flat, 0)[0]
 
-    return of_all
+
+def median_of_all(x: Tensor) -> Tensor:
+    flat = x.reshape([-1])
+    if not flat.dtype.is_floating_point or isinstance(flat.shape[0], int):
+        return median(flat, 0)[0]
+    return torch.where((flat != flat).any(), math.nan, nanmedian_of_all(flat))
 
 
 def kth_value(x: Tensor, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     if x.dim() == 0:
         return _of_scalar(x)
-    return _selected(x, _order(x, dim).narrow(dim, k - 1, 1), dim, keepdim)
+    rank = torch.full_like(x.narrow(dim, 0, 1), k - 1, dtype=torch.int64)
+    return _selected(x, _ranked(x, rank, dim), dim, keepdim)
 
 
 def _running(exceeds: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
@@ -128,9 +147,9 @@ def masked_scatter_backward(grad: Tensor, mask: Tensor, sizes: list[int]) -> Ten
 
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.median.dim: median,
-    aten.median.default: _of_all(median),
+    aten.median.default: median_of_all,
     aten.nanmedian.dim: nanmedian,
-    aten.nanmedian.default: _of_all(nanmedian),
+    aten.nanmedian.default: nanmedian_of_all,
     aten.kthvalue.default: kth_value,
     aten.cummax.default: _running(torch.gt),
     aten.cummin.default: _running(torch.lt),

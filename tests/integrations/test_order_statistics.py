@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import convgrad_export as cg
 from convgrad_export.integrations.compile_backend import convgrad_ort
 
 from .gradient_modules import Apply
@@ -67,6 +68,31 @@ def test_gradients(name: str, dtype: torch.dtype) -> None:
 def test_a_dynamic_batch(function: Callable[[Tensor], Tensor], size: int) -> None:
     x, fresh = torch.randn(3, 6), torch.randn(size, 6, generator=torch.Generator().manual_seed(size))
     compare_gradients(Apply(function), (x,), dynamic_shapes={"input": {0: "batch"}}, fresh=(fresh,))
+
+
+INFINITE = torch.tensor([[NAN, NAN, INF], [NAN, INF, 1.0], [INF, NAN, -INF], [NAN, NAN, NAN]])
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: x.nanmedian(1), lambda x: x.kthvalue(1, 1), lambda x: x[:3].kthvalue(2, 1)]
+)
+def test_infinities_come_before_what_is_no_number(function: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    report = cg.export(Apply(lambda x: function(x)[0]), (torch.randn(4, 3),))
+    found = cg.GradientSession(report.model).run({"input": INFINITE})["output"]
+    torch.testing.assert_close(found, function(INFINITE)[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("function", [Tensor.median, Tensor.nanmedian])
+def test_an_empty_tensor_has_no_median(function: Callable[[Tensor], Tensor]) -> None:
+    report = cg.export_gradient(Apply(function), (torch.randn(3, 4),), dynamic_shapes={"input": {0: "batch"}})
+    session = cg.GradientSession(report.model)
+    for x in (torch.zeros(0, 4), MISSING[:, :4], MISSING[3:, :4], INFINITE.repeat(1, 2)[:, 1:5]):
+        x = x.clone().requires_grad_()
+        value = function(x)
+        value.backward()
+        found = session.run({"input": x.detach()})
+        torch.testing.assert_close(found["value"], value.detach(), equal_nan=True)
+        torch.testing.assert_close(found["input.grad"], x.grad)
 
 
 def test_the_compile_backend_has_pytorchs_median_of_nan() -> None:
