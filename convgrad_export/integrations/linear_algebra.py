@@ -11,11 +11,12 @@ from torch import Tensor
 
 # Terms of the Taylor series at a norm of at most 1: the first that is left out is below half a unit in the last place.
 _TERMS = {torch.float64: 18, torch.float32: 11}
-_SQUARINGS = 16
+# A norm of 2**digits moves a rotation's angle by a whole turn within its last place.
+_SQUARINGS = {torch.float64: 53, torch.float32: 24}
 
 
 def matrix_exp(x: Tensor) -> Tensor:
-    """Scaling and squaring (Higham, Functions of Matrices, section 10.3), NaN from a norm of 2**16 on.
+    """Scaling and squaring (Higham, Functions of Matrices, section 10.3), NaN from a norm on that leaves no digit.
 
     How often the result is squared depends on the norm; it is kept where that is enough. PyTorch's own is off by up to
     2**-36 in float64 where it takes few terms (norms around 0.01), this one is not.
@@ -24,16 +25,18 @@ def matrix_exp(x: Tensor) -> Tensor:
         return NotImplemented
     norm = x.abs().sum(-2, keepdim=True).amax(-1, keepdim=True)
     halvings = torch.where(norm > 1, torch.ceil(torch.log2(torch.where(norm > 1, norm, 1.0))), 0.0)
-    scaled = x
-    for number in range(_SQUARINGS):  # a power of two by another function would not be exact
-        scaled = torch.where(halvings > number, 0.5 * scaled, scaled)
+    squarings = _SQUARINGS[x.dtype]
+    factor = torch.ones_like(halvings)
+    for number in range(squarings):  # a power of two by another function would not be exact
+        factor = torch.where(halvings > number, 0.5 * factor, factor)
+    scaled = x * factor
     identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     result = identity + scaled / _TERMS[x.dtype]
     for term in range(_TERMS[x.dtype] - 1, 0, -1):
         result = identity + torch.matmul(scaled, result) / term
-    for number in range(_SQUARINGS):
+    for number in range(squarings):
         result = torch.where(halvings > number, torch.matmul(result, result), result)
-    return torch.where(halvings > _SQUARINGS, math.nan, result)
+    return torch.where(halvings > squarings, math.nan, result)
 
 
 def householder_product(x: Tensor, tau: Tensor) -> Tensor:

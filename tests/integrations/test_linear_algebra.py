@@ -21,8 +21,19 @@ def test_exponentials_of_any_norm(size: float, dtype: torch.dtype) -> None:
     torch.testing.assert_close(matrix_exp(x), torch.linalg.matrix_exp(x), rtol=0, atol=DTYPES[dtype] * max(size, 1))
 
 
-def test_an_exponential_beyond_all_squarings_is_no_number() -> None:
-    assert matrix_exp(torch.tensor([[0.0, 1e6], [-1e6, 0.0]])).isnan().all()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exponentials_of_large_norms(dtype: torch.dtype) -> None:
+    """A decay to nothing, as fast as one likes, and a shear."""
+    decay = torch.tensor([[-3.0, 1.0], [1.0, -2.0]], dtype=dtype)
+    shear = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=dtype)
+    for size in (1e4, 1e5, 3e6):
+        for x in (size * decay, size * shear):
+            torch.testing.assert_close(matrix_exp(x), torch.linalg.matrix_exp(x), rtol=10 * DTYPES[dtype], atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e8), (torch.float64, 1e17)])
+def test_an_exponential_beyond_all_squarings_is_no_number(dtype: torch.dtype, size: float) -> None:
+    assert matrix_exp(torch.tensor([[0.0, size], [-size, 0.0]], dtype=dtype)).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
