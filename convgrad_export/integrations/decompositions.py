@@ -203,6 +203,11 @@ def embedding_backward_by_matmul(
     return torch.matmul(chosen.to(grad.dtype), grad.reshape([-1, grad.shape[-1]]))
 
 
+def zeros_with_same_layout(x: Tensor, other: Tensor, *, self_num_batch_dims: int = 0) -> Tensor:
+    """The tangent of a tensor without one, of which a part is written to."""
+    return x.new_zeros([*x.shape[:self_num_batch_dims], *other.shape])
+
+
 def squeeze_dim(x: Tensor, dim: int) -> Tensor:
     """A dimension of another size than 1 stays, where ONNX's Squeeze refuses it."""
     return NotImplemented if _is_one(x, dim) else aten.alias(x)
@@ -416,6 +421,7 @@ OWN: Table = {
     aten.unfold_backward.default: unfold_backward,
     aten._convolution.default: traced_convolution,
     aten._trilinear.default: trilinear,
+    aten._new_zeros_with_same_feature_meta.default: zeros_with_same_layout,
     aten.squeeze.dim: squeeze_dim,
     aten.squeeze.dims: squeeze_dims,
     aten.index.Tensor: index,

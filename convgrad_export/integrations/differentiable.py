@@ -6,7 +6,9 @@ steps to differentiate, so no backward formula has to be written and second deri
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,6 +26,7 @@ from .grid_sampling import affine_grid, affine_grid_generator, grid_sample, grid
 from .interpolation import interpolate
 from .norms_in_steps import FORWARD_NORMS, NORMS
 from .places import present_place
+from .tangents import with_tangents
 
 
 def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
@@ -135,9 +138,16 @@ def embedding(
 def product(
     input: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """With a one among the factors where their number is open: PyTorch's derivative takes them as at least one."""
+    """With a one among the factors where their number is open: PyTorch's derivative takes them as at least one.
+
+    In a forward-mode derivative one by one, for that derivative concatenates what has a tangent and what has none.
+    """
     factors, axis = (input.reshape(-1), 0) if dim is None else (input, dim)
     if not input.dim() or isinstance(factors.shape[axis], int):
+        is_open = any(not isinstance(size, int) for size in input.shape)
+        if is_open and forward_ad._current_level >= 0 and factors.dtype.is_floating_point and factors.shape[axis]:
+            total = functools.reduce(operator.mul, factors.to(dtype or factors.dtype).unbind(axis))
+            return total.unsqueeze(axis) if keepdim else total
         return torch.prod(input, dtype=dtype) if dim is None else torch.prod(input, dim, keepdim, dtype=dtype)
     shape = list(factors.shape)
     shape[axis] = 1
@@ -207,6 +217,7 @@ class DifferentiableReplacements(TorchFunctionMode):
             func = _IN_STEPS[func] if self._in_steps else func
         if forward:
             func = FORWARD_NORMS.get(func, func)
+            args = with_tangents(func, args, kwargs or {})
         if func in OF_COMPUTED and takes_computed(*args, *(kwargs or {}).values()):
             func = OF_COMPUTED[func]
         return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,57 @@ def test_dual_numbers_meet_tensors_without_a_tangent(function: Callable[[Tensor]
     args = torch.randn(5, 3), torch.randn(5, 3)
     (found,) = cg.GradientSession(report.model).run(None, {"x": args[0], "direction": args[1]})
     torch.testing.assert_close(found, module(*args))
+
+
+def _assigned(columns: Any, value: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Tensor], Tensor]:
+    def function(net: nn.Module, x: Tensor) -> Tensor:
+        y = net.bias.expand_as(x).clone()
+        y[:, columns] = value(x)[:, columns]
+        return y * y
+
+    return function
+
+
+BESIDE_CONSTANTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "cat": lambda net, x: torch.cat([x * x, net.bias.expand_as(x)], 1).square(),
+    "cat-zeros": lambda _, x: torch.cat((x.new_zeros(x.shape[0], 1), x * x), dim=1).square(),
+    "stack": lambda _, x: torch.stack([x, torch.ones_like(x), x.square()], -1).prod(-1) * x,
+    "hstack": lambda _, x: torch.hstack([torch.ones_like(x), x]).sin(),
+    "not-finite": lambda _, x: torch.cat([torch.full_like(x, torch.inf), x * x], 1)[:, 3:],
+    "product": lambda _, x: x.prod(1, keepdim=True) * x,
+    "slice": _assigned(slice(1, None), lambda x: x.sin()),
+    "column": _assigned(1, lambda x: x.square()),
+    "zeros": lambda _, x: torch.zeros_like(x).slice_scatter(x[:, :2], 1, 0, 2) * x,
+}
+
+
+@pytest.mark.parametrize("mode", FORWARD)
+@pytest.mark.parametrize("name", BESIDE_CONSTANTS)
+def test_parts_without_a_tangent(name: str, mode: str) -> None:
+    """PyTorch took the sizes of such a part as numbers, or asked for its storage."""
+    net = nn.Linear(3, 3)
+    function = BESIDE_CONSTANTS[name]
+    module = Direction(net, lambda net, x, v: FORWARD[mode](lambda y: function(net, y), x, v))
+    shapes = {"x": {0: "n"}, "direction": {0: "n"}}
+    report = cg.export(module, (torch.randn(2, 3), torch.randn(2, 3)), dynamic_shapes=shapes)
+    session = cg.GradientSession(report.model)
+    for batch in (0, 1, 5):
+        args = torch.randn(batch, 3), torch.randn(batch, 3)
+        (found,) = session.run(None, dict(zip(shapes, args, strict=True)))
+        torch.testing.assert_close(found, module(*args).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_view_that_is_changed_in_place_is_named() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        y[:, 1:] += x[:, 1:]
+        return y
+
+    module = Direction(nn.Identity(), lambda _, x, v: _dual(function, x, v))
+    args = torch.randn(2, 3), torch.randn(2, 3)
+    with pytest.raises(cg.CaptureError, match=r"test_forward_mode\.py:\d+, in function .*Assign to the part"):
+        cg.export(module, args, dynamic_shapes=({0: "n"}, {0: "n"}))
+    assert cg.export(module, args).verified
 
 
 def test_the_tangent_of_a_max_poolings_gradient_goes_to_the_recorded_positions() -> None:
