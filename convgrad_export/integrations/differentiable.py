@@ -216,7 +216,9 @@ class DifferentiableReplacements(TorchFunctionMode):
             self.fused = True
             func = _IN_STEPS[func] if self._in_steps else func
         if forward:
-            func = FORWARD_NORMS.get(func, func)
+            if func in FORWARD_NORMS:
+                with self:  # whose own calls are of dual numbers
+                    return FORWARD_NORMS[func](*args, **(kwargs or {}))
             args = with_tangents(func, args, kwargs or {})
         if func in OF_COMPUTED and takes_computed(*args, *(kwargs or {}).values()):
             func = OF_COMPUTED[func]

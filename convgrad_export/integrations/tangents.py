@@ -1,7 +1,8 @@
 """Forward-mode derivatives of operators that take dual numbers and tensors without a tangent, over dynamic sizes.
 
 PyTorch reads the sizes of such a tensor as Python numbers in a concatenation, which fixes a dynamic batch, and its
-storage where a slice of it is written to, which has none in a trace. Both leave a tensor alone that has a tangent.
+storage where a slice of it is written to, which has none in a trace. Both leave a tensor alone that has a tangent. The
+tangent of a Python number that meets a dual one is on the device meta, which fixes a batch, too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch import pyfunctorch
+from torch._functorch import eager_transforms, pyfunctorch
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
@@ -23,6 +24,10 @@ from .places import present_place
 _JOINING = {
     *(torch.cat, torch.concat, torch.concatenate, torch.stack),
     *(torch.hstack, torch.vstack, torch.row_stack, torch.dstack, torch.column_stack),
+}
+_ARITHMETIC = {
+    *("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "rsub"),
+    *("__rsub__", "__rdiv__", "__rtruediv__", "add_", "sub_", "subtract_", "mul_", "multiply_", "div_", "divide_"),
 }
 
 
@@ -37,7 +42,18 @@ def with_tangents(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         return args if dual is None else ([_with_tangent(each, dual) for each in args[0]], *args[1:])
     if args and isinstance(args[0], Tensor) and _writes(func):
         _give_tangent(args[0], [*args[1:], *kwargs.values()])
+    if len(args) == 2 and not eager_transforms.JVP_NESTING and getattr(func, "__name__", "") in _ARITHMETIC:
+        return args[0], _as_tensor(args[1], args[0])
     return args
+
+
+def _as_tensor(value: Any, other: Any) -> Any:
+    """A number that meets a dual one; what is none as it is."""
+    of_numbers = isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and isinstance(other, Tensor)
+    if not of_numbers or not other.dtype.is_floating_point or not _has_tangent(other):
+        return value
+    number = torch.scalar_tensor(value, dtype=other.dtype, device=other.device)
+    return number.reshape(1) if other.dim() else _zero_tangent(number, other)
 
 
 def _writes(func: Any) -> bool:

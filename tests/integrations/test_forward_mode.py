@@ -149,6 +149,31 @@ def test_parts_without_a_tangent(name: str, mode: str) -> None:
         torch.testing.assert_close(found, module(*args).detach(), rtol=1e-4, atol=1e-5)
 
 
+NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "factor": lambda x: (x * 2).sin(),
+    "size": lambda x: x.sin() * x.shape[0],
+    "quotients": lambda x: (1 - x) / 2 + 3 / (x.square() + 1) - x.sin().mul_(0.5),
+    "without axes": lambda x: x * (x.square().sum() * 2 + 1),
+}
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(3), nn.LayerNorm(3)])
+def test_norms_of_dual_numbers_over_a_dynamic_batch(norm: nn.Module) -> None:
+    """Gradients are not compared: those of PyTorch's own tangents take the saved statistics as constants."""
+    module = Direction(norm, lambda net, x, v: _dual(lambda y: net(y).sin(), x, v))
+    args = torch.randn(4, 3), torch.randn(4, 3)
+    assert cg.export(module, args, dynamic_shapes=({0: "n"}, {0: "n"})).verified
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_dual_numbers_meet_python_numbers(name: str) -> None:
+    """Their tangents are on the device meta, which fixed a dynamic batch and broke off a gradient."""
+    module = Direction(nn.Identity(), lambda _, x, v: _dual(NUMBERS[name], x, v))
+    args = torch.randn(4, 3), torch.randn(4, 3)
+    report = cg.export_gradient(module, args, of="sum", wrt="inputs", dynamic_shapes=({0: "n"}, {0: "n"}))
+    assert report.verified
+
+
 def test_a_view_that_is_changed_in_place_is_named() -> None:
     def function(x: Tensor) -> Tensor:
         y = torch.zeros_like(x)
