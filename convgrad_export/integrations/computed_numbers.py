@@ -7,6 +7,7 @@ trace would end; for others torch.onnx has float attributes, which hold constant
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import computed_losses
+from .computed_losses import reduced
 from .norms_in_steps import FORWARD_NORMS
 
 
@@ -114,6 +117,27 @@ def x_log1p_y(input: Any, other: Any) -> Tensor:
     return torch.special.xlog1py(_as_tensor(input, other), _as_tensor(other, input))
 
 
+def nan_to_num(input: Tensor, nan: Any = None, posinf: Any = None, neginf: Any = None) -> Tensor:
+    limits = torch.finfo(input.dtype)
+    replaced = (
+        (input != input, 0.0 if nan is None else nan),
+        (input == math.inf, limits.max if posinf is None else posinf),
+        (input == -math.inf, limits.min if neginf is None else neginf),
+    )
+    result = input
+    for where, value in replaced:
+        result = torch.where(where, _as_tensor(value, input), result)
+    return result
+
+
+def quantile(input: Tensor, q: Any, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.quantile(input, _as_tensor(q, input), *args, **kwargs)
+
+
+def nanquantile(input: Tensor, q: Any, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.nanquantile(input, _as_tensor(q, input), *args, **kwargs)
+
+
 def pad(input: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> Tensor:
     inside = functional.pad(torch.ones_like(input), pad)
     return torch.where(inside > 0, functional.pad(input, pad), _as_tensor(value, input))
@@ -131,7 +155,7 @@ def huber_loss(
     loss = torch.where(
         distance <= _as_tensor(delta, input), distance * distance * 0.5, (distance - delta * 0.5) * delta
     )
-    return _reduced(loss if weight is None else loss * weight, reduction)
+    return reduced(loss if weight is None else loss * weight, None, None, reduction)
 
 
 def smooth_l1_loss(
@@ -142,15 +166,10 @@ def smooth_l1_loss(
     reduction: str = "mean",
     beta: Any = 1.0,
 ) -> Tensor:
-    if size_average is not None or reduce is not None:
-        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
     distance = (input - target).abs()
     below = distance < _as_tensor(beta, input)
-    return _reduced(torch.where(below, distance * distance * 0.5 / beta, distance - beta * 0.5), reduction)
-
-
-def _reduced(loss: Tensor, reduction: str) -> Tensor:
-    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+    loss = torch.where(below, distance * distance * 0.5 / beta, distance - beta * 0.5)
+    return reduced(loss, size_average, reduce, reduction)
 
 
 def attention(
@@ -213,6 +232,7 @@ _OPERATORS: Mapping[str, Callable[..., Tensor]] = {
     "addcdiv": addcdiv,
     "lerp": lerp,
     "pow": power,
+    "nan_to_num": nan_to_num,
 }
 _ACTIVATIONS: Mapping[str, Callable[..., Tensor]] = {
     "leaky_relu": leaky_relu,
@@ -223,6 +243,9 @@ _ACTIVATIONS: Mapping[str, Callable[..., Tensor]] = {
 OF_COMPUTED: Mapping[Any, Callable[..., Tensor]] = {
     **dict(_all_forms()),
     **FORWARD_NORMS,
+    **computed_losses.OF_COMPUTED,
+    **dict.fromkeys((torch.quantile, Tensor.quantile), quantile),
+    **dict.fromkeys((torch.nanquantile, Tensor.nanquantile), nanquantile),
     functional.rms_norm: rms_norm,
     torch.rms_norm: rms_norm,
     torch.celu: celu,

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from convgrad_export.errors import DynamicShapeError
 
+from .computed_losses import reduced
 from .computed_numbers import OF_COMPUTED, takes_computed
 from .convolutions_in_steps import CONVOLUTIONS
 from .embedding_bags import embedding_bag
@@ -62,12 +63,6 @@ def gaussian_nll_loss(
     return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 
-def _reduced(loss: Tensor, size_average: bool | None, reduce: bool | None, reduction: str) -> Tensor:
-    if size_average is not None or reduce is not None:
-        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
-    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
-
-
 def multi_margin_loss(
     input: Tensor,
     target: Tensor,
@@ -86,7 +81,7 @@ def multi_margin_loss(
         loss = loss * weight[labels].unsqueeze(1)
     others = torch.arange(scores.shape[1], device=scores.device).unsqueeze(0) != positions
     loss = torch.where(others, loss, 0.0).sum(1) / scores.shape[1]
-    return _reduced(loss.squeeze(0) if input.dim() == 1 else loss, size_average, reduce, reduction)
+    return reduced(loss.squeeze(0) if input.dim() == 1 else loss, size_average, reduce, reduction)
 
 
 def multilabel_margin_loss(
@@ -105,7 +100,7 @@ def multilabel_margin_loss(
     loss = torch.relu(1 - scores.gather(1, wanted).unsqueeze(2) + scores.unsqueeze(1))
     counted = valid.unsqueeze(2) & ~is_target.unsqueeze(1)
     loss = torch.where(counted, loss, 0.0).sum((1, 2)) / scores.shape[1]
-    return _reduced(loss.squeeze(0) if input.dim() == 1 else loss, size_average, reduce, reduction)
+    return reduced(loss.squeeze(0) if input.dim() == 1 else loss, size_average, reduce, reduction)
 
 
 def max_pool1d(

@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+import convgrad_export as cg
 
 from .gradient_modules import Apply
 from .onnx_check import compare_gradients
 
 POSITIONS = torch.arange(5)
+SIGNS = torch.tensor([1, -1, -1, 1, -1])
 
 OF_A_NUMBER: dict[str, Callable[[Tensor, float], Tensor]] = {
     "leaky_relu": lambda x, v: functional.leaky_relu(x, v) + functional.leaky_relu((x + 1) * 1, v, inplace=True),
@@ -49,6 +52,31 @@ OF_A_NUMBER: dict[str, Callable[[Tensor, float], Tensor]] = {
     "layer_norm": lambda x, v: functional.layer_norm(x, (3, 5), eps=v) + functional.rms_norm(x, (5,), x[0, 0], v),
     "group_norm": lambda x, v: functional.group_norm(x, 3, eps=v),
     "batch_norm": lambda x, v: functional.batch_norm(x, None, None, training=True, eps=v),
+    "ranking": lambda x, v: functional.margin_ranking_loss(x, x.sin(), x.detach().sign(), margin=v) + x,
+    "hinge": lambda x, v: functional.hinge_embedding_loss(x, x.detach().sign(), margin=v, reduction="none"),
+    "cosine-embedding": lambda x, v: functional.cosine_embedding_loss(x[0], x[-1].sin(), SIGNS[:3], margin=-v) + x,
+    "triplets": lambda x, v: (
+        functional.triplet_margin_loss(x, x.sin(), x.cos(), margin=v, swap=True)
+        + functional.triplet_margin_loss(x, x.sin(), x.cos(), p=1, eps=v * 0.1, reduction="none").sum()
+        + functional.triplet_margin_with_distance_loss(x, x.sin(), x.cos(), margin=v)
+        + x
+    ),
+    "smoothing": lambda x, v: (
+        functional.cross_entropy(x, x.detach().argmin(1), label_smoothing=v * 0.1)
+        + functional.cross_entropy(x, x.detach().argmin(1), x[0, :, 0].detach().exp(), None, 1, label_smoothing=v * 0.2)
+        + functional.cross_entropy(x, x.detach().softmax(1), label_smoothing=v * 0.3)
+        + x
+    ),
+    "poisson": lambda x, v: functional.poisson_nll_loss(
+        x * x, 3 * x.detach().abs(), log_input=False, full=True, eps=v, reduction="none"
+    ),
+    "similarity": lambda x, v: (
+        functional.cosine_similarity(x, x.sin(), 2, v) + functional.cosine_similarity(x, x[:1].cos(), eps=9 * v).sum()
+    ),
+    "distance": lambda x, v: functional.pairwise_distance(x, x.sin(), eps=v),
+    "nan_to_num": lambda x, v: torch.nan_to_num(x.log(), nan=v, posinf=-v) + (x * 1).nan_to_num_(v) * x,
+    "quantile": lambda x, v: torch.quantile(x, v * 0.3, 2) + x.nanquantile(v * 0.2),
+    "dropout-off": lambda x, v: functional.dropout(x * x, v * 0.1, training=False),
     "remainder": lambda x, v: x % v + torch.remainder(x, -v),
     "integers": lambda x, v: x * (POSITIONS * v + POSITIONS / v + (v - POSITIONS) + POSITIONS**v + (x > 0) * v),
 }
@@ -64,6 +92,23 @@ def test_operators_of_a_computed_number(name: str, dtype: torch.dtype) -> None:
     if name == "celu":
         tolerance = max(tolerance, 1e-7)  # PyTorch's gradient is off by the rounding of 1 / alpha to float32
     compare_gradients(module, (x,), dynamic_shapes={"input": {0: "batch"}}, fresh=(fresh,), tolerance=tolerance)
+
+
+class Dropout(nn.Module):
+    def forward(self, x: Tensor, rate: Tensor) -> Tensor:
+        return functional.dropout(x * x, rate.item())
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_dropout_by_a_computed_rate(rate: float) -> None:
+    report = cg.export_gradient(Dropout(), (torch.randn(2, 3), torch.tensor(0.5)), of="sum", wrt=["x"])
+    x = torch.randn(2, 3)
+    found = cg.GradientSession(report.model).run({"x": x, "rate": torch.tensor(rate)})
+    kept = found["x.grad"] != 0
+    assert kept.all() if rate == 0 else kept.any() <= (rate < 1)
+    if rate < 1:
+        torch.testing.assert_close(found["x.grad"], torch.where(kept, 2 * x / (1 - rate), 0.0))
+        torch.testing.assert_close(found["value"], torch.where(kept, x * x / (1 - rate), 0.0).sum())
 
 
 @pytest.mark.parametrize("power", [torch.tensor(1.5), torch.tensor([1.5, 0.5, -1.0, 2.0, 0.0])])
