@@ -32,7 +32,7 @@ def interrupts_after() -> Iterator[None]:
                 signal.signal(number, lambda *arguments: arrived.append(arguments))
         yield
     finally:
-        for number, handler in own.items():
-            signal.signal(number, handler)
+        for replaced, handler in own.items():
+            signal.signal(replaced, handler)
     for sent, frame in arrived:
         own[sent](sent, frame)
