@@ -100,11 +100,16 @@ def _integers_as(arguments: Any, dtype: torch.dtype) -> Any:
     )
 
 
-class CanonicalLayouts(TorchDispatchMode):
-    """While active, the backward kernel of batch norms gets its operands in rows, whatever strides they came with.
+_EMBEDDING_BAGS = (torch.ops.aten._embedding_bag.default, torch.ops.aten._embedding_bag_forward_only.default)
 
-    torch 2.13's takes the gradient's memory for that of the input's layout, or the other way round, where the one is
-    channels last and the other is not: of one sample that is flattened and transposed behind the norm, say.
+
+class CanonicalLayouts(TorchDispatchMode):
+    """While active, kernels get no operands with which they compute something else from run to run.
+
+    The backward of batch norms gets its operands in rows, whatever strides they came with: torch 2.13's takes the
+    gradient's memory for that of the input's layout, or the other way round, where the one is channels last and the
+    other is not: of one sample that is flattened and transposed behind the norm, say. Bags of embeddings whose offsets
+    fall are refused: PyTorch reads past their end, and may find that out or not.
     """
 
     def __torch_dispatch__(
@@ -112,6 +117,8 @@ class CanonicalLayouts(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten.native_batch_norm_backward.default:
             args = (*(operand.clone(memory_format=torch.contiguous_format) for operand in args[:2]), *args[2:])
+        if func in _EMBEDDING_BAGS and (args[2].diff() < 0).any():
+            raise ValueError("the offsets of embedding_bag are not in order")
         if func is torch.ops.aten.equal.default:
             # Tensors that are numbers to TorchScript's interpreter come as Python's, which other operators take.
             args = tuple(torch.as_tensor(operand) for operand in args)

@@ -25,7 +25,7 @@ from .parity import Named, batches, small_network, train_in_pytorch
         (lambda x, y: (x, y), {"frozen": ["nothing"]}, "frozen"),
         (lambda x, y: (x, y), {"frozen": "0"}, "sequence"),
         (lambda x, y: (x, y), {"frozen": ["0", "1", "3", "5", "7"]}, "no parameter left"),
-        (lambda x, y: (x, y), {"gradient_accumulation": 0}, "at least 1"),
+        (lambda x, y: (x, y), {"gradient_accumulation": 0}, "an integer from 1"),
         (lambda x, y: (x, y), {"max_grad_norm": -1.0}, "above 0"),
         (lambda x, y: (x, y), {"dynamic_shapes": {"image": {0: "batch"}}}, "image"),
         (lambda x, y: (x, y), {"dynamic_shapes": {"labels": {0: "batch"}}}, r"'labels'.*\(input\).*\(target\)"),
