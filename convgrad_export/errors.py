@@ -6,6 +6,7 @@ catch, so `except ValueError` keeps working around a call that used to go to `to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 
@@ -111,6 +112,12 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def listed(lines: Sequence[object], most: int = 20) -> list[str]:
+    """Further lines of a message: the first so many, and how many there are besides."""
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return [f"  {line}" for line in (*lines[:most], *more)]
 
 
 def in_one_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 import onnx
 
-from .errors import ArgumentTypeError, ModelFileError, UnsupportedOperatorError, in_one_line
+from .errors import ArgumentTypeError, ModelFileError, UnsupportedOperatorError, in_one_line, listed
 from .files import as_path
 
 WEB, WEBGPU = "web", "webgpu"
@@ -104,9 +104,8 @@ def require_web(model: onnx.ModelProto, target: str) -> list[str]:
     report = check_web(model)
     problems = report.against(check_target(target))
     if problems:
-        listed = [*problems[:20], *([f"and {len(problems) - 20} more"] if problems[20:] else [])]
         raise UnsupportedOperatorError(
-            f"the model cannot run on onnxruntime-web ({_BUILDS[target]}):", *(f"  {line}" for line in listed)
+            f"the model cannot run on onnxruntime-web ({_BUILDS[target]}):", *listed(problems)
         )
     return report.notes
 

@@ -60,7 +60,7 @@ def gaussian_nll_loss(
     loss = 0.5 * (torch.log(variance) + (input - target) ** 2 / variance)
     if full:
         loss = loss + 0.5 * math.log(2 * math.pi)
-    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+    return reduced(loss, None, None, reduction)
 
 
 def multi_margin_loss(

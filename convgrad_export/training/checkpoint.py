@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..arguments import as_bool, as_path
-from ..errors import ArgumentTypeError, DTypeError, ModelFileError
+from ..errors import ArgumentTypeError, DTypeError, ModelFileError, listed
 from ..files import check_output, write_atomically
 from ..runtime import tensors
 from .checkpoint_file import DTYPES, FORMAT, bytes_of, digest, open_checkpoint
@@ -159,5 +159,4 @@ def check_matches(
             got = f"{arrays[name].dtype} {tuple(arrays[name].shape)}"
             problems.append(f"{name}: is {got}, expected {dtype} {tuple(shape)}")
     if problems:
-        shown = [*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])]
-        raise ModelFileError(f"checkpoint {path} does not fit this model:", *(f"  {line}" for line in shown))
+        raise ModelFileError(f"checkpoint {path} does not fit this model:", *listed(problems))

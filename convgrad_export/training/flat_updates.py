@@ -144,28 +144,13 @@ class _Join:
             if roles and formula is not None:
                 groups[formula].append((update, roles))
         removed: set[int] = set()
+        place = {name: i for i, node in enumerate(self.phases.gradients.graph.node) for name in node.output}
         for alike in groups.values():
-            for group in self._divided(alike, largest) if largest else (alike,):
+            for group in _divided(alike, place, largest) if largest else (alike,):
                 if len(group) > 1:
                     removed |= self._merge(group)
         if removed:
             self._keep(node for node in self.graph.node if id(node) not in removed)
-
-    def _divided(self, group: Sequence[_Member], largest: int) -> list[list[_Member]]:
-        """The group in parts of about so many elements; the last takes what is not worth a part of its own."""
-        place = {name: i for i, node in enumerate(self.phases.gradients.graph.node) for name in node.output}
-        parts: list[list[_Member]] = [[]]
-        size = 0
-        for update, roles in sorted(group, key=lambda member: place.get(member[1].get(_GRADIENT, ""), -1)):
-            elements = math.prod(update.shape)
-            if parts[-1] and size + elements > largest:
-                parts.append([])
-                size = 0
-            parts[-1].append((update, roles))
-            size += elements
-        if len(parts) > 1 and size < largest // 2:
-            parts[-2].extend(parts.pop())
-        return parts
 
     def result(self, shapes: Mapping[str, Shape]) -> Phases:
         if not self.flat:
@@ -314,3 +299,23 @@ def _give_sources(graph: Any, names: Collection[str], shapes: Mapping[str, Shape
     outputs = {value.name for value in graph.output}
     put_nodes(graph, used_nodes(list(graph.node), outputs), outputs)
     return sources
+
+
+def _divided(group: Sequence[_Member], place: Mapping[str, int], largest: int) -> list[list[_Member]]:
+    """The group in parts of about so many elements; the last takes what is not worth a part of its own.
+
+    Args:
+        place: of the nodes that make the gradients, by the gradients' names.
+    """
+    parts: list[list[_Member]] = [[]]
+    size = 0
+    for update, roles in sorted(group, key=lambda member: place.get(member[1].get(_GRADIENT, ""), -1)):
+        elements = math.prod(update.shape)
+        if parts[-1] and size + elements > largest:
+            parts.append([])
+            size = 0
+        parts[-1].append((update, roles))
+        size += elements
+    if len(parts) > 1 and size < largest // 2:
+        parts[-2].extend(parts.pop())
+    return parts

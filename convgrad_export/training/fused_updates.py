@@ -118,7 +118,8 @@ class _Choice:
         updates: dict[int, FusedUpdate] = {}
         numbers: set[int] = set()
         for i in range(len(self.nodes)):
-            update, behind = self._update(i), self._numbers(i)
+            update = self._update(i)
+            behind = self._numbers(i) if update else None
             if update is not None and behind is not None:
                 updates[i] = update
                 numbers |= behind

@@ -24,7 +24,7 @@ from convgrad_export.training.optimizers import SGD, AdamW
 from convgrad_export.training.phases import Phases, split
 
 from .parity import batches, small_network
-from .test_phases import OPTIMIZERS, assert_same_bits, exported, trained
+from .test_phases import OPTIMIZERS, assert_same_bits, exported, through_a_checkpoint, trained
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -96,13 +96,8 @@ def test_parts_keep_their_place_through_loading_and_steps(tmp_path: Path) -> Non
     report = exported(AdamW(), path=tmp_path / "step.onnx")
     session, other = cg.TrainingSession(report.path), cg.TrainingSession(report.path, in_place=False)
     lowest = {name: value.data_ptr() for name, value in session._flat.whole.items()}
-    batch = batches(1, torch.float32)[0]
     for current in (session, other):
-        current.step(*batch)
-        current.save(tmp_path / f"{current is session}.safetensors")
-        current.step(*batch)
-        current.load(tmp_path / f"{current is session}.safetensors")
-        current.step(*batch)
+        through_a_checkpoint(current, tmp_path / f"{current is session}.safetensors")
     for name, value in other.state().items():
         np.testing.assert_array_equal(session.state()[name], value, err_msg=name)
     held = session.state()

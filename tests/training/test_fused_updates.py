@@ -26,7 +26,7 @@ from convgrad_export.training.fused_updates import AS_CHUNKS, BEGAN, FusedUpdate
 from convgrad_export.training.fused_writer import write_updates
 
 from .parity import batches
-from .test_phases import OPTIMIZERS, assert_same_bits, exported, trained
+from .test_phases import OPTIMIZERS, assert_same_bits, exported, through_a_checkpoint, trained
 
 # What depends on all gradients or on the whole of one, or is held twice; the last has no rate that tells it from them.
 NOT_FUSED = ("clipped", "normalized", "accumulated", "fixed rate")
@@ -278,13 +278,8 @@ def test_a_state_is_loaded_and_saved_as_it_is(written: list[tuple[Any, FusedUpda
     assert session.batch_names == whole.batch_names
     assert list(session.state()) == list(whole.state())
     assert list(session.state_dict()) == list(whole.state_dict())
-    batch = batches(1, torch.float32)[0]
     for current in (session, whole):
-        current.step(*batch)
-        current.save(tmp_path / f"{current is session}.safetensors")
-        current.step(*batch)
-        current.load(tmp_path / f"{current is session}.safetensors")
-        assert set(current.step(*batch)) == {"loss"}
+        assert set(through_a_checkpoint(current, tmp_path / f"{current is session}.safetensors")) == {"loss"}
     for name, value in whole.state().items():
         np.testing.assert_array_equal(session.state()[name], value, err_msg=name)
     assert len(written) == 1

@@ -60,6 +60,16 @@ def trained(report: cg.TrainingStepReport, in_place: bool, dtype: torch.dtype = 
     return result
 
 
+def through_a_checkpoint(session: cg.TrainingSession, path: Path) -> dict[str, Any]:
+    """Save after a step, take another, go back and take it again; what the last returns."""
+    batch = batches(1, torch.float32)[0]
+    session.step(*batch)
+    session.save(path)
+    session.step(*batch)
+    session.load(path)
+    return session.step(*batch)
+
+
 def assert_same_bits(first: cg.TrainingSession, second: cg.TrainingSession, clipped: bool = False) -> None:
     """All bits; clipped by the norm but for rounding, for onnxruntime moves a Transpose behind a square, or not."""
     limit = 16 * float(np.finfo(first.state()["0.weight"].dtype).eps) if clipped else 0.0
