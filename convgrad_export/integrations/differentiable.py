@@ -22,7 +22,10 @@ from convgrad_export.errors import DynamicShapeError
 from .computed_losses import reduced
 from .computed_numbers import OF_COMPUTED, takes_computed
 from .convolutions_in_steps import CONVOLUTIONS
+from .ctc_loss import ctc_loss
 from .embedding_bags import embedding_bag
+from .fractional_pooling import FRACTIONAL
+from .global_pooling import GLOBAL, largest, unless_whole
 from .grid_sampling import affine_grid, affine_grid_generator, grid_sample, grid_sampler
 from .interpolation import interpolate
 from .norms_in_steps import FORWARD_NORMS, NORMS
@@ -173,14 +176,17 @@ _REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     Tensor.__len__: length,
     torch.prod: product,
     Tensor.prod: product,
+    torch.nn.functional.ctc_loss: ctc_loss,
     torch.nn.functional.gaussian_nll_loss: gaussian_nll_loss,
     torch.nn.functional.multi_margin_loss: multi_margin_loss,
     torch.nn.functional.multilabel_margin_loss: multilabel_margin_loss,
     torch.nn.functional.interpolate: interpolate,
     torch.nn.functional.embedding: embedding,
     torch.nn.functional.embedding_bag: embedding_bag,
-    torch.max_pool1d: max_pool1d,
-    torch.nn.functional.max_pool1d: max_pool1d,
+    torch.max_pool1d: unless_whole(max_pool1d, 1, largest),
+    torch.nn.functional.max_pool1d: unless_whole(max_pool1d, 1, largest),
+    **FRACTIONAL,
+    **GLOBAL,
 }
 
 _IN_STEPS: Mapping[Any, Callable[..., Any]] = {**NORMS, **CONVOLUTIONS}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedOperatorError
+from ..integrations.fractional_pooling import FRACTIONAL_RANKS
 
 if TYPE_CHECKING:
     from .randomness import SeededRandomness
@@ -241,6 +242,18 @@ def _multinomial(
     return (_exponential(mode, rates) / rates).argmin(-1)
 
 
+def _fractional_pooling(function: Any, rank: int) -> Replacement:
+    """A number for each axis of each plane decides where the windows begin."""
+
+    def pooled(mode: SeededRandomness, input: Tensor, *args: Any, **options: Any) -> Any:
+        if options.get("_random_samples") is None:
+            planes = input.shape[:2] if input.dim() == rank + 2 else [1, input.shape[0]]
+            options["_random_samples"] = mode.uniform([*planes, rank], input.dtype)
+        return function(input, *args, **options)
+
+    return pooled
+
+
 REPLACEMENTS: Mapping[Any, Replacement] = {
     torch.Tensor.bernoulli_: _bernoulli_,
     torch.bernoulli: _bernoulli,
@@ -259,4 +272,5 @@ REPLACEMENTS: Mapping[Any, Replacement] = {
     torch.multinomial: _multinomial,
     torch.Tensor.multinomial: _multinomial,
     torch.nn.functional.gumbel_softmax: _gumbel_softmax,
+    **{function: _fractional_pooling(function, rank) for function, rank in FRACTIONAL_RANKS.items()},
 }

@@ -14,6 +14,7 @@ from torch.nn import functional
 import convgrad_export as cg
 
 from .gradient_modules import Apply
+from .onnx_check import compare_gradients
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -184,7 +185,6 @@ class Tangent(nn.Module):
             Tangent(),
             r"at .*test_dynamic_gradients.py:\d+, in .*in module 'net\.1', in a forward-mode derivative",
         ),
-        (nn.Sequential(nn.FractionalMaxPool2d(2, output_size=3)), r"in aten\.fractional_max_pool2d_backward"),
         (nn.Sequential(nn.ReLU(), Apply(lambda x: x * int(x.shape[0]))), r"at .*gradients.py:\d+, in .*in module '1'"),
     ],
 )
@@ -199,6 +199,26 @@ def test_a_length_is_named_with_what_to_write_instead() -> None:
     with pytest.raises(cg.DynamicShapeError, match=rf"{place}: len\(\) of a tensor .*Write x\.shape\[0\]"):
         cg.export(module, args, dynamic_shapes=({0: "n"},))
     assert cg.export(module, args, dynamic_shapes=({2: "h"},)).verified
+
+
+WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "generalized-mean": lambda x: functional.avg_pool2d(x.clamp(min=1e-6).pow(3), (x.size(-2), x.size(-1))).pow(1 / 3),
+    "average-with-stride": lambda x: functional.avg_pool2d(x, x.shape[2:], stride=x.shape[2:]),
+    "average-divisor": lambda x: functional.avg_pool2d(x, x.shape[2:], divisor_override=7),
+    "largest": lambda x: functional.max_pool2d(x, x.shape[2:]),
+    "largest-and-where": lambda x: sum(functional.max_pool2d(x, x.shape[2:], return_indices=True)),
+    "one-axis": lambda x: functional.avg_pool1d(x[:, 0], x.shape[3:]) + functional.max_pool1d(x[:, 0], x.size(3)),
+    "volume": lambda x: (
+        functional.avg_pool3d(x, (x.shape[1], *x.shape[2:])) + functional.max_pool3d(x, (x.shape[1], *x.shape[2:]))
+    ),
+    "windows": lambda x: functional.avg_pool2d(x, 2) + functional.max_pool2d(x, (2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_pooling_over_whole_dynamic_sizes(name: str) -> None:
+    fresh = (image(2, 3, 7, 5).exp(),)
+    compare_gradients(Apply(WHOLE[name]), (image(2, 3, 6, 9).exp(),), dynamic_shapes=({2: "h", 3: "w"},), fresh=fresh)
 
 
 STATISTICS: dict[str, tuple[Callable[[Tensor], Tensor], dict[int, str]]] = {
