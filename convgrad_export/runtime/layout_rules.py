@@ -24,6 +24,7 @@ _CACHED = 1 << 23  # elements of both operands, which the last cache holds
 # On two threads: pairs of an input and an output channel, from where on the file's form divides better.
 _MANY_PAIRS = 64 * 96
 _LONG = 1 << 14  # positions, from where on the transpositions, which run on one thread, weigh too much for two
+_FEW_TAPS, _MANY_ELEMENTS = 8, 1 << 22  # one axis: what few taps compute is little beside operands that leave the cache
 # The same over three axes, where the file's own forms are slower; and of an input gradient also per element of weight.
 _VOLUME_POSITIONS, _WEIGHT_USES = 128, 1 << 13
 _MOST_PAIRS = 1 << 12  # of a plane and a depth tap, which are listed one by one
@@ -75,6 +76,9 @@ def divides(entry: ConvolutionEntry, block: int) -> bool:
     if entry.kind == WEIGHT:
         return _weight_divides(g, block)
     forward = entry.kind == FORWARD
+    elements = g.batch * max(g.in_channels, g.out_channels) * math.prod(g.input_size)
+    if g.rank == 1 and not forward and g.taps < _FEW_TAPS and elements > _MANY_ELEMENTS:
+        return False
     rows = 1 if g.rank == 1 else (g.output_size if forward else g.input_size)[0]
     filters = g.out_channels_per_group if forward else g.in_channels_per_group
     return g.batch * g.groups * -(-filters // (_BLOCKS_TOGETHER * block)) * rows > 1

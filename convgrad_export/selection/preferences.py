@@ -23,10 +23,13 @@ _SMALL_IMAGE = 256  # up to here Col2Im's additions cost less than ConvTranspose
 _SMALL_VOLUME = 64  # up to here plane by plane pays for strided 1x1x1 kernels
 _ONE_SAMPLE_VOLUME = 128  # of one sample: up to here the planes' weights are rearranged for too little
 _ONE_SAMPLE_IMAGE = 300  # of one sample: up to here ConvTranspose's additions take less than the weight's rearrangement
+_STRIDED_COLUMN_IMAGE = 49  # strided: up to here one GEMM over the batch pays for copying its result sample by sample
 _SMALL_PLANE, _ONE_THREAD_PLANE = 256, 64  # up to here a Gather of runs over the batch is faster than a Slice of rows
 _FEW_GROUP_CHANNELS = 4  # up to here taps beside the channels fill a GEMM better than the channels alone
 _MANY_TAPS = 81  # few input channels: from here on the columns are best made inside the Conv
 _RUN = 8  # samples from which on a run over the batch is worth copying as such
+_LONG_RUN = 16  # the same where one GEMM a sample, or a tap, would do without a copy
+_CACHED_OPERANDS = 3 << 20  # elements of both operands; larger ones are better read once than copied
 _WIDE_ROW = 56  # depthwise, kernels of 5 and more: from here on taps divided between the operands beat whole rows
 _SHORT_ROW, _ONE_THREAD_SHORT_ROW = 28, 16  # depthwise: up to here the products of whole rows are worth it
 _COLUMN_IMAGE = 1024  # strided: up to here Col2Im's buffer for the whole batch is small enough
@@ -71,10 +74,15 @@ def input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) 
             return _ANY_INPUT if one_thread or short else ("input.flipped_conv", *_ANY_INPUT)
         small = several and positions <= (_COLUMN_IMAGE if g.is_one_sample else _SMALL_IMAGE)
         return ("input.col2im", *_ANY_INPUT) if small else _ANY_INPUT
-    one_sample_limit = _TINY_IMAGE if one_thread and g.unit_stride else _ONE_SAMPLE_IMAGE
-    if g.is_one_sample and positions <= one_sample_limit and g.rank < 3:
-        return _ANY_INPUT  # its GEMM reads the weight as it lies
-    if positions <= (_ONE_THREAD_TINY_IMAGE if one_thread and not g.is_pointwise else _TINY_IMAGE):
+    strided_image = g.rank == 2 and not (g.unit_stride or g.is_pointwise or constant_weight)
+    one_sample_limit = _ONE_SAMPLE_IMAGE if g.unit_stride and not one_thread else _TINY_IMAGE
+    if g.is_one_sample and g.rank < 3:
+        if positions <= (one_sample_limit if g.unit_stride or strided_image else _ONE_SAMPLE_IMAGE):
+            return _ANY_INPUT  # its GEMM reads the weight as it lies
+        if strided_image:
+            return ("input.col2im", *_ANY_INPUT)
+    tiny = _STRIDED_COLUMN_IMAGE if strided_image else _TINY_IMAGE
+    if positions <= (_ONE_THREAD_TINY_IMAGE if one_thread and not g.is_pointwise else tiny):
         return ("input.columns", "input.col2im", *_ANY_INPUT)
     if positions <= _SMALL_IMAGE:
         return ("input.col2im", *_ANY_INPUT)
@@ -221,11 +229,14 @@ def _pointwise_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[st
     product, operands = g.in_channels * g.out_channels, (g.in_channels + g.out_channels) * positions
     if positions >= _LARGE_IMAGE and product <= operands:
         return ("weight.sample_matmul", *_ANY_WEIGHT)
+    copied = g.unit_stride and g.rank == 2 and positions <= _COLUMNS and _has_runs(g)
     if one_thread:
-        if positions >= _MEDIUM_IMAGE and 3 * product <= operands and _has_runs(g):
+        long = positions >= _MEDIUM_IMAGE and _has_runs(g)
+        if long and (3 * product <= operands or g.batch * operands > _CACHED_OPERANDS):
             return ("weight.sample_matmul", *_ANY_WEIGHT)
-        copied = g.unit_stride and g.rank == 2 and _TINY_IMAGE < positions <= _COLUMNS and _has_runs(g)
-        return ("weight.columns", *_ANY_WEIGHT) if copied else _ANY_WEIGHT
+        return ("weight.columns", *_ANY_WEIGHT) if copied and positions > _TINY_IMAGE else _ANY_WEIGHT
+    if copied and g.batch >= _LONG_RUN:
+        return ("weight.columns", *_ANY_WEIGHT)
     if positions >= _MEDIUM_IMAGE and 2 * product <= operands:
         return ("weight.sample_matmul", *_ANY_WEIGHT)
     return _ANY_WEIGHT

@@ -22,9 +22,11 @@ _WEIGHT_CHANNELS = 60  # against a direct form whose copies stay in the cache
 _ONE_SAMPLE_WEIGHT_CHANNELS = 384  # of one sample, on several threads: the transforms run on one of them
 _LARGE_IMAGE, _LARGE_IMAGE_CHANNELS = 1024, 60  # positions; the untransformed tensors leave the cache as well
 _HUGE_IMAGE, _HUGE_IMAGE_CHANNELS = 8192, 96
+# Elements of the larger tensor of all samples, from where on the transforms of few channels pass through memory.
+_MANY_ELEMENTS, _MANY_ELEMENTS_CHANNELS, _MANY_ELEMENTS_ONE_AXIS = 3 << 20, 97, 1 << 20
 # Three taps on one axis save a third of the multiplications, on two axes more than half.
 _ONE_AXIS_CHANNELS = 192
-_ONE_AXIS_ONE_THREAD_CHANNELS = {"input": 96, "forward": 96, "weight": 160}
+_ONE_AXIS_ONE_THREAD_CHANNELS = {"input": 192, "forward": 96, "weight": 160}
 # Three axes: the transforms hold eight times the tensor, so that it must not be too large.
 _VOLUME_CHANNELS, _VOLUME_ELEMENTS = 96, 1 << 22
 _CONSTANT_WEIGHT_CHANNELS = 128  # onnxruntime runs a Conv in its blocked layout then
@@ -58,8 +60,12 @@ def winograd_tiles(
     if constant_weight:
         needed = max(needed, _CONSTANT_WEIGHT_CHANNELS)
     batch = g.batch if isinstance(g.batch, int) else _ASSUMED_BATCH
+    elements = batch * math.prod(size) * max(g.in_channels, g.out_channels)
+    if elements > _MANY_ELEMENTS:
+        needed = max(needed, _MANY_ELEMENTS_CHANNELS)
+    if g.rank == 1 and elements > _MANY_ELEMENTS_ONE_AXIS:
+        return []
     if g.rank == 3:
-        elements = batch * math.prod(size) * max(g.in_channels, g.out_channels)
         if elements > _VOLUME_ELEMENTS or any(size[axis] < 2 for axis in filtered):
             return []
         needed = max(needed, _VOLUME_CHANNELS)
