@@ -28,7 +28,7 @@ _SMALL_PLANE, _ONE_THREAD_PLANE = 256, 64  # up to here a Gather of runs over th
 _FEW_GROUP_CHANNELS = 4  # up to here taps beside the channels fill a GEMM better than the channels alone
 _MANY_TAPS = 81  # few input channels: from here on the columns are best made inside the Conv
 _RUN = 8  # samples from which on a run over the batch is worth copying as such
-_MANY_SAMPLES = 16  # pointwise: from here on one thread's copies leave the cache, and several divide the Gather well
+_MANY_SAMPLES = 16  # pointwise, one thread: from here on copied columns leave the cache
 _WIDE_ROW = 56  # depthwise, kernels of 5 and more: from here on taps divided between the operands beat whole rows
 _SHORT_ROW, _ONE_THREAD_SHORT_ROW = 28, 16  # depthwise: up to here the products of whole rows are worth it
 _COLUMN_IMAGE = 1024  # strided: up to here Col2Im's buffer for the whole batch is small enough
@@ -228,14 +228,12 @@ def _pointwise_weight_preferences(g: ConvGeometry, one_thread: bool) -> tuple[st
     product, operands = g.in_channels * g.out_channels, (g.in_channels + g.out_channels) * positions
     if positions >= _LARGE_IMAGE and product <= operands:
         return ("weight.sample_matmul", *_ANY_WEIGHT)
-    copied = g.unit_stride and g.rank == 2 and positions <= _COLUMNS and _has_runs(g)
-    many = isinstance(g.batch, int) and g.batch >= _MANY_SAMPLES
     if one_thread:
+        many = isinstance(g.batch, int) and g.batch >= _MANY_SAMPLES
         if positions >= _MEDIUM_IMAGE and (many or (3 * product <= operands and _has_runs(g))):
             return ("weight.sample_matmul", *_ANY_WEIGHT)
-        return ("weight.columns", *_ANY_WEIGHT) if copied and positions > _TINY_IMAGE else _ANY_WEIGHT
-    if copied and many:
-        return ("weight.columns", *_ANY_WEIGHT)
+        copied = g.unit_stride and g.rank == 2 and _TINY_IMAGE < positions <= _COLUMNS and _has_runs(g)
+        return ("weight.columns", *_ANY_WEIGHT) if copied else _ANY_WEIGHT
     if positions >= _MEDIUM_IMAGE and 2 * product <= operands:
         return ("weight.sample_matmul", *_ANY_WEIGHT)
     return _ANY_WEIGHT
