@@ -559,7 +559,7 @@ def test_a_dynamic_size_as_a_number_of_groups_is_refused_by_argument() -> None:
 def test_an_operator_that_needs_its_data_is_refused_by_name_and_line() -> None:
     class Spoken(nn.Module):
         def forward(self, x: Tensor, target: Tensor, lengths: Tensor, sizes: Tensor) -> Tensor:
-            return functional.ctc_loss(x.log_softmax(2), target, lengths, sizes)
+            return torch.ctc_loss(x.log_softmax(2), target, lengths, sizes)
 
     args = torch.randn(9, 2, 5), torch.ones(2, 3, dtype=torch.int64), torch.tensor([9, 9]), torch.tensor([3, 3])
     with pytest.raises(UnsupportedOperatorError, match=r"test_operator_gradients.*ctc_loss.*aten\._ctc_loss\.Tensor"):
