@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .computed_losses import reduced
+
 _NEVER = -1e30  # the logarithm of no probability: an infinite one would make derivatives not-a-number
 _Lengths = Tensor | Sequence[int]
 
@@ -31,7 +33,7 @@ def ctc_loss(
     batched = log_probs.dim() == 3
     if not batched:
         log_probs = log_probs.unsqueeze(1)
-    steps, samples = len(log_probs.unbind()), log_probs.shape[1]
+    steps = int(log_probs.shape[0])
     lengths = _as_tensor(target_lengths, log_probs)
     labels = _labels(targets, lengths, target_lengths, batched, blank)
     states = _between_blanks(labels, blank)
@@ -53,10 +55,8 @@ def ctc_loss(
     else:
         loss = loss * torch.where(impossible, torch.inf, 1.0).to(loss.dtype)
     if reduction == "mean":
-        return (loss / lengths.clamp(min=1).to(loss.dtype)).sum() / samples
-    if reduction == "sum":
-        return loss.sum()
-    return loss if batched else loss.squeeze(0)
+        loss = loss / lengths.clamp(min=1).to(loss.dtype)
+    return reduced(loss if batched else loss.squeeze(0), None, None, reduction)
 
 
 def _as_tensor(lengths: _Lengths, like: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ Why each is here, measured on torch 2.13 with onnxscript 0.7:
 - amax and amin without axes: the translation asks for some. eq to ge of booleans and a number: made a boolean.
 - sum, cumsum: ONNX adds up neither booleans nor small integers. max along an axis: ArgMax takes no booleans.
 - linalg_matrix_exp, linalg_householder_product: no translation (`linear_algebra.py`).
-- determinants, solve, inv, cholesky: no translation, or one that is not ONNX's (`factorizations.py`).
+- determinants, solve, inv, cholesky: their derivatives take the factors, which ONNX has not (`factorizations.py`).
 - medians, k-th values, running extremes, searches: none (`order_statistics.py`).
 - as_strided_scatter, diagonal_scatter, unfold_backward, hypot, fmax, fmin, copysign, rrelu, the product of
   Bilinear: no translation.

@@ -106,17 +106,9 @@ def multilabel_margin_loss(
     return reduced(loss.squeeze(0) if input.dim() == 1 else loss, size_average, reduce, reduction)
 
 
-def max_pool1d(
-    input: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Any:
+def max_pool1d(*args: Any, return_indices: bool = False, **options: Any) -> Any:
     """With the indices: the kernel for rows alone, which PyTorch takes without them, makes a number of the length."""
-    found = torch.nn.functional.max_pool1d_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode)
+    found = torch.nn.functional.max_pool1d_with_indices(*args, **options)
     return found if return_indices else found[0]
 
 
@@ -183,8 +175,7 @@ _REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     torch.nn.functional.interpolate: interpolate,
     torch.nn.functional.embedding: embedding,
     torch.nn.functional.embedding_bag: embedding_bag,
-    torch.max_pool1d: unless_whole(max_pool1d, 1, largest),
-    torch.nn.functional.max_pool1d: unless_whole(max_pool1d, 1, largest),
+    **dict.fromkeys((torch.max_pool1d, torch.nn.functional.max_pool1d), unless_whole(max_pool1d, 1, largest)),
     **FRACTIONAL,
     **GLOBAL,
 }

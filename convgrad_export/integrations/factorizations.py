@@ -8,7 +8,7 @@ a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,9 +37,10 @@ def _factors(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
         x = _exchanged(x, k, found)
         pivot = x[..., k, k : k + 1]
         pivot = torch.where(pivot == 0, 1.0, pivot)  # of a singular matrix, with nothing but zeros below
-        below = torch.where(rows > k, x[..., k] / pivot, 0.0).unsqueeze(-1)
-        right = torch.where(rows > k, x[..., k, :], 0.0).unsqueeze(-2)
-        x = torch.where((rows > k).unsqueeze(-1) & (rows == k), below, x - below * right)
+        behind = rows > k
+        below = torch.where(behind, x[..., k] / pivot, 0.0).unsqueeze(-1)
+        right = torch.where(behind, x[..., k, :], 0.0).unsqueeze(-2)
+        x = torch.where(behind.unsqueeze(-1) & (rows == k), below, x - below * right)
         exchanged.append(found + 1)
     return x, torch.cat(exchanged, -1).to(torch.int32)
 
@@ -69,16 +70,20 @@ def _solved(factors: Tensor, exchanged: Tensor, right: Tensor, transposed: bool 
     batch = torch.broadcast_shapes(factors.shape[:-2], right.shape[:-2])
     factors, right = (each.expand([*batch, *each.shape[-2:]]) for each in (factors, right))
     others = (exchanged.to(torch.int64) - 1).expand([*batch, exchanged.shape[-1]])
-    size = factors.shape[-1]
+    rows = range(factors.shape[-1])
     if transposed:
         right = _substituted(factors.mT, right, upper=False, unit=False)
         right = _substituted(factors.mT, right, upper=True, unit=True)
-    for k in reversed(range(size)) if transposed else range(size):
-        right = _exchanged(right, k, others[..., k : k + 1])
-    if transposed:
-        return right
-    right = _substituted(factors, right, upper=False, unit=True)
+        return _all_exchanged(right, others, reversed(rows))
+    right = _substituted(factors, _all_exchanged(right, others, rows), upper=False, unit=True)
     return _substituted(factors, right, upper=True, unit=False)
+
+
+def _all_exchanged(x: Tensor, others: Tensor, order: Iterable[int]) -> Tensor:
+    """Each row with the other one that `others` has for it, one after the other."""
+    for k in order:
+        x = _exchanged(x, k, others[..., k : k + 1])
+    return x
 
 
 def _sign(exchanged: Tensor, size: int) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .pooling_decompositions import per_axis
+
 
 def _pooling(rank: int, with_indices: bool) -> Callable[..., Any]:
     def pool(
@@ -24,14 +26,14 @@ def _pooling(rank: int, with_indices: bool) -> Callable[..., Any]:
     ) -> Any:
         batched = input.dim() == rank + 2
         x = input if batched else input.unsqueeze(0)
-        kernel = _per_axis(kernel_size, rank)
+        kernel = per_axis(kernel_size, rank)
         if output_size is None:
             if output_ratio is None:
                 raise ValueError(f"fractional_max_pool{rank}d needs an output_size or an output_ratio")
-            ratios = _per_axis(output_ratio, rank)
+            ratios = per_axis(output_ratio, rank)
             outputs = [int(size * ratio) for size, ratio in zip(x.shape[2:], ratios, strict=True)]
         else:
-            outputs = _per_axis(output_size, rank)
+            outputs = per_axis(output_size, rank)
         samples = _random_samples
         if samples is None:
             samples = torch.rand(x.shape[0], x.shape[1], rank, dtype=x.dtype, device=x.device)
@@ -40,11 +42,6 @@ def _pooling(rank: int, with_indices: bool) -> Callable[..., Any]:
         return (values, indices) if with_indices or return_indices else values
 
     return pool
-
-
-def _per_axis(value: Any, rank: int) -> list[Any]:
-    given = list(value) if isinstance(value, Sequence) else [value]
-    return given * rank if len(given) == 1 else given
 
 
 def _pooled(x: Tensor, kernel: Sequence[int], outputs: Sequence[int], samples: Tensor) -> tuple[Tensor, Tensor]:

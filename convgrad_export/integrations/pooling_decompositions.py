@@ -17,8 +17,10 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
-def per_axis(values: Sequence[int], rank: int) -> list[int]:
-    return [values[0]] * rank if len(values) == 1 else list(values)
+def per_axis(values: Any, rank: int) -> list[Any]:
+    """A number, or a sequence of one or of `rank`, as one for each axis."""
+    given = list(values) if isinstance(values, Sequence) else [values]
+    return given * rank if len(given) == 1 else given
 
 
 def is_empty(x: Tensor) -> bool:

@@ -16,6 +16,7 @@ import torch
 from onnxscript import opset18 as op
 
 from convgrad_export.integrations import random_translations
+from convgrad_export.integrations.pooling_decompositions import per_axis
 
 # Logged at every model, about nothing that its author could change.
 _HINTS = {
@@ -299,9 +300,6 @@ def _max_pool_with_indices(rank: int) -> Callable[..., Any]:
     torch.onnx's translation runs a second MaxPool over the input for that.
     """
 
-    def per_axis(values: Sequence[int]) -> list[int]:
-        return list(values) * rank if len(values) == 1 else list(values)
-
     def max_pool_with_indices(
         x: Any,
         kernel_size: Sequence[int],
@@ -312,8 +310,8 @@ def _max_pool_with_indices(rank: int) -> Callable[..., Any]:
     ) -> Any:
         batched = len(x.shape) == rank + 2
         axis: Any = op.Constant(value_ints=[0])
-        kernel, dilations, before = per_axis(kernel_size), per_axis(dilation), per_axis(padding)
-        strides = per_axis(stride) if stride else kernel
+        kernel, dilations, before = (per_axis(values, rank) for values in (kernel_size, dilation, padding))
+        strides = per_axis(stride, rank) if stride else kernel
         windows = list(zip(x.shape[-rank:], kernel, strides, before, dilations, strict=True))
         after = [_padding_behind(*window) for window in windows] if ceil_mode else before
         explicit = [pad for pad, k in zip(after, kernel, strict=True) if pad is not None and pad < k]

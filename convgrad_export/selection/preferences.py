@@ -74,12 +74,11 @@ def input_preferences(g: ConvGeometry, constant_weight: bool, one_thread: bool) 
         small = several and positions <= (_COLUMN_IMAGE if g.is_one_sample else _SMALL_IMAGE)
         return ("input.col2im", *_ANY_INPUT) if small else _ANY_INPUT
     strided_image = g.rank == 2 and not (g.unit_stride or g.is_pointwise or constant_weight)
-    one_sample_limit = _ONE_SAMPLE_IMAGE if g.unit_stride and not one_thread else _TINY_IMAGE
-    if g.is_one_sample and g.rank < 3:
-        if positions <= (one_sample_limit if g.unit_stride or strided_image else _ONE_SAMPLE_IMAGE):
-            return _ANY_INPUT  # its GEMM reads the weight as it lies
-        if strided_image:
-            return ("input.col2im", *_ANY_INPUT)
+    one_sample_limit = _TINY_IMAGE if strided_image or (one_thread and g.unit_stride) else _ONE_SAMPLE_IMAGE
+    if g.is_one_sample and positions <= one_sample_limit and g.rank < 3:
+        return _ANY_INPUT  # its GEMM reads the weight as it lies
+    if g.is_one_sample and strided_image:
+        return ("input.col2im", *_ANY_INPUT)
     tiny = _STRIDED_COLUMN_IMAGE if strided_image else _TINY_IMAGE
     if positions <= (_ONE_THREAD_TINY_IMAGE if one_thread and not g.is_pointwise else tiny):
         return ("input.columns", "input.col2im", *_ANY_INPUT)
